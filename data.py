@@ -1,0 +1,253 @@
+"""Token files, tokenizers and batches: what the prepare scripts write and train.py reads.
+
+A data set is a folder data/<name> with
+
+    train*.bin, val*.bin    uint16 tokens, one file or many, read as one in the order of their names
+    meta.json               {"tokenizer", "vocab_size", "source", "complete", "files": {"train.bin": tokens, ...}}
+
+Each document ends with <|endoftext|>.
+"""
+import concurrent.futures
+import glob
+import json
+import os
+import sys
+import threading
+import time
+
+import numpy as np
+import tiktoken
+
+from settings import UserError
+
+END_OF_TEXT = '<|endoftext|>'
+TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
+
+# ----------------------------------------------------------------------------- tokenizers
+
+def get_tokenizer(name):
+    """The tiktoken.Encoding called 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and <|endoftext|>).
+
+    'bytes' needs no download. tiktoken downloads the vocabulary of 'gpt2' once and keeps it, in the folder
+    named by TIKTOKEN_CACHE_DIR if that is set. Raises UserError, within 8 seconds, if it cannot be had.
+    """
+    if name == 'bytes':
+        # The pattern only cuts the text into pieces for tiktoken; without merges every byte is a token.
+        return tiktoken.Encoding('bytes', pat_str=r'(?s).{1,64}', special_tokens={END_OF_TEXT: 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+    if name != 'gpt2':
+        raise UserError(f"tokenizer '{name}' is unknown: it is 'gpt2' or 'bytes'")
+    try:
+        return within(8, tiktoken.get_encoding, 'gpt2')
+    except Exception as e:  # requests, hash and file errors alike: there is no vocabulary
+        raise UserError(f'the gpt2 vocabulary could not be downloaded ({type(e).__name__}): check the network, '
+                        'or set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes') from None
+
+
+def within(seconds, function, *args):
+    """function(*args), or TimeoutError after so many seconds.
+
+    tiktoken downloads without a timeout, and looking up a host name can hang longer than any timeout that
+    requests knows. The call runs in a daemon thread; one that hangs is left behind and does not hold up the exit.
+    """
+    future = concurrent.futures.Future()
+
+    def call():
+        try:
+            future.set_result(function(*args))
+        except Exception as e:
+            future.set_exception(e)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future.result(timeout=seconds)
+
+# ----------------------------------------------------------------------------- reading
+
+class Dataset:
+    """The tokens of one folder. Fields: name, path, meta (meta.json), vocab_size, tokenizer_name."""
+
+    def __init__(self, path, name):
+        self.path, self.name = path, name
+        self.meta = read_meta(path)
+        self.vocab_size, self.tokenizer_name = self.meta['vocab_size'], self.meta['tokenizer']
+        for file in self.meta['files']:
+            if not os.path.isfile(os.path.join(path, file)):
+                raise UserError(f'{os.path.join(path, file)} is missing, meta.json lists it: prepare it again')
+        self._files = {split: [self._open(p) for p in sorted(glob.glob(os.path.join(glob.escape(path), f'{split}*.bin')))]
+                       for split in ('train', 'val')}
+        for split, files in self._files.items():
+            if not files:
+                raise UserError(f'{path} has no {split}*.bin: prepare it again')
+        # starts[split][i] is the place of file i's first token in the split; the last entry is the total
+        self._starts = {split: np.cumsum([0] + [len(f) for f in files]) for split, files in self._files.items()}
+
+    def _open(self, path):
+        size, listed = os.path.getsize(path), self.meta['files'].get(os.path.basename(path))
+        if size == 0:
+            raise UserError(f'{path} is empty: prepare it again')
+        if size % 2 or listed not in (None, size // 2):  # None: a file that another machine made
+            raise UserError(f'{path} has {size} bytes, meta.json says {listed} tokens of 2 bytes: prepare it again')
+        tokens = np.memmap(path, TOKEN, mode='r')
+        self._check(np.concatenate([tokens[:4096], tokens[-4096:]]), path)
+        return tokens
+
+    def _check(self, tokens, path):
+        if tokens.max() >= self.vocab_size:
+            raise UserError(f'{path} has token {tokens.max()}, but the vocabulary of meta.json has '
+                            f'{self.vocab_size}: it is corrupt or of another tokenizer, prepare it again')
+
+    def tokens(self, split):
+        """How many tokens 'train' or 'val' has."""
+        return int(self._starts[split][-1])
+
+    def batch(self, split, index, batch_size, block_size, seed=0):
+        """Batch number index of random windows: (x, y), int64 tensors (batch_size, block_size).
+
+        y is x one token later; -1 in y would be ignored by the loss. The batch depends only on the arguments,
+        not on the batches before it, so that a resumed run, or each of several processes, names the batch it
+        wants by its number. Raises UserError if the split is shorter than one window.
+        """
+        import torch  # here, so that the prepare scripts and their processes start without it
+        last = self.tokens(split) - block_size - 1  # the last place where a window of block_size + 1 starts
+        if last < 0:
+            raise UserError(f'{self.path}: {split} has {self.tokens(split)} tokens, a window needs {block_size + 1}: '
+                            'use a smaller block_size or more text')
+        rng = np.random.default_rng([seed % 2**64, int(split == 'val'), index, batch_size, block_size])
+        windows = np.stack([self._window(split, start, block_size + 1)
+                            for start in rng.integers(last + 1, size=batch_size)])
+        self._check(windows, self.path)
+        windows = torch.from_numpy(windows.astype(np.int64))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def _window(self, split, start, length):
+        """length tokens from place start of the split; a window may cross from one file to the next."""
+        files, starts = self._files[split], self._starts[split]
+        i = int(np.searchsorted(starts, start, side='right')) - 1
+        parts = []
+        while length > 0:
+            part = files[i][start - starts[i]:][:length]
+            parts.append(part)
+            start, length, i = start + len(part), length - len(part), i + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def load_dataset(name_or_path, root='data'):
+    """The Dataset root/<name>, or the folder itself; UserError if it is missing, incomplete or corrupt."""
+    path = os.path.join(root, name_or_path)
+    if not os.path.isdir(path):
+        path = name_or_path
+    if not name_or_path or not os.path.isdir(path):
+        names = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(root, '*', 'meta.json')))
+        raise UserError(f"data set '{name_or_path}' is not in {root}/ (there: {', '.join(names) or 'none'}): "
+                        'make it with prepare_c4.py or prepare_text.py')
+    return Dataset(path, name_or_path)
+
+
+def read_meta(path):
+    """The meta.json of a data set's folder; UserError if it is missing or not what the prepare scripts write."""
+    file = os.path.join(path, 'meta.json')
+    try:
+        with open(file, encoding='utf-8') as f:
+            meta = json.load(f)
+        kinds = {'tokenizer': str, 'vocab_size': int, 'source': str, 'complete': bool, 'files': dict}
+        if not all(isinstance(meta[key], kind) for key, kind in kinds.items()):
+            raise ValueError
+        return meta
+    except FileNotFoundError:
+        raise UserError(f'{file} is missing: the data set was not finished, prepare it again') from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{file} is corrupt: prepare the data set again') from None
+
+
+def auto_dataset(root='data'):
+    """The name of the data set that dataset='auto' stands for: 'c4', or the offline default 'stdlib'.
+
+    C4 if it was prepared; else its small slice is prepared now. Where the network or the gpt2 vocabulary is
+    out of reach, which is decided within 10 seconds, says so in one line, and prepares 'stdlib' if that is
+    missing. Only one process may call it at a time.
+    """
+    try:
+        if read_meta(os.path.join(root, 'c4'))['complete']:
+            return 'c4'
+    except UserError:
+        pass  # not there, or not finished
+    import prepare_c4  # here, because the prepare scripts import this file
+    import prepare_text
+    try:
+        cfg = prepare_c4.Settings(data_dir=root)
+        try:
+            within(9, prepare_c4.check_reach, cfg)
+        except concurrent.futures.TimeoutError:
+            raise UserError('no answer within 9 seconds') from None
+        print('dataset auto: preparing a small slice of C4')
+        prepare_c4.prepare(cfg)
+        return 'c4'
+    except UserError as e:
+        print(f"dataset auto: no C4 ({e}); using 'stdlib' instead, the sources of Python's standard library")
+    if not os.path.isfile(os.path.join(root, 'stdlib', 'meta.json')):
+        prepare_text.prepare(prepare_text.Settings(data_dir=root))
+    return 'stdlib'
+
+# ----------------------------------------------------------------------------- writing
+
+class TokenFile:
+    """Writes one .bin file, beside and renamed, so that a file under its own name is always whole.
+
+        with TokenFile('data/x/train.bin') as out:
+            out.write(array)
+
+    Leaving the block with an exception removes what was written. out.count is the number of tokens.
+    """
+
+    def __init__(self, path):
+        self.path, self.count = path, 0
+        # The process in the name: two that make the same file by mistake do not write into each other's.
+        self.temporary = f'{path}.{os.getpid()}.tmp'
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        self.file = open(self.temporary, 'wb')
+        return self
+
+    def write(self, tokens):
+        self.file.write(np.asarray(tokens, TOKEN).tobytes())
+        self.count += len(tokens)
+
+    def __exit__(self, kind, *_):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        # Also what a killed process left of this file.
+        for stale in glob.glob(glob.escape(self.path) + '.*.tmp') if kind is None else [self.temporary]:
+            os.remove(stale)
+
+
+def write_meta(path, tokenizer, source, complete, files):
+    """Write meta.json of the data set's folder; tokenizer is an Encoding, files maps names to tokens."""
+    meta = {'tokenizer': tokenizer.name, 'vocab_size': tokenizer.n_vocab, 'source': source, 'complete': complete,
+            'files': dict(sorted(files.items()))}
+    file = os.path.join(path, 'meta.json')
+    temporary = f'{file}.{os.getpid()}.tmp'
+    with open(temporary, 'w', encoding='utf-8') as f:
+        json.dump(meta, f, indent=1)
+    os.replace(temporary, file)
+
+
+class Progress:
+    """One line that says how far a script is: redrawn on a terminal, else printed every 10 seconds."""
+
+    def __init__(self):
+        self.start, self.shown, self.tty = time.time(), 0.0, sys.stderr.isatty()
+
+    def show(self, megabytes, tokens, fraction, label=''):
+        """megabytes read and tokens written since the start; fraction of the work done, 0 to 1."""
+        now = time.time()
+        if now - self.shown < (0.2 if self.tty else 10) or now - self.start < 0.2:
+            return
+        self.shown = now
+        seconds = now - self.start
+        left = time.strftime('%H:%M:%S', time.gmtime(seconds * (1 - fraction) / fraction)) if fraction > 0 else '?'
+        line = f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s, {tokens:,} tokens, {left} left'
+        print('\r' + line.ljust(78) if self.tty else line, end='' if self.tty else '\n', file=sys.stderr, flush=True)
