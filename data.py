@@ -8,9 +8,11 @@ A data set is a folder data/<name> with
 Each document ends with <|endoftext|>.
 """
 import concurrent.futures
+import contextlib
 import glob
 import json
 import os
+import secrets
 import sys
 import threading
 import time
@@ -201,8 +203,8 @@ class TokenFile:
 
     def __init__(self, path):
         self.path, self.count = path, 0
-        # The process in the name: two that make the same file by mistake do not write into each other's.
-        self.temporary = f'{path}.{os.getpid()}.tmp'
+        # A name of its own, so that two processes that make the same file do not write into each other's.
+        self.temporary = f'{path}.{secrets.token_hex(4)}.tmp'
 
     def __enter__(self):
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -217,11 +219,16 @@ class TokenFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        if kind is None:
+        if kind is not None:
+            os.remove(self.temporary)
+            with contextlib.suppress(OSError):  # the folder too, unless there is something else in it
+                os.rmdir(os.path.dirname(self.path))
+            return
+        with contextlib.suppress(FileNotFoundError):  # another process made the same file first and cleaned up
             os.replace(self.temporary, self.path)
-        # Also what a killed process left of this file.
-        for stale in glob.glob(glob.escape(self.path) + '.*.tmp') if kind is None else [self.temporary]:
-            os.remove(stale)
+        for stale in glob.glob(glob.escape(self.path) + '.*.tmp'):  # what killed processes left of this file
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(stale)
 
 
 def write_meta(path, tokenizer, source, complete, files):
@@ -229,7 +236,7 @@ def write_meta(path, tokenizer, source, complete, files):
     meta = {'tokenizer': tokenizer.name, 'vocab_size': tokenizer.n_vocab, 'source': source, 'complete': complete,
             'files': dict(sorted(files.items()))}
     file = os.path.join(path, 'meta.json')
-    temporary = f'{file}.{os.getpid()}.tmp'
+    temporary = f'{file}.{secrets.token_hex(4)}.tmp'
     with open(temporary, 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
     os.replace(temporary, file)
@@ -239,15 +246,17 @@ class Progress:
     """One line that says how far a script is: redrawn on a terminal, else printed every 10 seconds."""
 
     def __init__(self):
-        self.start, self.shown, self.tty = time.time(), 0.0, sys.stderr.isatty()
+        self.start = self.shown = time.time()
+        self.tty = sys.stderr.isatty()
 
     def show(self, megabytes, tokens, fraction, label=''):
         """megabytes read and tokens written since the start; fraction of the work done, 0 to 1."""
         now = time.time()
-        if now - self.shown < (0.2 if self.tty else 10) or now - self.start < 0.2:
+        if now - self.shown < (0.2 if self.tty else 10):
             return
         self.shown = now
         seconds = now - self.start
-        left = time.strftime('%H:%M:%S', time.gmtime(seconds * (1 - fraction) / fraction)) if fraction > 0 else '?'
-        line = f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s, {tokens:,} tokens, {left} left'
+        left = int(seconds * (1 - fraction) / fraction) if fraction > 0 else 0
+        line = (f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s, {tokens:,} tokens, '
+                f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
         print('\r' + line.ljust(78) if self.tty else line, end='' if self.tty else '\n', file=sys.stderr, flush=True)

@@ -1,0 +1,149 @@
+"""Turns local text into token files that train.py reads.
+
+    python prepare_text.py                                      the offline default, data/stdlib
+    python prepare_text.py notes/ book.txt --name=mine          every file of a folder, and one more
+    python prepare_text.py src/ --ext=.py,.md --tokenizer=bytes
+
+A document is a file, and ends with <|endoftext|>. Files that are not UTF-8 text are skipped and counted.
+About 1 document in 30 is for validation, chosen by a hash of its path inside the folder named, so the same
+files give the same split on every machine. A single file is cut at a line: its last thirtieth is for validation.
+Without an argument the text is the .py sources of Python's own standard library (without its tests), in bytes.
+"""
+import contextlib
+import glob
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass, field
+
+import settings
+from data import Progress, TokenFile, get_tokenizer, write_meta
+from settings import UserError
+
+VAL_ONE_IN = 30
+
+
+@dataclass
+class Settings:
+    paths: list = field(default_factory=list)  # files and folders, written without dashes
+    name: str = ''                  # data set's name; '' = the name of the first path, 'stdlib' without paths
+    tokenizer: str = ''             # gpt2 or bytes; '' = gpt2, bytes without paths
+    ext: str = ''                   # only files in folders with these endings, as .py,.md; '' = all
+    data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
+
+
+def prepare(cfg):
+    """Write <data_dir>/<name>: train.bin, val.bin and meta.json. Returns the name.
+
+    A data set of that name made from text before is replaced. Raises UserError for a path that is missing,
+    text that is empty or too short to split, a bad name, or a folder with token files of another kind.
+    """
+    paths, ext = cfg.paths, tuple(e for e in cfg.ext.split(',') if e)
+    name = cfg.name or (os.path.splitext(os.path.basename(os.path.abspath(paths[0])))[0] if paths else 'stdlib')
+    folder = os.path.join(cfg.data_dir, name)
+    if name in ('', '.', '..') or os.path.basename(name) != name:
+        raise UserError(f"--name: '{name}' cannot name a folder of {cfg.data_dir}/")
+    if others := set(glob.glob('*.bin', root_dir=folder)) - {'train.bin', 'val.bin'}:
+        raise UserError(f'{folder} has {sorted(others)[0]}, of a data set not made here: choose another --name')
+    tokenizer = get_tokenizer(cfg.tokenizer or ('gpt2' if paths else 'bytes'))
+    source = ', '.join(paths) or f'standard library of Python {sysconfig.get_python_version()}'
+    try:
+        documents = list_documents(paths, ext) if paths else stdlib_documents()
+        pieces = split_documents(documents, source)
+        progress, total = Progress(), sum(end - begin for _, begin, end, _ in pieces)
+        done = skipped = 0
+        with TokenFile(os.path.join(folder, 'train.bin')) as train, TokenFile(os.path.join(folder, 'val.bin')) as val:
+            for path, begin, end, is_val in pieces:
+                out = val if is_val else train
+                if is_text(path):
+                    for text in read_blocks(path, begin, end):
+                        out.write(tokenizer.encode_ordinary(text))
+                    out.write([tokenizer.eot_token])
+                else:
+                    skipped += 1
+                done += end - begin
+                progress.show(done / 1e6, train.count + val.count, done / total)
+            for file, split in (train, 'training'), (val, 'validation'):
+                if file.count == 0:
+                    raise UserError(f'{source}: no text for {split} ({skipped} files are not UTF-8): name more files')
+            # Without meta.json a stop between the two renames leaves a data set that is known to be unfinished.
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, 'meta.json'))
+        write_meta(folder, tokenizer, source, True, {'train.bin': train.count, 'val.bin': val.count})
+    except OSError as e:
+        raise UserError(f'{e.filename or folder}: {e.strerror}') from None
+    print(f'{folder}: {train.count:,} train and {val.count:,} val tokens ({tokenizer.name}) from '
+          f'{len(documents) - skipped:,} file(s)' + (f', {skipped} that are not UTF-8 skipped' if skipped else ''))
+    return name
+
+
+def list_documents(paths, ext):
+    """[(file, its path relative to the folder named)], without hidden and empty files, in a fixed order."""
+    found = {}
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"'{path}' does not exist")
+        if os.path.isdir(path):
+            for folder, folders, files in os.walk(path):
+                folders[:] = [f for f in folders if not f.startswith('.')]
+                for file in (os.path.join(folder, f) for f in files if not f.startswith('.')):
+                    if not ext or file.endswith(ext):
+                        found[file] = os.path.relpath(file, path).replace(os.sep, '/')
+        else:
+            found[path] = os.path.basename(path)
+    return sorted(((file, key) for file, key in found.items() if os.path.isfile(file) and os.path.getsize(file)),
+                  key=lambda document: (document[1], document[0]))
+
+
+def stdlib_documents():
+    """The standard library's own modules: not what pip installed beside them, and not the tests (half of it)."""
+    outside = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
+    return [(file, key) for file, key in list_documents([sysconfig.get_path('stdlib')], ('.py',))
+            if not outside & set(key.split('/'))]
+
+
+def split_documents(documents, source):
+    """[(file, first byte, end, is for validation)]; both splits get something."""
+    if not documents:
+        raise UserError(f'{source}: no text there, files are missing, empty or of other endings than --ext')
+    sizes = [os.path.getsize(file) for file, _ in documents]
+    if len(documents) == 1:
+        file = documents[0][0]
+        cut = sizes[0] - max(1, sizes[0] // VAL_ONE_IN)
+        with open(file, 'rb') as f:
+            f.seek(cut)
+            after = cut + len(f.readline())  # the end of the line that the cut falls in
+            if after == sizes[0]:  # it is the last line: go back to its start
+                f.seek(0)
+                after = f.read(cut).rfind(b'\n') + 1
+        if after == 0:
+            raise UserError(f'{source}: one line of text cannot be split into training and validation, it needs two')
+        return [(file, 0, after, False), (file, after, sizes[0], True)]
+    order = [hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest() for _, key in documents]
+    chosen = [int.from_bytes(h[:8], 'big') % VAL_ONE_IN == 0 for h in order]
+    if not any(chosen) or all(chosen):  # few documents: the one with the lowest hash
+        chosen = [h == min(order) for h in order]
+    return [(file, 0, size, is_val) for (file, _), size, is_val in zip(documents, sizes, chosen)]
+
+
+def read_blocks(path, begin, end):
+    """The bytes from begin to end as text, in blocks of whole lines of about 1 MB, whatever the file's size."""
+    with open(path, 'rb') as f:
+        f.seek(begin)
+        while begin < end and (block := b''.join(f.readlines(min(1 << 20, end - begin)))):
+            begin += len(block)
+            yield block.decode()
+
+
+def is_text(path):
+    """Whether the whole file is UTF-8."""
+    try:
+        for _ in read_blocks(path, 0, os.path.getsize(path)):
+            pass
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+if __name__ == '__main__':
+    settings.run(lambda: prepare(settings.parse(Settings, positional='paths')))
