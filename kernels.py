@@ -1,0 +1,101 @@
+"""Selective attention in training at the cost of standard attention. model.py is complete without this file.
+
+What `model.selective_attention` computes, with a backward written by hand: it keeps F at the boundaries of the
+blocks alone (T^2/block numbers) and makes the rest again, block by block, in two buffers that every block reuses.
+So training memory grows with T * block and time is close to that of torch's scaled_dot_product_attention.
+"""
+import torch
+
+
+def can_run(q, dropout):
+    """Whether `selective_attention` takes these queries; else model.py's plain code does."""
+    return q.device.type == 'cpu' and q.dtype in (torch.float32, torch.float64) and dropout == 0
+
+
+def selective_attention(q, k, v, tau=None, block=None):
+    """As `model.selective_attention`: q, k, v (B, H, T, D) -> y (B, H, T, D), memory requirement (B, T) or None."""
+    block = block or (64 if q.size(2) <= 1024 else 128)
+    y, M = _SelectiveAttention.apply(q, k, v, tau, block)
+    return y, M if tau is not None else None
+
+
+class _SelectiveAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, q, k, v, tau, block):
+        B, H, T, D = q.shape
+        q, k, v = (q * D**-0.5).contiguous(), k.contiguous(), v.contiguous()
+        q3, k3, v3 = (t.view(B * H, T, D) for t in (q, k, v))   # bmm wants three dimensions
+        y = torch.empty_like(q)
+        M = q.new_empty(B, T if tau is not None else 0)
+        blocks = _blocks(T, block)
+        F = q.new_zeros(B, T)                                   # as it enters the block
+        boundaries = q.new_zeros(len(blocks), B, T)
+        buffer = q.new_empty(B * H * block * T)
+        for n, (a, b) in enumerate(blocks):
+            boundaries[n] = F
+            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], F[:, :b], a, buffer)
+            y.view(B * H, T, D)[:, a:b] = torch.bmm(P, v3[:, :b])
+            if tau is not None:
+                M[:, a:b] = torch.arange(a, b) - F_rows.clamp(max=tau).sum(dim=2) / tau
+            F[:, :b] = F_rows[:, -1] + S[:, -1]
+        ctx.save_for_backward(q, k, v, boundaries)
+        ctx.tau, ctx.block = tau, block
+        return y, M
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dM):
+        q, k, v, boundaries = ctx.saved_tensors
+        B, H, T, D = q.shape
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        q3, k3, v3, dy3, dq3, dk3, dv3 = (t.view(B * H, T, D) for t in (q, k, v, dy.contiguous(), dq, dk, dv))
+        # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
+        G = q.new_zeros(B, T)
+        buffers = q.new_empty(2, B * H * ctx.block * T)
+        for n, (a, b) in reversed(list(enumerate(_blocks(T, ctx.block)))):
+            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], boundaries[n, :, :b], a, buffers[0])
+            dy_rows = dy3[:, a:b]
+            dv3[:, :b].baddbmm_(P.transpose(1, 2), dy_rows)
+            dL = _view(buffers[1], P.shape)
+            torch.bmm(dy_rows, v3[:, :b].transpose(1, 2), out=dL)                   # dP
+            torch._softmax_backward_data(dL, P, -1, P.dtype, grad_input=dL)         # dL, in its place
+            dL_heads = dL.view(B, H, b - a, b)
+            dF = dL_heads.sum(dim=1).neg_()                                         # (B, R, b)
+            if ctx.tau is not None:
+                dF.sub_((F_rows <= ctx.tau) * (dM[:, a:b, None] / ctx.tau))
+            # dS[k,j] = sum of dF[i,j] over i > k
+            sums = dF.cumsum(dim=1)
+            G[:, :b] += sums[:, -1]
+            dS = G[:, None, :b] - sums
+            dL_heads[:, 0] += dS.mul_(S > 0)
+            dq3[:, a:b] = torch.bmm(dL, k3[:, :b])
+            dk3[:, :b].baddbmm_(dL.transpose(1, 2), q3[:, a:b])
+        return dq.mul_(D**-0.5), dk, dv, None, None
+
+
+def _blocks(T, block):
+    return [(a, min(a + block, T)) for a in range(0, T, block)]
+
+
+def _view(buffer, shape):
+    return buffer[:shape.numel()].view(shape)
+
+
+def _probabilities(q, k, F, a, buffer):
+    """The rows from a on: q (B*H, R, D) scaled, k (B*H, a+R, D), F (B, a+R) as it enters them.
+
+    Returns P (B*H, R, a+R), which lies in the buffer, and S and F of each row, (B, R, a+R).
+    """
+    P = _view(buffer, torch.Size((q.size(0), q.size(1), k.size(1))))
+    torch.bmm(q, k.transpose(1, 2), out=P)                      # L, the logits
+    L = P.view(F.size(0), -1, q.size(1), k.size(1))             # (B, H, R, a+R), the same memory
+    S = L[:, 0].clamp(min=0)
+    S[:, :, 0] = 0                                              # token 0 is never masked
+    S[:, :, a:].tril_(-1)                                       # the diagonal block: no vote on itself or the future
+    F_rows = S.cumsum(dim=1).sub_(S).add_(F[:, None])
+    L.sub_(F_rows[:, None])
+    future = torch.full((q.size(1), q.size(1)), float('-inf'), dtype=q.dtype).triu_(1)
+    L[..., a:].add_(future)
+    torch.softmax(P, dim=-1, out=P)
+    return P, S, F_rows

@@ -1,0 +1,418 @@
+"""Tests of model.py. The papers' equations, written out with full T x T matrices in float64, are the oracle.
+
+Run with: python -m pytest
+"""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as fn
+
+import kernels
+import model as m
+from model import GPT, GPTConfig, KVCache
+
+FLAGS = list(itertools.product([False, True], ['', 'qv', 'k', 'qkv']))     # selective, ssa
+TINY = dict(block_size=24, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
+
+
+def make(seed=0, dtype=torch.float64, spread=0.5, **config):
+    """A small model in float64 whose weights are large enough for every term of the equations to matter."""
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(**{**TINY, **config})).to(dtype).eval()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn_like(p) * (spread if p.dim() == 2 else 0.1))
+    return gpt
+
+
+def tokens(B, T, seed=1, vocab_size=TINY['vocab_size']):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The oracle
+
+
+def naive_F(L0):
+    """F (B, T, T) from the logits of head 0 (B, T, T), entry by entry as the paper has it."""
+    B, T, _ = L0.shape
+    S = torch.zeros_like(L0)
+    for i in range(T):
+        for j in range(1, i):
+            S[:, i, j] = fn.relu(L0[:, i, j])
+    return torch.stack([S[:, :i].sum(dim=1) for i in range(T)], dim=1)
+
+
+def naive_attention(q, k, v, selective):
+    """y (B, H, T, D) and F (B, T, T)."""
+    T, D = q.shape[2:]
+    L = torch.einsum('bhid,bhjd->bhij', q, k) / math.sqrt(D)
+    F = naive_F(L[:, 0]) if selective else torch.zeros_like(L[:, 0])
+    future = torch.ones(T, T).triu(1).bool()
+    return (L - F[:, None]).masked_fill(future, -math.inf).softmax(-1) @ v, F
+
+
+def naive_gpt(gpt, idx):
+    """Logits (B, T, V) and F of each layer, from the parameters alone."""
+    p, c = dict(gpt.named_parameters()), gpt.config
+    (B, T), H, D = idx.shape, c.n_head, c.n_embd // c.n_head
+    linear = lambda x, name: fn.linear(x, p[name + '.weight'], p.get(name + '.bias'))
+    norm = lambda x, name: fn.layer_norm(x, x.shape[-1:], p[name + '.weight'], p.get(name + '.bias'))
+    n = torch.arange(1, T + 1, dtype=torch.float64)[:, None]
+    x = p['transformer.wte.weight'][idx] + p['transformer.wpe.weight'][:T]
+    Fs = []
+    for l in range(c.n_layer):
+        h = f'transformer.h.{l}.'
+        z = norm(x, h + 'ln_1')
+        qkv = dict(zip('qkv', linear(z, h + 'attn.c_attn').chunk(3, dim=-1)))
+        for name in c.ssa:
+            s = h + f'attn.ssa.{name}.'
+            hidden = qkv[name] if c.ssa_sharing else linear(z, s + 'hidden')
+            temperature = 1 + torch.tanh(fn.gelu(hidden) @ p[s + 'w.weight'].T)             # (B, T, H)
+            if name == 'q':
+                temperature = temperature + torch.sigmoid(p[s + 'alpha']) * torch.log(n)
+            qkv[name] = (qkv[name].view(B, T, H, D) * temperature[..., None]).view(B, T, H * D)
+        q, k, v = (qkv[name].view(B, T, H, D).transpose(1, 2) for name in 'qkv')
+        y, F = naive_attention(q, k, v, c.selective)
+        Fs.append(F)
+        x = x + linear(y.transpose(1, 2).reshape(B, T, H * D), h + 'attn.c_proj')
+        x = x + linear(fn.gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ p['transformer.wte.weight'].T, Fs
+
+
+def naive_memory(Fs, tau):
+    """The memory requirement, 2410.02703 section 6, as a fraction of the context."""
+    total = 0
+    for F in Fs:
+        B, T, _ = F.shape
+        M = torch.stack([i - F[:, i].clamp(max=tau).sum(dim=1) / tau for i in range(T)], dim=1)
+        total = total + M.max(dim=1).values
+    return total.mean() / (len(Fs) * T)
+
+
+def naive_pruned(q, k, v, K, selective, policy='selective'):
+    """Token by token with a list of what is held: y (B, H, T, D) and the positions held at each row, [B][T]."""
+    (B, H, T, D), held_at = q.shape, []
+    y = torch.zeros_like(q)
+    for b in range(B):
+        held, F, history = [], {}, []
+        for i in range(T):
+            if len(held) == K:
+                against = {'selective': lambda j: F[j], 'oldest': lambda j: -j,
+                           'random': lambda j: naive_random(i, j)}[policy]
+                held.remove(max((j for j in sorted(held) if j != 0), key=lambda j: against(j)))
+            held.append(i)
+            F[i] = 0.0
+            L = torch.stack([q[b, :, i] * k[b, :, j] for j in held], dim=1).sum(-1) / math.sqrt(D)    # (H, held)
+            minus = torch.tensor([F[j] if selective else 0.0 for j in held])
+            P = (L - minus).softmax(-1)
+            y[b, :, i] = sum(P[:, [n]] * v[b, :, j] for n, j in enumerate(held))
+            for n, j in enumerate(held):
+                if j not in (0, i):
+                    F[j] += max(0.0, L[0, n].item())
+            history.append(sorted(held))
+        held_at.append(history)
+    return y, held_at
+
+
+def naive_random(i, j):
+    x = i * 1_000_003 + j
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention in blocks of rows
+
+
+@pytest.mark.parametrize('T', [1, 2, 7, 8, 9, 16, 29])
+@pytest.mark.parametrize('how', ['rows', 'kernel'])
+@pytest.mark.parametrize('tau', [None, 1.0, 0.7])
+def test_selective_attention_and_gradients(T, how, tau):
+    torch.manual_seed(T)
+    q, k, v = (torch.randn(3, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    if how == 'rows':
+        y, M = m.selective_attention(q, k, v, tau=tau, block=8)
+    else:
+        y, M = kernels.selective_attention(q, k, v, tau=tau, block=8)
+    expected, F = naive_attention(q, k, v, selective=True)
+    torch.testing.assert_close(y, expected)
+    weight, weight_M = torch.randn_like(y), torch.randn(3, T, dtype=torch.float64)
+    loss, expected_loss = (y * weight).sum(), (expected * weight).sum()
+    if tau is not None:
+        expected_M = torch.arange(T) - (F.clamp(max=tau) / tau).sum(-1)
+        torch.testing.assert_close(M, expected_M)
+        loss, expected_loss = loss + (M * weight_M).sum(), expected_loss + (expected_M * weight_M).sum()
+    for got, want in zip(torch.autograd.grad(loss, (q, k, v)), torch.autograd.grad(expected_loss, (q, k, v))):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize('how', ['rows', 'kernel'])
+def test_attention_takes_what_the_model_gives_it(how):
+    """Views with strides, as c_attn's output has them, and gradients for one of them alone."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 70, 3 * 8, requires_grad=True)
+    q, k, v = (t.view(2, 70, 2, 4).transpose(1, 2) for t in qkv.split(8, dim=2))
+    y, _ = (m.selective_attention if how == 'rows' else kernels.selective_attention)(q, k, v)
+    expected, _ = naive_attention(*(t.double() for t in (q, k, v)), selective=True)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-4)
+    y.sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
+def test_dropout_of_probabilities():
+    q, k, v = torch.randn(3, 1, 1, 64, 8).unbind()
+    v = torch.ones_like(v)      # without dropout every output is 1
+    y, _ = m.selective_attention(q, k, v, dropout=0.5)
+    assert y.std() > 0.1 and abs(y.mean() - 1) < 0.3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize('selective, ssa', FLAGS)
+@pytest.mark.parametrize('T', [1, 5, 24])
+@pytest.mark.parametrize('kernel', ['auto', 'rows'])
+def test_logits_loss_and_gradients(selective, ssa, T, kernel):
+    gpt = make(selective=selective, ssa=ssa, kernel=kernel)
+    idx, targets = tokens(3, T), tokens(3, T, seed=2)
+    targets[0, 0] = -1
+    logits, loss = gpt(idx, targets)
+    expected, _ = naive_gpt(gpt, idx)
+    torch.testing.assert_close(logits, expected)
+    expected_loss = fn.cross_entropy(expected.view(-1, 17), targets.view(-1), ignore_index=-1)
+    torch.testing.assert_close(loss, expected_loss)
+    params = list(gpt.parameters())
+    got = torch.autograd.grad(loss, params, allow_unused=True)
+    want = torch.autograd.grad(expected_loss, params, allow_unused=True)
+    for (name, _), g, w in zip(gpt.named_parameters(), got, want):
+        assert (g is None) == (w is None), name
+        if g is not None:
+            torch.testing.assert_close(g, w, msg=lambda text: f'{name}: {text}')
+    last, none = gpt(idx)
+    assert none is None
+    torch.testing.assert_close(last, expected[:, -1:])
+
+
+@pytest.mark.parametrize('bias, ssa_sharing', [(True, False), (True, True), (False, False)])
+def test_bias_and_own_hidden_layer(bias, ssa_sharing):
+    gpt = make(selective=True, ssa='qkv', bias=bias, ssa_sharing=ssa_sharing)
+    torch.testing.assert_close(gpt(tokens(2, 9), tokens(2, 9))[0], naive_gpt(gpt, tokens(2, 9))[0])
+
+
+@pytest.mark.parametrize('kernel', ['auto', 'rows'])
+def test_memory_requirement(kernel):
+    gpt = make(selective=True, ssa='qv', kernel=kernel)
+    idx = tokens(3, 24)
+    logits, loss, memory = gpt(idx, idx, memory_tau=1.0)
+    expected, Fs = naive_gpt(gpt, idx)
+    expected_memory = naive_memory(Fs, 1.0)
+    torch.testing.assert_close(memory, expected_memory)
+    assert 0 < memory < 1
+    got = torch.autograd.grad(memory, gpt.transformer.wte.weight)[0]
+    want = torch.autograd.grad(expected_memory, gpt.transformer.wte.weight)[0]
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize('selective, ssa', FLAGS)
+def test_causality(selective, ssa):
+    gpt = make(dtype=torch.float32, selective=selective, ssa=ssa, block_size=150)
+    idx = tokens(2, 150)
+    changed = idx.clone()
+    changed[:, 70:] = (changed[:, 70:] + 1) % 17
+    before, after = gpt(idx, idx)[0], gpt(changed, idx)[0]
+    assert torch.equal(before[:, :70], after[:, :70])
+    assert not torch.equal(before[:, 70:], after[:, 70:])
+
+
+def test_parameters():
+    count = lambda **kw: GPT(GPTConfig(**{**TINY, **kw})).num_params()
+    assert count(selective=True) == count()
+    shape = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
+    with torch.device('meta'):
+        standard, ssa = count(**shape), count(**shape, ssa='qv')
+    assert standard == 123_587_328
+    assert 0 < ssa - standard < 0.005 * standard
+
+
+def test_fresh_ssa_is_close_to_standard():
+    torch.manual_seed(0)
+    standard = GPT(GPTConfig(**TINY))
+    torch.manual_seed(0)
+    ssa = GPT(GPTConfig(**TINY, ssa='qv'))
+    same = dict(ssa.named_parameters())
+    assert all(torch.equal(p, same[name]) for name, p in standard.named_parameters())
+    idx = tokens(4, 24)
+    a, b = standard(idx, idx)[1], ssa(idx, idx)[1]
+    assert a != b and abs(a - b) / a < 0.003
+
+
+def test_nanogpt_state_dict():
+    """Names and shapes of nanoGPT's parameters, written out: such a state dict loads, and the logits are its own."""
+    C, V, T = 8, 17, 24
+    shapes = {'transformer.wte.weight': (V, C), 'transformer.wpe.weight': (T, C),
+              'transformer.ln_f.weight': (C,), 'transformer.ln_f.bias': (C,), 'lm_head.weight': (V, C)}
+    for l in range(2):
+        for name, (out, into) in {'attn.c_attn': (3 * C, C), 'attn.c_proj': (C, C), 'mlp.c_fc': (4 * C, C),
+                                  'mlp.c_proj': (C, 4 * C)}.items():
+            shapes[f'transformer.h.{l}.{name}.weight'] = (out, into)
+            shapes[f'transformer.h.{l}.{name}.bias'] = (out,)
+        for name in ('ln_1', 'ln_2'):
+            shapes[f'transformer.h.{l}.{name}.weight'] = shapes[f'transformer.h.{l}.{name}.bias'] = (C,)
+    torch.manual_seed(0)
+    state = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    state['lm_head.weight'] = state['transformer.wte.weight']
+    gpt = make(bias=True)
+    gpt.load_state_dict(state, strict=True)
+    x = state['transformer.wte.weight'][tokens(2, 24)] + state['transformer.wpe.weight']
+    torch.testing.assert_close(gpt.transformer.wte(tokens(2, 24)) + gpt.transformer.wpe.weight, x)
+    torch.testing.assert_close(gpt(tokens(2, 24), tokens(2, 24))[0], naive_gpt(gpt, tokens(2, 24))[0])
+
+
+@pytest.mark.parametrize('wrong, word', [
+    (dict(n_embd=10, n_head=4), 'n_head'), (dict(ssa='qx'), 'ssa'), (dict(ssa='qq'), 'ssa'), (dict(n_layer=0), 'n_layer'),
+    (dict(dropout=1.0), 'dropout'), (dict(kernel='fast'), 'kernel')])
+def test_impossible_configs(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        GPT(GPTConfig(**{**TINY, **wrong}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The KV cache: generation, and context pruning
+
+
+@pytest.mark.parametrize('selective, ssa', FLAGS)
+@pytest.mark.parametrize('prompt', [1, 7, 23])
+def test_cached_steps_equal_the_full_forward(selective, ssa, prompt):
+    gpt = make(selective=selective, ssa=ssa)
+    idx = tokens(3, 24)
+    expected, _ = naive_gpt(gpt, idx)
+    cache = KVCache(gpt, 3)
+    torch.testing.assert_close(gpt.prefill(idx[:, :prompt], cache)[:, 0], expected[:, prompt - 1])
+    for t in range(prompt, 24):
+        torch.testing.assert_close(gpt(idx[:, [t]], cache=cache)[0][:, 0], expected[:, t])
+
+
+@pytest.mark.parametrize('selective, ssa', FLAGS)
+@pytest.mark.parametrize('prompt', [1, 24])
+def test_generate(selective, ssa, prompt):
+    """Greedy generation is what the full forward would choose; past block_size the window slides by half."""
+    gpt = make(selective=selective, ssa=ssa)
+    idx = tokens(2, prompt)
+    out = gpt.generate(idx, 40, temperature=0)
+    assert out.shape == (2, prompt + 40) and torch.equal(out[:, :prompt], idx)
+    window = idx
+    for t in range(prompt, prompt + 40):
+        if window.size(1) > 24:
+            window = window[:, -12:]
+        assert torch.equal(naive_gpt(gpt, window)[0][:, -1].argmax(-1), out[:, t])
+        window = torch.cat([window, out[:, [t]]], dim=1)
+
+
+def test_sampling():
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, 4)
+    assert (m.sample(logits, 0, None) == 3).all()
+    assert set(m.sample(logits, 1.0, 2).flatten().tolist()) == {2, 3}
+    frequencies = m.sample(logits, 2.0, None).flatten().bincount(minlength=4) / 4000
+    torch.testing.assert_close(frequencies, (logits[0] / 2).softmax(-1), atol=0.03, rtol=0)
+    assert m.sample(logits, 1.0, 100).shape == (4000, 1)
+
+
+def blocks_of(T, rows, seed):
+    """T split into blocks: all of one length, or, where rows is None, of random lengths."""
+    if rows is not None:
+        return [min(rows, T - t) for t in range(0, T, rows)]
+    g, out = torch.Generator().manual_seed(seed), []
+    while sum(out) < T:
+        out.append(min(int(torch.randint(1, 9, (1,), generator=g)), T - sum(out)))
+    return out
+
+
+@pytest.mark.parametrize('K', [2, 3, 5, 11, 40])
+@pytest.mark.parametrize('rows', [1, 4, 40, None])
+@pytest.mark.parametrize('policy, selective', [
+    ('selective', True), ('oldest', True), ('random', True), ('oldest', False), ('random', False)])
+def test_pruned_attention_against_the_rules(K, rows, policy, selective):
+    """Steps, blocks and the parallel form (one block) keep the tokens that the rules keep, and attend to them alone."""
+    torch.manual_seed(K)
+    B, H, T, D = 2, 2, 40, 4
+    q, k, v = torch.randn(3, B, H, T, D, dtype=torch.float64).unbind()
+    q[1, 0], k[1, 0] = -q[1, 0].abs(), k[1, 0].abs()        # the second sequence never votes: ties go to the oldest
+    cache = m.LayerCache(B, H, K, D, policy, 'cpu', torch.float64)
+    q[0, 0], k[0, 0, 7:30:9] = q[0, 0].abs(), -k[0, 0, 7:30:9].abs()        # in the first nobody masks these
+    expected, held = naive_pruned(q, k, v, K, selective, policy)
+    t = 0
+    for R in blocks_of(T, rows, seed=K):
+        i = torch.arange(t, t + R)
+        y = cache.attend(q[:, :, t:t + R], k[:, :, t:t + R], v[:, :, t:t + R], i, t, selective)
+        torch.testing.assert_close(y, expected[:, :, t:t + R])
+        t += R
+        for b in range(B):
+            assert sorted(j for j in cache.j[b].tolist() if j != m.EMPTY) == held[b][t - 1]
+    if policy == 'selective' and K == 5:        # the test would be idle if F kept just the newest
+        assert held[0][-1] == [0, 7, 16, 25, 39]
+        assert held[1][-1] == [0, 36, 37, 38, 39]
+
+
+@pytest.mark.parametrize('selective, ssa', FLAGS)
+@pytest.mark.parametrize('budgets', [[2, 7], [9, 3], [30, 4]])
+def test_generation_agrees_with_the_parallel_form(selective, ssa, budgets):
+    gpt = make(selective=selective, ssa=ssa, block_size=30)
+    policy = 'selective' if selective else 'oldest'
+    idx = tokens(3, 30)
+    parallel = KVCache(gpt, 3, budgets, policy)
+    logits, loss = gpt(idx, idx, cache=parallel)
+    steps = KVCache(gpt, 3, budgets, policy)
+    for t in range(30):
+        torch.testing.assert_close(gpt(idx[:, [t]], cache=steps)[0][:, 0], logits[:, t])
+    for a, b in zip(parallel.layers, steps.layers):
+        assert torch.equal(a.j.sort().values, b.j.sort().values)
+    assert not torch.allclose(logits, gpt(idx, idx)[0])     # the budgets did bite
+
+
+def test_generation_agrees_in_float32():
+    gpt = make(selective=True, ssa='qv', dtype=torch.float32, spread=0.2, block_size=96)
+    idx = tokens(4, 96)
+    logits, _ = gpt(idx, idx, cache=KVCache(gpt, 4, [12, 24]))
+    steps = KVCache(gpt, 4, [12, 24])
+    for t in range(96):
+        torch.testing.assert_close(gpt(idx[:, [t]], cache=steps)[0][:, 0], logits[:, t], atol=1e-4, rtol=1e-4)
+
+
+def test_generate_with_budgets():
+    gpt = make(selective=True)
+    out = gpt.generate(tokens(2, 5), 30, temperature=0, budgets=[4, 6])
+    cache = KVCache(gpt, 2, [4, 6])
+    logits, _ = gpt(out[:, :24], out[:, :24], cache=cache)
+    assert torch.equal(logits[:, 4:23].argmax(-1), out[:, 5:24])
+    assert out.shape == (2, 35)
+
+
+def test_cache_size():
+    gpt = make(selective=True, dtype=torch.float32)
+    small, full = KVCache(gpt, 2, [3, 6]), KVCache(gpt, 2)
+    assert small.bytes() * 48 == full.bytes() * 9
+    pointers = [c.k.data_ptr() for c in small.layers]
+    gpt(tokens(2, 20), cache=small)
+    gpt(tokens(2, 1), cache=small)
+    assert pointers == [c.k.data_ptr() for c in small.layers] and small.layers[0].k.shape == (2, 2, 3, 4)
+
+
+@pytest.mark.parametrize('budgets, policy, word', [
+    ([3], 'selective', '1 budgets'), ([1, 5], 'selective', 'budget of 1'), ([5, 25], 'oldest', 'budget of 25'),
+    ([5, 2.5], 'oldest', '2.5'), (4, 'newest', 'newest')])
+def test_wrong_budgets(budgets, policy, word):
+    with pytest.raises(ValueError, match=word):
+        KVCache(make(selective=True), 1, budgets, policy)
+    with pytest.raises(ValueError, match='no F'):
+        KVCache(make(), 1, 4)
+
+
+def test_too_long():
+    with pytest.raises(ValueError, match='block_size 24'):
+        make()(tokens(1, 25))
