@@ -75,13 +75,14 @@ class Dataset:
         for file in self.meta['files']:
             if not os.path.isfile(os.path.join(path, file)):
                 raise UserError(f'{os.path.join(path, file)} is missing, meta.json lists it: prepare it again')
-        self._files = {split: [self._open(p) for p in sorted(glob.glob(os.path.join(glob.escape(path), f'{split}*.bin')))]
-                       for split in ('train', 'val')}
-        for split, files in self._files.items():
-            if not files:
+        self._files, self._starts = {}, {}
+        for split in 'train', 'val':
+            names = sorted(glob.glob(f'{split}*.bin', root_dir=path))
+            if not names:
                 raise UserError(f'{path} has no {split}*.bin: prepare it again')
-        # starts[split][i] is the place of file i's first token in the split; the last entry is the total
-        self._starts = {split: np.cumsum([0] + [len(f) for f in files]) for split, files in self._files.items()}
+            files = self._files[split] = [self._open(os.path.join(path, name)) for name in names]
+            # starts[i] is the place of file i's first token in the split; the last entry is the total
+            self._starts[split] = np.cumsum([0] + [len(file) for file in files])
 
     def _open(self, path):
         size, listed = os.path.getsize(path), self.meta['files'].get(os.path.basename(path))
@@ -245,8 +246,10 @@ def write_meta(path, tokenizer, source, complete, files):
 class Progress:
     """One line that says how far a script is: redrawn on a terminal, else printed every 10 seconds."""
 
-    def __init__(self):
+    def __init__(self, fraction=0.0):
+        """fraction of the work that was done before, which says nothing about the time left."""
         self.start = self.shown = time.time()
+        self.before = fraction
         self.tty = sys.stderr.isatty()
 
     def show(self, megabytes, tokens, fraction, label=''):
@@ -256,7 +259,7 @@ class Progress:
             return
         self.shown = now
         seconds = now - self.start
-        left = int(seconds * (1 - fraction) / fraction) if fraction > 0 else 0
+        left = int(seconds * max(0, 1 - fraction) / (fraction - self.before)) if fraction > self.before else 0
         line = (f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s, {tokens:,} tokens, '
                 f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
         print('\r' + line.ljust(78) if self.tty else line, end='' if self.tty else '\n', file=sys.stderr, flush=True)

@@ -1,0 +1,343 @@
+"""Downloads C4 (the English part of allenai/c4) and turns it into token files that train.py reads.
+
+    python prepare_c4.py                                    a small slice: 10 million tokens of the first shard
+    python prepare_c4.py --tokens=2e9                       as many shards as that takes
+    python prepare_c4.py --tokens=0 --shards=0:512          half of all shards; another machine takes 512:1024
+
+Every shard that is downloaded becomes one file, data/c4/train_00000.bin and so on; each document ends with
+<|endoftext|>. Stop it at any moment and run it again: finished shards are kept, the unfinished one is done
+again, and the files come out as if it had never stopped. A file that holds only the beginning of its shard has
+a .cut file beside it, so that asking for more later makes it anew. Every run makes the validation files that
+are missing. Memory does not grow: one shard at a time streams through.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import email.utils
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import requests
+import urllib3
+
+import settings
+from data import Progress, TokenFile, get_tokenizer, read_meta, write_meta
+from settings import UserError
+
+TRAIN_SHARDS, VAL_SHARDS = 1024, 8
+SOURCE = 'C4, en (allenai/c4)'
+BATCH_BYTES = 1 << 18  # text that a process tokenizes at a time; small, so that a slice reads little too much
+
+
+@dataclass
+class Settings:
+    # how much
+    tokens: int = 10_000_000        # training tokens, up to the end of a document; 0 = all of --shards
+    val_tokens: int = 500_000       # validation tokens, likewise; 0 = all of C4's validation set
+    shards: str = '0:1024'          # training shards to take from, first:end; give each machine a range of its own
+    # where
+    base_url: str = 'https://huggingface.co/datasets/allenai/c4/resolve/main/en'  # folder of the shards
+    data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
+    name: str = 'c4'                # the data set's name
+    # how
+    tokenizer: str = 'gpt2'         # gpt2 or bytes
+    processes: int = 0              # processes that tokenize; 0 = one per core, at most 16
+    retries: int = 8                # failures in a row of one download before giving up
+    backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60
+    timeout: float = 30.0           # seconds without a byte that count as a failure
+
+
+def prepare(cfg):
+    """Download and tokenize what is missing of <data_dir>/<name>. Returns the name.
+
+    Raises UserError if a setting is wrong, the server or the tokenizer is out of reach, a shard is damaged,
+    the disk is full, or the folder holds another data set.
+    """
+    folder, shards = os.path.join(cfg.data_dir, cfg.name), parse_range(cfg.shards)
+    for key in 'tokens', 'val_tokens', 'processes', 'retries', 'backoff', 'timeout':
+        if getattr(cfg, key) < 0:
+            raise UserError(f'--{key}={getattr(cfg, key)}: it cannot be negative')
+    made_with = old_meta(folder).get('tokenizer', cfg.tokenizer)
+    if made_with != cfg.tokenizer:
+        raise UserError(f"{folder} was made with the tokenizer '{made_with}': choose another --name, or delete it")
+    for file in os.listdir(folder) if os.path.isdir(folder) else []:
+        if file.endswith('.bin') and not re.fullmatch(r'(train|val)_\d{5}\.bin', file):
+            raise UserError(f'{folder} has {file}, of a data set not made here: choose another --name')
+    workers, server = Workers(cfg), Server(cfg)
+    try:
+        make_split(folder, 'val', range(VAL_SHARDS), cfg.val_tokens or math.inf, server, workers)
+        make_split(folder, 'train', shards, cfg.tokens or math.inf, server, workers)
+        meta = update_meta(folder, workers.tokenizer, complete=True)
+    except OSError as e:
+        raise UserError(f'{e.filename or folder}: {e.strerror}') from None
+    except concurrent.futures.BrokenExecutor:
+        raise UserError('a tokenizing process died, perhaps for lack of memory: try fewer --processes') from None
+    finally:
+        workers.pool.shutdown(cancel_futures=True)
+    train, val = (sum(n for file, n in meta['files'].items() if file.startswith(split)) for split in ('train', 'val'))
+    print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
+    return cfg.name
+
+
+def check_reach(cfg):
+    """Raise UserError unless the server has the first shard and the vocabulary is there: a quick look."""
+    url = f'{cfg.base_url}/{shard_file("train", 0)}'
+    try:
+        status = requests.head(url, timeout=4).status_code  # a redirect is answer enough
+    except OSError as e:  # every error of requests is an OSError
+        raise UserError(f'{url} cannot be reached ({type(e).__name__})') from None
+    if status >= 400:
+        raise UserError(f'{url}: HTTP {status}')
+    get_tokenizer(cfg.tokenizer)
+
+
+def parse_range(text):
+    """range(first, end) from 'first:end'."""
+    match = re.fullmatch(r'(\d+):(\d+)', text)
+    if not match or not int(match[1]) < int(match[2]) <= TRAIN_SHARDS:
+        raise UserError(f"--shards: '{text}' is not first:end with 0 <= first < end <= {TRAIN_SHARDS}")
+    return range(int(match[1]), int(match[2]))
+
+
+def shard_file(split, number):
+    """The name of a shard on the server."""
+    return (f'c4-train.{number:05d}-of-{TRAIN_SHARDS:05d}.json.gz' if split == 'train' else
+            f'c4-validation.{number:05d}-of-{VAL_SHARDS:05d}.json.gz')
+
+# ----------------------------------------------------------------------------- files
+
+def make_split(folder, split, numbers, wanted, server, workers):
+    """Make the token files of one split, shard by shard, until they hold the tokens wanted."""
+    have, progress = 0, None
+    for i, number in enumerate(numbers):
+        if have >= wanted:
+            return
+        path = os.path.join(folder, f'{split}_{number:05d}.bin')
+        there = os.path.getsize(path) // 2 if os.path.exists(path) else 0
+        if there and (there >= wanted - have or not os.path.exists(path + '.cut')):
+            have += there
+            continue
+
+        def fraction(count):  # how far the split is when this shard has given so many tokens
+            return (have + count) / wanted if wanted < math.inf else (i + server.place) / len(numbers)
+
+        def show(count):
+            progress.show(server.megabytes, count, fraction(count), f'{split} {number}: ')
+
+        server.place = 0.0
+        progress = progress or Progress(fraction(0))
+        have += make_shard(path, shard_file(split, number), wanted - have, server, workers, show)
+        update_meta(folder, workers.tokenizer)
+
+
+def make_shard(path, name, wanted, server, workers, show):
+    """Write one token file, up to the document that brings it to the tokens wanted; returns its tokens."""
+    cut = False
+    with TokenFile(path) as out:
+        for tokens in workers.tokenize(name, read_lines(name, server)):
+            ends = np.flatnonzero(tokens == workers.tokenizer.eot_token) + 1
+            last = np.searchsorted(ends, wanted - out.count)  # the first document that reaches it
+            cut = last < len(ends)
+            out.write(tokens[:ends[last]] if cut else tokens)
+            show(out.count)
+            if cut:
+                break
+        if out.count == 0:
+            raise UserError(f'{name} has no documents: check --base_url')
+        # Before the file gets its name: the folder's tokenizer is on record, a part never passes for the whole.
+        update_meta(os.path.dirname(path), workers.tokenizer)
+        if cut:
+            open(path + '.cut', 'w').close()
+    if not cut:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + '.cut')
+    return out.count
+
+
+def old_meta(folder):
+    """The meta.json of the folder, {} if there is none or it is damaged: it can be made anew from the files."""
+    try:
+        return read_meta(folder)
+    except UserError:
+        return {}
+
+
+def update_meta(folder, tokenizer, complete=False):
+    """Write meta.json for the files that are there; complete once any run has done all that it was asked.
+
+    Processes that share the folder write it in any order: each looks again after writing, and whoever
+    writes last has seen the files of all.
+    """
+    while True:
+        old = old_meta(folder)
+        files = {file: os.path.getsize(os.path.join(folder, file)) // 2
+                 for file in os.listdir(folder) if file.endswith('.bin')}
+        if old.get('files') == files and old['complete'] >= complete:
+            return old
+        write_meta(folder, tokenizer, SOURCE, complete or old.get('complete', False), files)
+
+# ----------------------------------------------------------------------------- tokenizing
+
+class Workers:
+    """Processes that tokenize JSON lines."""
+
+    def __init__(self, cfg):
+        self.tokenizer = get_tokenizer(cfg.tokenizer)
+        self.count = cfg.processes or min(os.cpu_count(), 16)
+        self.pool = concurrent.futures.ProcessPoolExecutor(self.count, multiprocessing.get_context('spawn'),
+                                                           start_worker, (cfg.tokenizer,))
+
+    def tokenize(self, name, lines):
+        """Tokens of the lines, in their order, an array for each batch of lines.
+
+        At most two batches for each process are under way, so that neither memory nor what is read too much
+        for a slice grows with the shard. (The pool's own map would read the whole shard first.)
+        """
+        pending = collections.deque()
+        batch, size, first = [], 0, 1
+        for line in lines:
+            batch.append(line)
+            size += len(line)
+            if size >= BATCH_BYTES:
+                pending.append(self.pool.submit(encode_lines, name, first, batch))
+                batch, size, first = [], 0, first + len(batch)
+                if len(pending) >= 2 * self.count:
+                    yield pending.popleft().result()
+        if batch:
+            pending.append(self.pool.submit(encode_lines, name, first, batch))
+        while pending:
+            yield pending.popleft().result()
+
+
+def start_worker(tokenizer_name):
+    """Begin a tokenizing process: Ctrl-C is its parent's to handle, and when the parent is gone, so is it."""
+    global worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    worker_tokenizer = get_tokenizer(tokenizer_name)
+
+
+def encode_lines(name, first, lines):
+    """The tokens of some JSON lines, as one uint16 array; first is the number of the first line."""
+    tokens = []
+    for number, line in enumerate(lines, first):
+        try:
+            tokens += worker_tokenizer.encode_ordinary(json.loads(line)['text'])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f'{name}, line {number}: no JSON with a "text", the file on the server is damaged') from None
+        tokens.append(worker_tokenizer.eot_token)
+    return np.array(tokens, np.uint16)
+
+# ----------------------------------------------------------------------------- downloading
+
+def read_lines(name, server):
+    """The lines of a gzip file on the server, decompressed as it arrives."""
+    gunzip, rest, count = None, b'', 0
+    try:
+        for chunk in server.read(name):
+            while chunk:
+                gunzip = gunzip or zlib.decompressobj(wbits=31)  # 31: gzip
+                rest += gunzip.decompress(chunk)
+                chunk = gunzip.unused_data
+                if gunzip.eof:  # a gzip file may have several members, one after the other
+                    gunzip = None
+            *lines, rest = rest.split(b'\n')
+            count += len(lines)
+            yield from lines
+    except zlib.error as e:
+        raise UserError(f'{name}: bad gzip after line {count} ({e}): the file on the server is damaged') from None
+    if gunzip:
+        raise UserError(f'{name}: gzip ends in the middle, after line {count}: the file on the server is damaged')
+    if rest:
+        yield rest
+
+
+class Server:
+    """Downloads that go on after failures."""
+
+    def __init__(self, cfg):
+        self.cfg, self.session = cfg, requests.Session()
+        self.answered = False  # whether anything ever came back
+        self.megabytes = 0.0   # received, of all files
+        self.place = 0.0       # how far the current file is, 0 to 1
+
+    def read(self, name):
+        """The bytes of the file <base_url>/<name>, in chunks.
+
+        A connection that fails or is cut is resumed where it was, with a Range request; HTTP 429 and 5xx are
+        tried again. Each waits longer than the one before, and as long as Retry-After says. Raises UserError
+        for other HTTP errors, for more than --retries failures in a row, and at once if the server never answered.
+        """
+        url, got, size, failures = f'{self.cfg.base_url}/{name}', 0, None, 0
+        while True:
+            wait = 0.0
+            try:
+                headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={got}-'} if got else {})
+                with self.session.get(url, headers=headers, stream=True, timeout=(5, self.cfg.timeout)) as answer:
+                    self.answered = True
+                    if answer.status_code == 429 or answer.status_code >= 500:
+                        wait = retry_after(answer.headers.get('Retry-After', ''))
+                        raise requests.HTTPError(f'HTTP {answer.status_code}')
+                    begin, size = place_of(answer, got, size)
+                    skip = got - begin  # a server that does not know Range sends all of it again
+                    for chunk in answer.raw.stream(1 << 18, decode_content=False):
+                        fresh, skip = chunk[skip:], max(0, skip - len(chunk))
+                        if fresh:
+                            got, failures = got + len(fresh), 0
+                            self.megabytes += len(fresh) / 1e6
+                            self.place = got / size if size else 0.0
+                            yield fresh
+                if size in (None, got):  # sent without a length, None: the end of gzip tells whether it was all
+                    return
+                problem = 'the connection ended early'
+            except (OSError, urllib3.exceptions.HTTPError) as e:  # every error of requests is an OSError
+                problem = str(e) if isinstance(e, requests.HTTPError) else f'connection failed ({type(e).__name__})'
+                if not self.answered:
+                    raise UserError(f'{url}: {problem}: check the network and --base_url') from None
+            failures += 1
+            where = f'{name}: {problem} at byte {got:,} of {size or "?"}'
+            if failures > self.cfg.retries:
+                raise UserError(f'{where}, {failures} times in a row: run it again later, it continues')
+            wait = max(wait, min(60.0, self.cfg.backoff * 2 ** (failures - 1)) * random.uniform(0.75, 1))
+            print(f'{where}, trying again in {wait:.1f} s', file=sys.stderr)
+            time.sleep(wait)
+
+
+def place_of(answer, got, size):
+    """(first byte, size of the whole file or None) of an HTTP answer; UserError if it is not what was asked for."""
+    if answer.status_code == 206:
+        match = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', answer.headers.get('Content-Range', ''))
+        begin, total = map(int, match.groups()) if match else (None, None)
+    elif answer.status_code == 200:
+        begin, total = 0, answer.headers.get('Content-Length')
+        total = int(total) if total else None
+    else:
+        raise UserError(f'{answer.url}: HTTP {answer.status_code}: check --base_url')
+    if begin not in (0, got):
+        raise UserError(f'{answer.url}: asked for bytes from {got}, the server sent others: it cannot resume')
+    if size not in (None, total):
+        raise UserError(f'{answer.url}: {size} bytes before, now {total}: it changed on the server, run again')
+    return begin, total
+
+
+def retry_after(text):
+    """Seconds that the header Retry-After asks to wait: a number or a date; 0 for neither."""
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, float(text) if text.strip().isdigit() else
+                   email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
+
+
+if __name__ == '__main__':
+    settings.run(lambda: prepare(settings.parse(Settings)))
