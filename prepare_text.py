@@ -130,7 +130,9 @@ def read_blocks(path, begin, end):
     """The bytes from begin to end as text, in blocks of whole lines of about 1 MB, whatever the file's size."""
     with open(path, 'rb') as f:
         f.seek(begin)
-        while begin < end and (block := b''.join(f.readlines(min(1 << 20, end - begin)))):
+        while begin < end and (block := f.read(min(1 << 20, end - begin))):
+            if begin + len(block) < end:
+                block += f.readline()  # up to the end of the line, so that no character is cut
             begin += len(block)
             yield block.decode()
 
