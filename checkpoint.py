@@ -1,0 +1,92 @@
+"""Where a model runs, and how it is kept: the one place that picks a device, saves and loads checkpoints.
+
+A checkpoint is a dictionary of plain values and tensors, <out_dir>/ckpt.pt:
+
+    model, optimizer, scaler    state dicts
+    model_args                  the fields of GPTConfig
+    config                      every setting of the run
+    iter_num, val_loss          steps done; validation loss at the last evaluation, None before the first
+    val_iter                    the step of that evaluation
+    dataset, tokenizer          names; what the model was trained on, and what turns its tokens into text
+"""
+import contextlib
+import dataclasses
+import os
+import pickle
+
+import torch
+
+from model import GPT, GPTConfig
+from settings import UserError
+
+
+def pick_device(name='auto'):
+    """'auto' is cuda, then mps, then cpu. Raises UserError for a device that is not there."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f'device {name!r} cannot be used here: {str(e).splitlines()[0]}') from None
+    return name
+
+
+def pick_dtype(name, device):
+    """'auto' is bfloat16 on a GPU that has it, float16 on one that has not, and float32 elsewhere."""
+    if name == 'auto':
+        name = 'float32' if 'cuda' not in device else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    if name not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f"dtype {name!r}: it is 'auto', 'float32', 'bfloat16' or 'float16'")
+    return name
+
+
+def autocast(device, dtype):
+    """The context in which a model runs in dtype; float32 needs none."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=torch.device(device).type, dtype=getattr(torch, dtype))
+
+
+def save(out_dir, checkpoint):
+    """Write <out_dir>/ckpt.pt beside and rename it, so that a kill at any moment leaves a whole one."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    with open(path + '.tmp', 'wb') as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def load(out_dir, device='cpu'):
+    """The checkpoint of out_dir as a dictionary. Raises UserError if it is missing or is none of ours."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    if not os.path.isfile(path):
+        raise UserError(f'{path} does not exist: train first, or give another --out_dir')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint['model'], checkpoint['model_args']
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f'{path} is not a checkpoint of train.py, or is damaged ({type(e).__name__})') from None
+    return checkpoint
+
+
+def build(checkpoint, **changes):
+    """The model of a checkpoint. changes: fields of GPTConfig to set otherwise (kernel, dropout)."""
+    args = {**checkpoint['model_args'], **changes}
+    try:
+        unknown = set(args) - {f.name for f in dataclasses.fields(GPTConfig)}
+        if unknown:
+            raise ValueError(f'it has {sorted(unknown)[0]}, which this version of model.py does not know')
+        model = GPT(GPTConfig(**args))
+        # torch.compile prefixes the names of the parameters
+        state = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError, TypeError) as e:
+        raise UserError(f'the checkpoint does not fit model.py: {" ".join(str(e).split())[:300]}') from None
+    return model
+
+
+def load_model(out_dir, device='cpu'):
+    """The trained model of out_dir, ready to use on the device, and its checkpoint."""
+    checkpoint = load(out_dir, device)
+    return build(checkpoint).to(device).eval(), checkpoint

@@ -1,0 +1,6 @@
+# Selective attention with the memory loss, for pruning harder.
+from config.small import *
+
+out_dir = 'out/selective_small_mem'
+selective = True
+memory_loss = 0.1
