@@ -84,7 +84,7 @@ def prepare(cfg):
     except concurrent.futures.BrokenExecutor:
         raise UserError('a tokenizing process died, perhaps for lack of memory: try fewer --processes') from None
     finally:
-        workers.pool.shutdown(cancel_futures=True)
+        workers.close()
     train, val = (sum(n for file, n in meta['files'].items() if file.startswith(split)) for split in ('train', 'val'))
     print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
     return cfg.name
@@ -219,6 +219,10 @@ class Workers:
         while pending:
             yield pending.popleft().result()
 
+    def close(self):
+        """End the processes."""
+        self.pool.shutdown(cancel_futures=True)
+
 
 def start_worker(tokenizer_name):
     """Begin a tokenizing process: Ctrl-C is its parent's to handle, and when the parent is gone, so is it."""
@@ -235,7 +239,7 @@ def encode_lines(name, first, lines):
         try:
             tokens += worker_tokenizer.encode_ordinary(json.loads(line)['text'])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f'{name}, line {number}: no JSON with a "text", the file on the server is damaged') from None
+            raise UserError(f'{name}, line {number}: no JSON with a "text", the server has a damaged file') from None
         tokens.append(worker_tokenizer.eot_token)
     return np.array(tokens, np.uint16)
 
@@ -256,9 +260,9 @@ def read_lines(name, server):
             count += len(lines)
             yield from lines
     except zlib.error as e:
-        raise UserError(f'{name}: bad gzip after line {count} ({e}): the file on the server is damaged') from None
+        raise UserError(f'{name}: bad gzip after line {count} ({e}): the server has a damaged file') from None
     if gunzip:
-        raise UserError(f'{name}: gzip ends in the middle, after line {count}: the file on the server is damaged')
+        raise UserError(f'{name}: gzip ends in the middle, after line {count}: the server has a damaged file')
     if rest:
         yield rest
 
