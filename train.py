@@ -229,7 +229,7 @@ def main():
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
-    started, first_iter = time.time(), iter_num
+    started, eval_seconds = time.time(), 0.0
     logged_at, logged_iter = started, iter_num
     saved_iter = iter_num if iter_num else None
     while True:
@@ -245,7 +245,8 @@ def main():
                 log.write(iter=iter_num, val_loss=val_loss, **({'memory': memory} if cfg.selective else {}))
             save()
             saved_iter = iter_num
-            logged_at += time.time() - paused               # tokens/s is that of training alone
+            eval_seconds = time.time() - paused
+            logged_at += eval_seconds                       # tokens/s is that of training alone
         if iter_num == cfg.max_iters:
             break
 
@@ -280,7 +281,7 @@ def main():
         if iter_num % cfg.log_interval == 0 and master:
             now, steps = time.time(), iter_num + 1 - logged_iter
             rate = steps * tokens_per_step / (now - logged_at)
-            left = (now - started) / (iter_num + 1 - first_iter) * (cfg.max_iters - iter_num - 1)
+            left = (cfg.max_iters - iter_num - 1) * (tokens_per_step / rate + eval_seconds / cfg.eval_interval)
             extra = {'memory': memory} if cfg.memory_loss else {}
             if cuda:
                 extra['mfu'] = rate / world * raw_model.flops_per_token() / peak_flops()
