@@ -354,9 +354,9 @@ def test_pruned_attention_against_the_rules(K, rows, policy, selective):
         t += R
         for b in range(B):
             assert sorted(j for j in cache.j[b].tolist() if j != m.EMPTY) == held[b][t - 1]
-    if policy == 'selective' and K == 5:        # the test would be idle if F kept just the newest
-        assert held[0][-1] == [0, 7, 16, 25, 39]
-        assert held[1][-1] == [0, 36, 37, 38, 39]
+    if policy == 'selective' and K == 11:       # what nobody masks stays; without votes the newest stay
+        assert {0, 7, 16, 25} < set(held[0][-1])
+        assert held[1][-1] == [0, *range(30, 40)]
 
 
 @pytest.mark.parametrize('selective, ssa', FLAGS)
