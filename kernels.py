@@ -12,17 +12,17 @@ def can_run(q, dropout):
     return q.device.type == 'cpu' and q.dtype in (torch.float32, torch.float64) and dropout == 0
 
 
-def selective_attention(q, k, v, tau=None, block=None):
+def selective_attention(q, k, v, tau=None, block=None, scale=None):
     """As `model.selective_attention`: q, k, v (B, H, T, D) -> y (B, H, T, D), memory requirement (B, T) or None."""
     block = block or (64 if q.size(2) <= 1024 else 128)
-    y, M = _SelectiveAttention.apply(q, k, v, tau, block)
+    y, M = _SelectiveAttention.apply(q, k, v, tau, block, scale)
     return y, M if tau is not None else None
 
 
 class _SelectiveAttention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, q, k, v, tau, block):
+    def forward(ctx, q, k, v, tau, block, scale):
         B, H, T, D = q.shape
         q, k, v = (q * D**-0.5).contiguous(), k.contiguous(), v.contiguous()
         q3, k3, v3 = (t.view(B * H, T, D) for t in (q, k, v))   # bmm wants three dimensions
@@ -34,27 +34,28 @@ class _SelectiveAttention(torch.autograd.Function):
         buffer = q.new_empty(B * H * block * T)
         for n, (a, b) in enumerate(blocks):
             boundaries[n] = F
-            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], F[:, :b], a, buffer)
+            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], F[:, :b], a, buffer, scale)
             y.view(B * H, T, D)[:, a:b] = torch.bmm(P, v3[:, :b])
             if tau is not None:
                 M[:, a:b] = torch.arange(a, b) - F_rows.clamp(max=tau).sum(dim=2) / tau
-            F[:, :b] = F_rows[:, -1] + S[:, -1]
-        ctx.save_for_backward(q, k, v, boundaries)
+            F[:, :b] = F_rows[:, -1] + (S[:, -1] if scale is None else S[:, -1] * scale)
+        ctx.save_for_backward(q, k, v, boundaries, scale)
         ctx.tau, ctx.block = tau, block
         return y, M
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dM):
-        q, k, v, boundaries = ctx.saved_tensors
+        q, k, v, boundaries, scale = ctx.saved_tensors
         B, H, T, D = q.shape
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         q3, k3, v3, dy3, dq3, dk3, dv3 = (t.view(B * H, T, D) for t in (q, k, v, dy.contiguous(), dq, dk, dv))
         # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
         G = q.new_zeros(B, T)
+        dscale = torch.zeros_like(scale) if scale is not None else None
         buffers = q.new_empty(2, B * H * ctx.block * T)
         for n, (a, b) in reversed(list(enumerate(_blocks(T, ctx.block)))):
-            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], boundaries[n, :, :b], a, buffers[0])
+            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], boundaries[n, :, :b], a, buffers[0], scale)
             dy_rows = dy3[:, a:b]
             dv3[:, :b].baddbmm_(P.transpose(1, 2), dy_rows)
             dL = _view(buffers[1], P.shape)
@@ -68,10 +69,13 @@ class _SelectiveAttention(torch.autograd.Function):
             sums = dF.cumsum(dim=1)
             G[:, :b] += sums[:, -1]
             dS = G[:, None, :b] - sums
+            if scale is not None:                                                   # so far dS is that of scale * S
+                dscale += (dS * S).sum()
+                dS.mul_(scale)
             dL_heads[:, 0] += dS.mul_(S > 0)
             dq3[:, a:b] = torch.bmm(dL, k3[:, :b])
             dk3[:, :b].baddbmm_(dL.transpose(1, 2), q3[:, a:b])
-        return dq.mul_(D**-0.5), dk, dv, None, None
+        return dq.mul_(D**-0.5), dk, dv, None, None, dscale
 
 
 def _blocks(T, block):
@@ -82,10 +86,10 @@ def _view(buffer, shape):
     return buffer[:shape.numel()].view(shape)
 
 
-def _probabilities(q, k, F, a, buffer):
+def _probabilities(q, k, F, a, buffer, scale):
     """The rows from a on: q (B*H, R, D) scaled, k (B*H, a+R, D), F (B, a+R) as it enters them.
 
-    Returns P (B*H, R, a+R), which lies in the buffer, and S and F of each row, (B, R, a+R).
+    Returns P (B*H, R, a+R), which lies in the buffer, and S (unscaled) and F of each row, (B, R, a+R).
     """
     P = _view(buffer, torch.Size((q.size(0), q.size(1), k.size(1))))
     torch.bmm(q, k.transpose(1, 2), out=P)                      # L, the logits
@@ -93,7 +97,10 @@ def _probabilities(q, k, F, a, buffer):
     S = L[:, 0].clamp(min=0)
     S[:, :, 0] = 0                                              # token 0 is never masked
     S[:, :, a:].tril_(-1)                                       # the diagonal block: no vote on itself or the future
-    F_rows = S.cumsum(dim=1).sub_(S).add_(F[:, None])
+    F_rows = S.cumsum(dim=1).sub_(S)
+    if scale is not None:
+        F_rows.mul_(scale)
+    F_rows.add_(F[:, None])
     L.sub_(F_rows[:, None])
     future = torch.full((q.size(1), q.size(1)), float('-inf'), dtype=q.dtype).triu_(1)
     L[..., a:].add_(future)

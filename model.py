@@ -29,8 +29,10 @@ class GPTConfig:
     dropout: float = 0.0            # probability; 0 for pre-training, 0.1 and up for fine-tuning
     bias: bool = False              # biases in linear layers and layer norms, as GPT-2 has them
     selective: bool = False         # selective attention (2410.02703): tokens mask earlier tokens
+    vote_scale: bool = False        # selective: a learned factor on each layer's votes, from 0; for a trained model
     ssa: str = ''                   # SSA (2411.12892): which of q, k, v get a temperature; 'qv' is the paper's
     ssa_sharing: bool = True        # temperatures read the activations of q, k, v; False: a hidden layer of their own
+    gelu: str = 'none'              # GELU of the MLP: 'none', exact, or 'tanh', the approximation that GPT-2 has
     kernel: str = 'auto'            # selective attention in training: 'auto' or 'rows' (the plain code in model.py)
 
 
@@ -38,13 +40,14 @@ class GPTConfig:
 # Selective attention, 2410.02703 section 3
 
 
-def attend(q, k, v, F, i, j, budget=None, policy='selective', dropout=0.0):
+def attend(q, k, v, F, i, j, budget=None, policy='selective', dropout=0.0, scale=None):
     """One block of rows: the attention core of training, prefill (many rows) and decoding (one row).
 
     q (B, H, R, D): queries of the tokens at positions i (R,).
     k, v (B, H, N, D): keys and values of the tokens at positions j (B or 1, N); those after a row are hidden from it.
     F (B, N): how much the rows before this block have masked each column, in float32; None: standard attention.
     budget: how many tokens a row may look at, by the rules of context pruning (see `forget`); None: all.
+    scale: a factor on the votes, a scalar tensor; None: 1, as the paper has it.
 
     Returns y (B, H, R, D); F for each row and, last, for the row after the block (B, R+1, N), or None; and
     which columns are hidden from each row (B or 1, R, N).
@@ -54,6 +57,7 @@ def attend(q, k, v, F, i, j, budget=None, policy='selective', dropout=0.0):
     if F is not None:
         # S[i,j] = max(0, L[0,i,j]): row i votes to mask column j. Nobody votes on itself, the future or token 0.
         S = L[:, 0].to(F.dtype).relu() * ((j[:, None, :] < i[:, None]) & (j[:, None, :] > 0))       # (B, R, N)
+        S = S if scale is None else S * scale.to(S.dtype)
         # F[i,j] = sum of S[k,j] over k < i. A row's own vote acts only on later rows, hence R+1 sums from R votes.
         F = torch.cat([F[:, None], S], dim=1).cumsum(dim=1)     # (B, R+1, N)
     if budget is not None:
@@ -65,11 +69,12 @@ def attend(q, k, v, F, i, j, budget=None, policy='selective', dropout=0.0):
     return P.to(v.dtype) @ v, F, hidden
 
 
-def selective_attention(q, k, v, dropout=0.0, tau=None, block=128):
+def selective_attention(q, k, v, dropout=0.0, tau=None, block=128, scale=None):
     """Causal selective attention in blocks of rows: F is a state of T numbers that is carried down the rows.
 
     No T x T tensor is built, and blocks end at the diagonal, so the upper triangle is never computed.
-    q, k, v (B, H, T, D). Returns y (B, H, T, D) and, where tau is given, the memory requirement (B, T), else None.
+    q, k, v (B, H, T, D); scale: see `attend`. Returns y (B, H, T, D) and, where tau is given, the memory requirement
+    (B, T), else None.
     """
     B, _, T, _ = q.shape
     positions = torch.arange(T, device=q.device)
@@ -79,7 +84,7 @@ def selective_attention(q, k, v, dropout=0.0, tau=None, block=128):
         b = min(a + block, T)
         F = fn.pad(F, (0, b - a))                               # (B, b) nobody has voted on the new columns yet
         y, F, _ = attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], F, positions[a:b], positions[None, :b],
-                         dropout=dropout)
+                         dropout=dropout, scale=scale)
         ys.append(y)
         if tau is not None:
             Ms.append(memory_requirement(F[:, :-1], positions[a:b], tau))
@@ -142,15 +147,15 @@ class LayerCache:
         self.j = torch.full((B, K), EMPTY, device=device)
         self.K, self.policy = K, policy
 
-    def attend(self, q, k, v, i, seen, selective):
+    def attend(self, q, k, v, i, seen, selective, scale=None):
         """Rows at positions i (R,), after `seen` tokens: make room, store, attend, vote (2410.02703 section 5).
 
         q, k, v (B, H, R, D) of the new tokens. Returns y (B, H, R, D).
         """
         step = self._decode if q.size(2) == 1 else self._prefill
-        return step(q, k, v, i, seen, selective)
+        return step(q, k, v, i, seen, selective, scale)
 
-    def _decode(self, q, k, v, i, seen, selective):
+    def _decode(self, q, k, v, i, seen, selective, scale):
         # One row. Fixed shapes and no look at a value from the host, so that a step can be captured as a CUDA graph.
         score = drop_score(self.F[:, None], i, self.j, self.policy)[:, 0]
         score = score.masked_fill(self.j == EMPTY, math.inf)    # an empty slot goes first
@@ -161,12 +166,12 @@ class LayerCache:
         self.v[rows, :, slot] = v[:, :, 0].to(self.v.dtype)
         self.F[rows, slot] = 0.0
         self.j[rows, slot] = i
-        y, F, _ = attend(q, self.k, self.v, self.F if selective else None, i, self.j)
+        y, F, _ = attend(q, self.k, self.v, self.F if selective else None, i, self.j, scale=scale)
         if selective:
             self.F.copy_(F[:, -1])
         return y
 
-    def _prefill(self, q, k, v, i, seen, selective):
+    def _prefill(self, q, k, v, i, seen, selective, scale):
         # A block of R rows over what is remembered and the block itself: n + R columns, in the order of age.
         B, R, n = q.size(0), q.size(2), min(seen, self.K)
         age = self.j[:, :n].argsort(dim=1)                      # decoding fills slots in any order
@@ -174,7 +179,7 @@ class LayerCache:
         v = torch.cat([_take(self.v, age), v.to(self.v.dtype)], dim=2)
         j = torch.cat([self.j.gather(1, age), i.expand(B, R)], dim=1)           # (B, n+R)
         F = fn.pad(self.F.gather(1, age), (0, R))                               # (B, n+R)
-        y, F, hidden = attend(q, k, v, F if selective else None, i, j, budget=self.K, policy=self.policy)
+        y, F, hidden = attend(q, k, v, F if selective else None, i, j, self.K, self.policy, scale=scale)
         m = min(n + R, self.K)                                  # as many are left in every sequence
         left = hidden[:, -1].int().argsort(dim=1, stable=True)[:, :m]           # (B, m) still in the order of age
         self.k[:, :, :m], self.v[:, :, :m] = _take(k, left), _take(v, left)
@@ -279,6 +284,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # q, k, v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.ssa = nn.ModuleDict({name: Temperature(config, position_aware=name == 'q') for name in config.ssa})
+        self.vote_scale = nn.Parameter(torch.zeros(())) if config.vote_scale else None
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, i, cache=None, seen=0, memory_tau=None):
@@ -293,13 +299,13 @@ class CausalSelfAttention(nn.Module):
 
         dropout, M = self.config.dropout if self.training else 0.0, None
         if cache is not None:
-            y = cache.attend(q, k, v, i, seen, self.config.selective)
+            y = cache.attend(q, k, v, i, seen, self.config.selective, self.vote_scale)
         elif not self.config.selective:
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         elif self.config.kernel == 'auto' and kernels.can_run(q, dropout):
-            y, M = kernels.selective_attention(q, k, v, memory_tau)
+            y, M = kernels.selective_attention(q, k, v, memory_tau, scale=self.vote_scale)
         else:
-            y, M = selective_attention(q, k, v, dropout, memory_tau)
+            y, M = selective_attention(q, k, v, dropout, memory_tau, scale=self.vote_scale)
         y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
         return self.resid_dropout(self.c_proj(y)), M
 
@@ -311,9 +317,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.gelu = config.gelu
 
     def forward(self, x):
-        return self.dropout(self.c_proj(fn.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(fn.gelu(self.c_fc(x), approximate=self.gelu)))
 
 
 class Block(nn.Module):
@@ -470,5 +477,9 @@ def check_config(c):
         raise ValueError(f'dropout {c.dropout} is not a probability below 1')
     if set(c.ssa) - set('qkv') or len(set(c.ssa)) < len(c.ssa):
         raise ValueError(f"ssa {c.ssa!r}: letters of 'qkv', each at most once")
+    if c.vote_scale and not c.selective:
+        raise ValueError('vote_scale needs selective=True: there are no votes to scale')
+    if c.gelu not in ('none', 'tanh'):
+        raise ValueError(f"gelu {c.gelu!r}: it is 'none' or 'tanh'")
     if c.kernel not in ('auto', 'rows'):
         raise ValueError(f"kernel {c.kernel!r}: it is 'auto' or 'rows'")
