@@ -125,7 +125,8 @@ def test_many_files_are_one(tmp_path):
     many = make(tmp_path / 'many', {'train_00002.bin': range(101, 200), 'train_00000.bin': range(100),
                                     'train_00001.bin': [100], 'val.bin': range(9)})
     for i in range(20):
-        assert torch.equal(one.batch('train', i, 4, 120)[1], many.batch('train', i, 4, 120)[1])
+        for block_size in 3, 120, 198:
+            assert torch.equal(one.batch('train', i, 4, block_size)[1], many.batch('train', i, 4, block_size)[1])
 
 
 def test_files_of_other_machines_are_read_too(tmp_path):
