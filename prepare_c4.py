@@ -119,26 +119,23 @@ def shard_file(split, number):
 
 def make_split(folder, split, numbers, wanted, server, workers):
     """Make the token files of one split, shard by shard, until they hold the tokens wanted."""
-    have, progress = 0, None
-    for i, number in enumerate(numbers):
-        if have >= wanted:
-            return
-        path = os.path.join(folder, f'{split}_{number:05d}.bin')
-        there = os.path.getsize(path) // 2 if os.path.exists(path) else 0
-        if there and (there >= wanted - have or not os.path.exists(path + '.cut')):
-            have += there
-            continue
+    have = 0
+    with Progress() as progress:
+        for i, number in enumerate(numbers):
+            if have >= wanted:
+                return
+            path = os.path.join(folder, f'{split}_{number:05d}.bin')
+            there = os.path.getsize(path) // 2 if os.path.exists(path) else 0
+            if there and (there >= wanted - have or not os.path.exists(path + '.cut')):
+                have += there
+                continue
 
-        def fraction(count):  # how far the split is when this shard has given so many tokens
-            return (have + count) / wanted if wanted < math.inf else (i + server.place) / len(numbers)
+            def show(count):
+                fraction = (have + count) / wanted if wanted < math.inf else (i + server.place) / len(numbers)
+                progress.show(server.megabytes, have + count, fraction, f'{split} {number}: ')
 
-        def show(count):
-            progress.show(server.megabytes, count, fraction(count), f'{split} {number}: ')
-
-        server.place = 0.0
-        progress = progress or Progress(fraction(0))
-        have += make_shard(path, shard_file(split, number), wanted - have, server, workers, show)
-        update_meta(folder, workers.tokenizer)
+            have += make_shard(path, shard_file(split, number), wanted - have, server, workers, show)
+            update_meta(folder, workers.tokenizer)
 
 
 def make_shard(path, name, wanted, server, workers, show):
@@ -284,6 +281,7 @@ class Server:
         for other HTTP errors, for more than --retries failures in a row, and at once if the server never answered.
         """
         url, got, size, failures = f'{self.cfg.base_url}/{name}', 0, None, 0
+        self.place = 0.0
         while True:
             wait = 0.0
             try:

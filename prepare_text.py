@@ -50,9 +50,9 @@ def prepare(cfg):
     try:
         documents = list_documents(paths, ext) if paths else stdlib_documents()
         pieces = split_documents(documents, source)
-        progress, total = Progress(), sum(end - begin for _, begin, end, _ in pieces)
-        done = skipped = 0
-        with TokenFile(os.path.join(folder, 'train.bin')) as train, TokenFile(os.path.join(folder, 'val.bin')) as val:
+        total, done, skipped = sum(end - begin for _, begin, end, _ in pieces), 0, 0
+        train, val = (TokenFile(os.path.join(folder, f'{split}.bin')) for split in ('train', 'val'))
+        with train, val, Progress() as progress:
             for path, begin, end, is_val in pieces:
                 out = val if is_val else train
                 if is_text(path):
