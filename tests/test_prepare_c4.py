@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+import requests
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -286,6 +287,19 @@ def test_cut_connection_goes_on(server, tmp_path, ranges):
     assert good(prepare(server, tmp_path, retries=1))  # 1: progress in between starts the count anew
     asked = [r for name, r in server.requests if name == NAME]
     assert asked == [None, f'bytes={size // 3}-', f'bytes={size // 3 * 2 if ranges else size // 2}-']
+
+
+def test_short_body_is_noticed_by_its_length(server, tmp_path, monkeypatch):
+    """Also where urllib3 does not count, as its first version."""
+    real = requests.Session.get
+
+    def get(*args, **more):
+        answer = real(*args, **more)
+        answer.raw.enforce_content_length = False
+        return answer
+    monkeypatch.setattr(requests.Session, 'get', get)
+    server.faults[NAME] = [fault(send=5000)]
+    assert good(prepare(server, tmp_path))
 
 
 def test_connection_that_stalls_goes_on(server, tmp_path):
