@@ -10,14 +10,13 @@ files give the same split on every machine. A single file is cut at a line: its 
 Without an argument the text is the .py sources of Python's own standard library (without its tests), in bytes.
 """
 import contextlib
-import glob
 import hashlib
 import os
 import sysconfig
 from dataclasses import dataclass, field
 
 import settings
-from data import Progress, TokenFile, get_tokenizer, write_meta
+from data import Progress, TokenFile, get_tokenizer, output_folder, write_meta
 from settings import UserError
 
 VAL_ONE_IN = 30
@@ -40,11 +39,7 @@ def prepare(cfg):
     """
     paths, ext = cfg.paths, tuple(e for e in cfg.ext.split(',') if e)
     name = cfg.name or (os.path.splitext(os.path.basename(os.path.abspath(paths[0])))[0] if paths else 'stdlib')
-    folder = os.path.join(cfg.data_dir, name)
-    if name in ('', '.', '..') or os.path.basename(name) != name:
-        raise UserError(f"--name: '{name}' cannot name a folder of {cfg.data_dir}/")
-    if others := set(glob.glob('*.bin', root_dir=folder)) - {'train.bin', 'val.bin'}:
-        raise UserError(f'{folder} has {sorted(others)[0]}, of a data set not made here: choose another --name')
+    folder = output_folder(cfg.data_dir, name, r'(train|val)\.bin')
     tokenizer = get_tokenizer(cfg.tokenizer or ('gpt2' if paths else 'bytes'))
     source = ', '.join(paths) or f'standard library of Python {sysconfig.get_python_version()}'
     try:

@@ -374,7 +374,7 @@ def test_no_server_is_one_line_at_once(server, tmp_path):
 
 @pytest.mark.parametrize('changes, message', [
     ({'shards': '3'}, '--shards'), ({'shards': '3:3'}, '--shards'), ({'shards': '0:1025'}, '--shards'),
-    ({'tokens': -1}, '--tokens=-1'), ({'tokenizer': 'gpt3'}, "'gpt3' is unknown"),
+    ({'tokens': -1}, '--tokens=-1'), ({'timeout': 0.0}, '--timeout=0'), ({'name': ''}, '--name'), ({'tokenizer': 'gpt3'}, "'gpt3' is unknown"),
 ])
 def test_bad_settings(server, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
