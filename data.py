@@ -12,6 +12,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import secrets
 import sys
 import threading
@@ -193,6 +194,21 @@ def auto_dataset(root='data'):
 
 # ----------------------------------------------------------------------------- writing
 
+def output_folder(root, name, pattern):
+    """root/<name>, into which a prepare script writes .bin files with names like pattern (a regular expression).
+
+    Raises UserError for a name that is not a folder's, or a folder with .bin files of the other script, because
+    training would read them all as one data set.
+    """
+    if name in ('', '.', '..') or os.path.basename(name) != name:
+        raise UserError(f"--name: '{name}' cannot name a folder in {root}/")
+    folder = os.path.join(root, name)
+    for file in sorted(glob.glob('*.bin', root_dir=folder)):
+        if not re.fullmatch(pattern, file):
+            raise UserError(f'{folder} has {file}, of a data set not made here: choose another --name')
+    return folder
+
+
 class TokenFile:
     """Writes one .bin file, beside and renamed, so that a file under its own name is always whole.
 
@@ -244,22 +260,35 @@ def write_meta(path, tokenizer, source, complete, files):
 
 
 class Progress:
-    """One line that says how far a script is: redrawn on a terminal, else printed every 10 seconds."""
+    """One line that says how far a script is: redrawn on a terminal, else printed every 10 seconds.
 
-    def __init__(self, fraction=0.0):
-        """fraction of the work that was done before, which says nothing about the time left."""
-        self.start = self.shown = time.time()
-        self.before = fraction
-        self.tty = sys.stderr.isatty()
+        with Progress() as progress:
+            progress.show(...)
+    """
+
+    def __init__(self):
+        self.first, self.shown, self.tty = None, 0.0, sys.stderr.isatty()
 
     def show(self, megabytes, tokens, fraction, label=''):
-        """megabytes read and tokens written since the start; fraction of the work done, 0 to 1."""
+        """megabytes read and tokens written so far; fraction of the work done, 0 to 1.
+
+        Speed and time left count from the first call, so what an earlier run did does not flatter them.
+        """
         now = time.time()
+        if self.first is None:
+            self.first, self.shown = (now, megabytes, fraction), now
         if now - self.shown < (0.2 if self.tty else 10):
             return
         self.shown = now
-        seconds = now - self.start
-        left = int(seconds * max(0, 1 - fraction) / (fraction - self.before)) if fraction > self.before else 0
-        line = (f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s, {tokens:,} tokens, '
+        seconds, read, done = now - self.first[0], megabytes - self.first[1], fraction - self.first[2]
+        left = int(seconds * max(0, 1 - fraction) / done) if done > 0 else 0
+        line = (f'{label}{megabytes:.1f} MB, {read / seconds:.1f} MB/s, {tokens:,} tokens, '
                 f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
-        print('\r' + line.ljust(78) if self.tty else line, end='' if self.tty else '\n', file=sys.stderr, flush=True)
+        print(line.ljust(78) if self.tty else line, end='\r' if self.tty else '\n', file=sys.stderr, flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.tty:  # what is printed next starts on an empty line
+            print(' ' * 78, end='\r', file=sys.stderr, flush=True)

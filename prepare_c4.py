@@ -32,7 +32,7 @@ import requests
 import urllib3
 
 import settings
-from data import Progress, TokenFile, get_tokenizer, read_meta, write_meta
+from data import Progress, TokenFile, get_tokenizer, output_folder, read_meta, write_meta
 from settings import UserError
 
 TRAIN_SHARDS, VAL_SHARDS = 1024, 8
@@ -64,16 +64,16 @@ def prepare(cfg):
     Raises UserError if a setting is wrong, the server or the tokenizer is out of reach, a shard is damaged,
     the disk is full, or the folder holds another data set.
     """
-    folder, shards = os.path.join(cfg.data_dir, cfg.name), parse_range(cfg.shards)
+    folder = output_folder(cfg.data_dir, cfg.name, r'(train|val)_\d{5}\.bin')
+    shards = parse_range(cfg.shards)
     for key in 'tokens', 'val_tokens', 'processes', 'retries', 'backoff', 'timeout':
         if getattr(cfg, key) < 0:
             raise UserError(f'--{key}={getattr(cfg, key)}: it cannot be negative')
+    if cfg.timeout == 0:
+        raise UserError('--timeout=0: nothing answers at once, 30 is usual')
     made_with = old_meta(folder).get('tokenizer', cfg.tokenizer)
     if made_with != cfg.tokenizer:
         raise UserError(f"{folder} was made with the tokenizer '{made_with}': choose another --name, or delete it")
-    for file in os.listdir(folder) if os.path.isdir(folder) else []:
-        if file.endswith('.bin') and not re.fullmatch(r'(train|val)_\d{5}\.bin', file):
-            raise UserError(f'{folder} has {file}, of a data set not made here: choose another --name')
     workers, server = Workers(cfg), Server(cfg)
     try:
         make_split(folder, 'val', range(VAL_SHARDS), cfg.val_tokens or math.inf, server, workers)
@@ -92,7 +92,7 @@ def prepare(cfg):
 
 def check_reach(cfg):
     """Raise UserError unless the server has the first shard and the vocabulary is there: a quick look."""
-    url = f'{cfg.base_url}/{shard_file("train", 0)}'
+    url = shard_url(cfg, shard_file('train', 0))
     try:
         status = requests.head(url, timeout=4).status_code  # a redirect is answer enough
     except OSError as e:  # every error of requests is an OSError
@@ -100,6 +100,11 @@ def check_reach(cfg):
     if status >= 400:
         raise UserError(f'{url}: HTTP {status}')
     get_tokenizer(cfg.tokenizer)
+
+
+def shard_url(cfg, name):
+    """Where a shard is on the server."""
+    return f'{cfg.base_url.rstrip("/")}/{name}'
 
 
 def parse_range(text):
@@ -119,26 +124,23 @@ def shard_file(split, number):
 
 def make_split(folder, split, numbers, wanted, server, workers):
     """Make the token files of one split, shard by shard, until they hold the tokens wanted."""
-    have, progress = 0, None
-    for i, number in enumerate(numbers):
-        if have >= wanted:
-            return
-        path = os.path.join(folder, f'{split}_{number:05d}.bin')
-        there = os.path.getsize(path) // 2 if os.path.exists(path) else 0
-        if there and (there >= wanted - have or not os.path.exists(path + '.cut')):
-            have += there
-            continue
+    have = 0
+    with Progress() as progress:
+        for i, number in enumerate(numbers):
+            if have >= wanted:
+                return
+            path = os.path.join(folder, f'{split}_{number:05d}.bin')
+            there = os.path.getsize(path) // 2 if os.path.exists(path) else 0
+            if there and (there >= wanted - have or not os.path.exists(path + '.cut')):
+                have += there
+                continue
 
-        def fraction(count):  # how far the split is when this shard has given so many tokens
-            return (have + count) / wanted if wanted < math.inf else (i + server.place) / len(numbers)
+            def show(count):
+                fraction = (have + count) / wanted if wanted < math.inf else (i + server.place) / len(numbers)
+                progress.show(server.megabytes, have + count, fraction, f'{split} {number}: ')
 
-        def show(count):
-            progress.show(server.megabytes, count, fraction(count), f'{split} {number}: ')
-
-        server.place = 0.0
-        progress = progress or Progress(fraction(0))
-        have += make_shard(path, shard_file(split, number), wanted - have, server, workers, show)
-        update_meta(folder, workers.tokenizer)
+            have += make_shard(path, shard_file(split, number), wanted - have, server, workers, show)
+            update_meta(folder, workers.tokenizer)
 
 
 def make_shard(path, name, wanted, server, workers, show):
@@ -283,7 +285,8 @@ class Server:
         tried again. Each waits longer than the one before, and as long as Retry-After says. Raises UserError
         for other HTTP errors, for more than --retries failures in a row, and at once if the server never answered.
         """
-        url, got, size, failures = f'{self.cfg.base_url}/{name}', 0, None, 0
+        url, got, size, failures = shard_url(self.cfg, name), 0, None, 0
+        self.place = 0.0
         while True:
             wait = 0.0
             try:
