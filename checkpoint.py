@@ -7,6 +7,7 @@ A checkpoint is a dictionary of plain values and tensors, <out_dir>/ckpt.pt:
     config                      every setting of the run
     iter_num, val_loss          steps done; validation loss at the last evaluation, None before the first
     val_iter                    the step of that evaluation
+    pretrained                  the init_from of the weights that the run began with, None if it began from scratch
     dataset, tokenizer          names; what the model was trained on, and what turns its tokens into text
 """
 import contextlib
@@ -70,8 +71,17 @@ def load(out_dir, device='cpu'):
     return checkpoint
 
 
+def is_added(name):
+    """Whether a parameter of this name is one that SSA or selection adds to GPT-2."""
+    return '.ssa.' in name or name.endswith('.vote_scale')
+
+
 def build(checkpoint, **changes):
-    """The model of a checkpoint. changes: fields of GPTConfig to set otherwise (kernel, dropout)."""
+    """The model of a checkpoint. changes: fields of GPTConfig to set otherwise.
+
+    Besides kernel and dropout these may be a smaller block_size, which crops the positions, and selective, vote_scale
+    and ssa: what they add to the model and the checkpoint has not is left as a new model has it.
+    """
     args = {**checkpoint['model_args'], **changes}
     try:
         unknown = set(args) - {f.name for f in dataclasses.fields(GPTConfig)}
@@ -80,8 +90,13 @@ def build(checkpoint, **changes):
         model = GPT(GPTConfig(**args))
         # torch.compile prefixes the names of the parameters
         state = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-        model.load_state_dict(state)
-    except (ValueError, RuntimeError, TypeError) as e:
+        wpe = state['transformer.wpe.weight']
+        if args['block_size'] > len(wpe):
+            raise ValueError(f'it has {len(wpe)} positions: --block_size={len(wpe)} is the largest')
+        state['transformer.wpe.weight'] = wpe[:args['block_size']]
+        fresh = {k: v for k, v in model.state_dict().items() if is_added(k) and k not in state}
+        model.load_state_dict({**state, **fresh})
+    except (ValueError, RuntimeError, TypeError, KeyError) as e:
         raise UserError(f'the checkpoint does not fit model.py: {" ".join(str(e).split())[:300]}') from None
     return model
 

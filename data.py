@@ -270,7 +270,7 @@ class Progress:
         self.first, self.shown, self.tty = None, 0.0, sys.stderr.isatty()
 
     def show(self, megabytes, tokens, fraction, label=''):
-        """megabytes read and tokens written so far; fraction of the work done, 0 to 1.
+        """megabytes read and tokens written so far (None: not told); fraction of the work done, 0 to 1.
 
         Speed and time left count from the first call, so what an earlier run did does not flatter them.
         """
@@ -282,8 +282,8 @@ class Progress:
         self.shown = now
         seconds, read, done = now - self.first[0], megabytes - self.first[1], fraction - self.first[2]
         left = int(seconds * max(0, 1 - fraction) / done) if done > 0 else 0
-        line = (f'{label}{megabytes:.1f} MB, {read / seconds:.1f} MB/s, {tokens:,} tokens, '
-                f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
+        line = (f'{label}{megabytes:.1f} MB, {read / seconds:.1f} MB/s, ' + (f'{tokens:,} tokens, ' if tokens is not None else '')
+                + f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
         print(line.ljust(78) if self.tty else line, end='\r' if self.tty else '\n', file=sys.stderr, flush=True)
 
     def __enter__(self):

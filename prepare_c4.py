@@ -278,14 +278,14 @@ class Server:
         self.megabytes = 0.0   # received, of all files
         self.place = 0.0       # how far the current file is, 0 to 1
 
-    def read(self, name):
-        """The bytes of the file <base_url>/<name>, in chunks.
+    def read(self, name, got=0):
+        """The bytes of the file <base_url>/<name>, in chunks; without the first `got`, which the caller has.
 
         A connection that fails or is cut is resumed where it was, with a Range request; HTTP 429 and 5xx are
         tried again. Each waits longer than the one before, and as long as Retry-After says. Raises UserError
         for other HTTP errors, for more than --retries failures in a row, and at once if the server never answered.
         """
-        url, got, size, failures = shard_url(self.cfg, name), 0, None, 0
+        url, size, failures = shard_url(self.cfg, name), None, 0
         self.place = 0.0
         while True:
             wait = 0.0

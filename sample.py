@@ -4,6 +4,7 @@
     python sample.py --out_dir=out/selective_small --start=FILE:prompt.txt --temperature=0
     echo "import os" | python sample.py --out_dir=out/selective_small --start=-
     python sample.py --out_dir=out/selective_small --budgets=32
+    python sample.py --init_from=gpt2 --start="The answer is"
 
 Text appears as it is generated. At the end: tokens per second, and bytes of the KV cache with and without budgets.
 """
@@ -18,14 +19,16 @@ import torch
 
 import checkpoint as ckpt
 import data
+import pretrained
 import settings
 from model import KVCache
 from settings import UserError
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(pretrained.Settings):
     out_dir: str = 'out/selective_small'    # folder of ckpt.pt
+    init_from: str = 'resume'               # 'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder
     start: str = ''                         # prompt: text, FILE:path, or - for standard input; '': the end-of-text token
     num_samples: int = 1                    # how many texts
     max_new_tokens: int = 500               # tokens of each
@@ -75,13 +78,13 @@ def main():
         raise UserError('num_samples and max_new_tokens must be at least 1, temperature and top_k at least 0')
     device = ckpt.pick_device(cfg.device)
     dtype = ckpt.pick_dtype(cfg.dtype, device)
-    model, checkpoint = ckpt.load_model(cfg.out_dir, device)
+    model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, device)
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     ids = read_prompt(cfg.start, tokenizer)
     if max(ids) >= model.config.vocab_size:
         raise UserError(f'the prompt has token {max(ids)}, the model knows {model.config.vocab_size}')
     idx = torch.tensor([ids], device=device)
-    budgets = read_budgets(cfg.budgets, cfg.out_dir)
+    budgets = read_budgets(cfg.budgets, cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)
 
     torch.manual_seed(cfg.seed)
     seconds = 0.0

@@ -3,6 +3,7 @@
     python train.py config/selective_small.py
     python train.py config/selective_small.py --batch_size=32 --out_dir=out/x
     python train.py config/selective_small.py --init_from=resume
+    python train.py config/finetune_gpt2_ssa.py
     torchrun --standalone --nproc_per_node=8 train.py config/selective_124m.py
 
 Settings come from config files and --key=value pairs, in their order; the last one wins. Ctrl-C finishes the step
@@ -23,16 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as ckpt
 import data
+import pretrained
 import settings
 from model import GPT, GPTConfig
 from settings import UserError
 
 
 @dataclass
-class TrainConfig(GPTConfig):
+class TrainConfig(GPTConfig, pretrained.Settings):
     # run
     out_dir: str = 'out/run'            # folder of ckpt.pt and log.jsonl
-    init_from: str = 'scratch'          # 'scratch', or 'resume': go on from <out_dir>/ckpt.pt
+    init_from: str = 'scratch'          # 'scratch', 'resume' (<out_dir>/ckpt.pt), 'gpt2', 'gpt2-medium', … or a folder
+    freeze: str = ''                    # 'base': train only what SSA and vote_scale add to the model; '': everything
     seed: int = 1337                    # of the weights, the batches and dropout
     max_iters: int = 600000             # steps in all
     eval_interval: int = 2000           # steps between evaluations; each also saves a checkpoint
@@ -67,8 +70,10 @@ def check(cfg, world):
                  'gradient_accumulation_steps'):
         if getattr(cfg, name) < 1:
             raise UserError(f'{name} is {getattr(cfg, name)}; it must be at least 1')
-    if cfg.init_from not in ('scratch', 'resume'):
-        raise UserError(f"init_from {cfg.init_from!r}: it is 'scratch' or 'resume'")
+    if cfg.freeze not in ('', 'base'):
+        raise UserError(f"freeze {cfg.freeze!r}: it is 'base' or ''")
+    if cfg.freeze and not (cfg.ssa or cfg.vote_scale):
+        raise UserError("freeze='base' leaves nothing to train: set ssa or vote_scale")
     if cfg.gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} cannot be shared out '
                         f'among {world} processes')
@@ -130,7 +135,17 @@ def main():
     torch.set_float32_matmul_precision('high')
 
     # data, model, optimizer
-    saved = ckpt.load(cfg.out_dir, 'cpu') if cfg.init_from == 'resume' else None
+    saved, base = ckpt.load(cfg.out_dir, 'cpu') if cfg.init_from == 'resume' else None, None
+    if cfg.init_from not in ('scratch', 'resume'):
+        if not master:
+            dist.barrier()                  # until the master has downloaded it
+        base = pretrained.load(cfg.init_from, cfg)
+        if master and world > 1:
+            dist.barrier()
+    origin = (base or saved or {}).get('pretrained')
+    if origin:                              # the settings for its shape have no say
+        for name in pretrained.SHAPE:
+            setattr(cfg, name, (base or saved)['model_args'][name])
     if cfg.dataset == 'auto':
         name = [saved['dataset'] if saved else data.auto_dataset() if master else None]
         if world > 1:
@@ -148,11 +163,18 @@ def main():
             if key not in ('dropout', 'kernel') and value != model_args.get(key):
                 raise UserError(f"{cfg.out_dir}/ckpt.pt has {key}={value!r}, this run {model_args.get(key)!r}: "
                                 'a run is resumed with the model it had')
+        if saved['config'].get('freeze', '') != cfg.freeze:
+            raise UserError(f'{cfg.out_dir}/ckpt.pt was trained with freeze={saved["config"].get("freeze", "")!r}: keep it')
     try:
-        model = ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else GPT(GPTConfig(**model_args))
+        model = (ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else
+                 ckpt.build(base, **model_args) if base else GPT(GPTConfig(**model_args)))
     except ValueError as e:
         raise UserError(str(e)) from None
+    base = None                             # its memory
     model.to(cfg.device)
+    if cfg.freeze:
+        for name, p in model.named_parameters():
+            p.requires_grad_(ckpt.is_added(name))
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device)
     scaler = torch.amp.GradScaler(enabled=cfg.dtype == 'float16')
     iter_num, val_loss, val_iter = 0, None, None
@@ -213,7 +235,7 @@ def main():
             ckpt.save(cfg.out_dir, {
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 'model_args': model_args, 'config': dataclasses.asdict(cfg), 'iter_num': iter_num,
-                'val_loss': val_loss, 'val_iter': val_iter, 'dataset': cfg.dataset,
+                'val_loss': val_loss, 'val_iter': val_iter, 'pretrained': origin, 'dataset': cfg.dataset,
                 'tokenizer': dataset.tokenizer_name})
 
     def not_finite(what):
