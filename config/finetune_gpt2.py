@@ -1,0 +1,16 @@
+# What the recipes that put a method into GPT-2 (124M) share, for one GPU. Without a method of its own it
+# is what they are compared with. Data: python prepare_c4.py --tokens=100_000_000
+init_from = 'gpt2'
+dataset = 'c4'
+block_size = 1024
+
+batch_size = 8
+gradient_accumulation_steps = 16    # 131,072 tokens a step
+max_iters = 600
+learning_rate = 3e-5                # a twentieth of pre-training's: the weights are good already
+min_lr = 3e-6
+warmup_iters = 50
+
+eval_interval = 100
+eval_iters = 100
+out_dir = 'out/finetune_gpt2'

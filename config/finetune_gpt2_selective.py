@@ -1,0 +1,6 @@
+# Selective attention put into GPT-2: the votes are scaled by a factor that starts at 0, so that training opens them.
+from config.finetune_gpt2 import *
+
+out_dir = 'out/finetune_gpt2_selective'
+selective = True
+vote_scale = True                   # False: at full strength from the first step, which hurts at first
