@@ -212,14 +212,25 @@ class Workers:
             batch.append(line)
             size += len(line)
             if size >= BATCH_BYTES:
-                pending.append(self.pool.submit(encode_lines, name, first, batch))
+                pending.append(self.submit(name, first, batch))
                 batch, size, first = [], 0, first + len(batch)
                 if len(pending) >= 2 * self.count:
                     yield pending.popleft().result()
         if batch:
-            pending.append(self.pool.submit(encode_lines, name, first, batch))
+            pending.append(self.submit(name, first, batch))
         while pending:
             yield pending.popleft().result()
+
+    def submit(self, *batch):
+        """Have encode_lines called in one of the processes; returns the future.
+
+        A process that this starts inherits that Ctrl-C is ignored: it is the parent's to handle.
+        """
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return self.pool.submit(encode_lines, *batch)
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def close(self):
         """End the processes."""
@@ -227,9 +238,8 @@ class Workers:
 
 
 def start_worker(tokenizer_name):
-    """Begin a tokenizing process: Ctrl-C is its parent's to handle, and when the parent is gone, so is it."""
+    """Begin a tokenizing process, which ends when its parent is gone, even killed."""
     global worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     worker_tokenizer = get_tokenizer(tokenizer_name)
 

@@ -1,5 +1,5 @@
 # Selective attention put into GPT-2: the votes are scaled by a factor that starts at 0, so that training opens them.
-from config.finetune_gpt2 import *
+from config.base_finetune_gpt2 import *
 
 out_dir = 'out/finetune_gpt2_selective'
 selective = True

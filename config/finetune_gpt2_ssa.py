@@ -1,5 +1,5 @@
 # SSA put into GPT-2: the fresh layers leave the loss almost as it was, then all weights are trained.
-from config.finetune_gpt2 import *
+from config.base_finetune_gpt2 import *
 
 out_dir = 'out/finetune_gpt2_ssa'
 ssa = 'qv'

@@ -37,7 +37,6 @@ import data
 import pretrained
 import settings
 from model import KVCache, check_budgets
-from sample import read_budgets
 from settings import UserError
 
 
@@ -288,7 +287,7 @@ def subjects(name, cfg):
     init_from = 'resume' if os.path.isfile(os.path.join(name, 'ckpt.pt')) else name
     model, checkpoint = pretrained.load_model(init_from, name, cfg, cfg.device)
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    budgets = read_budgets(cfg.budgets, name)
+    budgets = ckpt.read_budgets(cfg.budgets, name, model)
     yield Subject(name, model, tokenizer, None, cfg)
     if budgets is not None:
         try:

@@ -310,6 +310,7 @@ def test_connection_that_stalls_goes_on(server, tmp_path):
         time.sleep(1)
     server.faults[NAME] = [stall]
     assert good(prepare(server, tmp_path, timeout=0.3))
+    assert [name for name, _ in server.requests].count(NAME) == 2
 
 
 def test_body_without_length(server, tmp_path):

@@ -1,5 +1,4 @@
-# What the recipes that put a method into GPT-2 (124M) share, for one GPU. Without a method of its own it
-# is what they are compared with. Data: python prepare_c4.py --tokens=100_000_000
+# What the fine-tuning runs share: GPT-2 (124M) on C4, one GPU. Data first: python prepare_c4.py --tokens=100_000_000
 init_from = 'gpt2'
 dataset = 'c4'
 block_size = 1024
@@ -13,4 +12,3 @@ warmup_iters = 50
 
 eval_interval = 100
 eval_iters = 100
-out_dir = 'out/finetune_gpt2'
