@@ -45,11 +45,11 @@ def naive_F(L0):
     return torch.stack([S[:, :i].sum(dim=1) for i in range(T)], dim=1)
 
 
-def naive_attention(q, k, v, selective):
-    """y (B, H, T, D) and F (B, T, T)."""
+def naive_attention(q, k, v, selective, scale=1.0):
+    """y (B, H, T, D) and F (B, T, T); scale: a factor on every vote."""
     T, D = q.shape[2:]
     L = torch.einsum('bhid,bhjd->bhij', q, k) / math.sqrt(D)
-    F = naive_F(L[:, 0]) if selective else torch.zeros_like(L[:, 0])
+    F = scale * naive_F(L[:, 0]) if selective else torch.zeros_like(L[:, 0])
     future = torch.ones(T, T).triu(1).bool()
     return (L - F[:, None]).masked_fill(future, -math.inf).softmax(-1) @ v, F
 
@@ -75,10 +75,10 @@ def naive_gpt(gpt, idx):
                 temperature = temperature + torch.sigmoid(p[s + 'alpha']) * torch.log(n)
             qkv[name] = (qkv[name].view(B, T, H, D) * temperature[..., None]).view(B, T, H * D)
         q, k, v = (qkv[name].view(B, T, H, D).transpose(1, 2) for name in 'qkv')
-        y, F = naive_attention(q, k, v, c.selective)
+        y, F = naive_attention(q, k, v, c.selective, p.get(h + 'attn.vote_scale', 1.0))
         Fs.append(F)
         x = x + linear(y.transpose(1, 2).reshape(B, T, H * D), h + 'attn.c_proj')
-        x = x + linear(fn.gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
+        x = x + linear(fn.gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc'), approximate=c.gelu), h + 'mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ p['transformer.wte.weight'].T, Fs
 
 
@@ -131,14 +131,17 @@ def naive_random(i, j):
 @pytest.mark.parametrize('T', [1, 2, 7, 8, 9, 16, 29])
 @pytest.mark.parametrize('how', ['rows', 'kernel'])
 @pytest.mark.parametrize('tau', [None, 1.0, 0.7])
-def test_selective_attention_and_gradients(T, how, tau):
+@pytest.mark.parametrize('scale', [None, 0.0, 0.3, -0.2])
+def test_selective_attention_and_gradients(T, how, tau, scale):
     torch.manual_seed(T)
     q, k, v = (torch.randn(3, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    if scale is not None:
+        scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     if how == 'rows':
-        y, M = m.selective_attention(q, k, v, tau=tau, block=8)
+        y, M = m.selective_attention(q, k, v, tau=tau, block=8, scale=scale)
     else:
-        y, M = kernels.selective_attention(q, k, v, tau=tau, block=8)
-    expected, F = naive_attention(q, k, v, selective=True)
+        y, M = kernels.selective_attention(q, k, v, tau=tau, block=8, scale=scale)
+    expected, F = naive_attention(q, k, v, True, 1.0 if scale is None else scale)
     torch.testing.assert_close(y, expected)
     weight, weight_M = torch.randn_like(y), torch.randn(3, T, dtype=torch.float64)
     loss, expected_loss = (y * weight).sum(), (expected * weight).sum()
@@ -146,7 +149,8 @@ def test_selective_attention_and_gradients(T, how, tau):
         expected_M = torch.arange(T) - (F.clamp(max=tau) / tau).sum(-1)
         torch.testing.assert_close(M, expected_M)
         loss, expected_loss = loss + (M * weight_M).sum(), expected_loss + (expected_M * weight_M).sum()
-    for got, want in zip(torch.autograd.grad(loss, (q, k, v)), torch.autograd.grad(expected_loss, (q, k, v))):
+    inputs = (q, k, v) if scale is None else (q, k, v, scale)
+    for got, want in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected_loss, inputs)):
         torch.testing.assert_close(got, want)
 
 
@@ -202,6 +206,35 @@ def test_logits_loss_and_gradients(selective, ssa, T, kernel):
 def test_bias_and_own_hidden_layer(bias, ssa_sharing):
     gpt = make(selective=True, ssa='qkv', bias=bias, ssa_sharing=ssa_sharing)
     torch.testing.assert_close(gpt(tokens(2, 9), tokens(2, 9))[0], naive_gpt(gpt, tokens(2, 9))[0])
+
+
+@pytest.mark.parametrize('kernel', ['auto', 'rows'])
+@pytest.mark.parametrize('more', [dict(vote_scale=True), dict(vote_scale=True, gelu='tanh', bias=True, ssa='qv')])
+def test_vote_scale(kernel, more):
+    """Whole, step by step, and under budgets; a fresh layer, whose scale is 0, is standard attention."""
+    gpt = make(selective=True, kernel=kernel, **more)
+    idx = tokens(3, 24)
+    logits, loss = gpt(idx, idx)
+    expected, _ = naive_gpt(gpt, idx)
+    torch.testing.assert_close(logits, expected)
+    for g, w in zip(torch.autograd.grad(loss, gpt.parameters()), torch.autograd.grad(
+            fn.cross_entropy(expected.view(-1, 17), idx.view(-1)), gpt.parameters())):
+        torch.testing.assert_close(g, w)
+    for budgets in None, [5, 9]:
+        parallel, steps = KVCache(gpt, 3, budgets), KVCache(gpt, 3, budgets)
+        with torch.no_grad():
+            expected, _ = gpt(idx, idx, cache=parallel)
+            if budgets is None:
+                torch.testing.assert_close(expected, logits)
+            for t in range(24):
+                torch.testing.assert_close(gpt(idx[:, [t]], cache=steps)[0][:, 0], expected[:, t])
+    fresh = GPT(GPTConfig(**TINY, selective=True, vote_scale=True))
+    assert all(block.attn.vote_scale == 0 for block in fresh.transformer.h)
+    standard = GPT(GPTConfig(**TINY))
+    standard.load_state_dict(fresh.state_dict(), strict=False)
+    torch.testing.assert_close(fresh(idx, idx)[0], standard(idx, idx)[0])
+    fresh(idx, idx)[1].backward()
+    assert all(block.attn.vote_scale.grad != 0 for block in fresh.transformer.h)
 
 
 @pytest.mark.parametrize('kernel', ['auto', 'rows'])
@@ -275,7 +308,8 @@ def test_nanogpt_state_dict():
 
 @pytest.mark.parametrize('wrong, word', [
     (dict(n_embd=10, n_head=4), 'n_head'), (dict(ssa='qx'), 'ssa'), (dict(ssa='qq'), 'ssa'), (dict(n_layer=0), 'n_layer'),
-    (dict(dropout=1.0), 'dropout'), (dict(kernel='fast'), 'kernel')])
+    (dict(dropout=1.0), 'dropout'), (dict(kernel='fast'), 'kernel'), (dict(vote_scale=True), 'vote_scale'),
+    (dict(gelu='relu'), 'gelu')])
 def test_impossible_configs(wrong, word):
     with pytest.raises(ValueError, match=word):
         GPT(GPTConfig(**{**TINY, **wrong}))
