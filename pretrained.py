@@ -82,7 +82,7 @@ def read_config(path):
         # what a config.json leaves out is as in transformers' GPT2Config
         c = {'n_positions': 1024, 'vocab_size': 50257, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'n_inner': None,
              'activation_function': 'gelu_new', **c}
-        n_inner = c['n_inner'] or 4 * c['n_embd']
+        n_inner = c['n_inner'] or 4 * int(c['n_embd'])
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: it belongs to a model in the layout of Hugging Face') from None
     except (OSError, ValueError, TypeError) as e:
