@@ -49,6 +49,12 @@ def load_model(init_from, out_dir, cfg, device='cpu'):
     return ckpt.build(checkpoint).to(device).eval(), checkpoint
 
 
+def check(name):
+    """Raises UserError unless name is one of MODELS or a folder that is there."""
+    if name not in MODELS and not os.path.isdir(name):
+        raise UserError(f"init_from {name!r}: no such folder; else it is 'scratch', 'resume', or one of {', '.join(MODELS)}")
+
+
 def load(name, cfg):
     """The weights of a GPT-2 as a checkpoint, which `checkpoint.build` makes a model of, with new flags if wanted.
 
@@ -59,9 +65,8 @@ def load(name, cfg):
         import safetensors.torch
     except ImportError:
         raise UserError(f'init_from {name!r} needs the package safetensors: pip install safetensors') from None
+    check(name)
     folder = fetch(name, cfg) if name in MODELS else name
-    if not os.path.isdir(folder):
-        raise UserError(f"init_from {name!r}: no such folder; else it is 'scratch', 'resume', or one of {', '.join(MODELS)}")
     args = read_config(os.path.join(folder, 'config.json'))
     path = os.path.join(folder, 'model.safetensors')
     try:

@@ -70,6 +70,8 @@ def check(cfg, world):
                  'gradient_accumulation_steps'):
         if getattr(cfg, name) < 1:
             raise UserError(f'{name} is {getattr(cfg, name)}; it must be at least 1')
+    if cfg.init_from not in ('scratch', 'resume'):
+        pretrained.check(cfg.init_from)
     if cfg.freeze not in ('', 'base'):
         raise UserError(f"freeze {cfg.freeze!r}: it is 'base' or ''")
     if cfg.freeze and not (cfg.ssa or cfg.vote_scale):

@@ -111,7 +111,8 @@ class Subject:
         """The request for a continuation after a context: both are tokenized as one text."""
         encode = self.tokenizer.encode_ordinary
         tokens = encode(context + continuation)
-        return tokens, len(tokens) - len(encode(context.rstrip(' ')))
+        n = len(tokens) - len(encode(context.rstrip()))
+        return (tokens, n) if n < len(tokens) else ([self.tokenizer.eot_token, *tokens], n)
 
 # ----------------------------------------------------------------------------- tasks
 
