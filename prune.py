@@ -102,7 +102,7 @@ class Trials:
 
 
 def quick_search(trials, target, loss):
-    """Yield (layer, new budget, loss) again and again; see the top of this file."""
+    """Yield (layer, its new budget, loss, an estimate of the trials left); see the top of this file."""
     budgets, part = trials.budgets, 0.5
     least = min(2, max(budgets))
     while part * max(budgets) >= 1:
@@ -126,19 +126,22 @@ def quick_search(trials, target, loss):
                 open_layers.remove(l)
                 continue
             loss, step = tried, step + 1
-            yield l, K, loss
+            yield l, K, loss, 2 * len(budgets) * (1 + math.log2(part * max(budgets)))    # two a layer for each size
         part /= 2
 
 
-def plain_search(trials, target, loss, bite):
-    """The paper's greedy search, `bite` tokens at a time from the layer where that costs the least loss."""
+def plain_search(trials, target, bite):
+    """The paper's greedy search, `bite` tokens at a time from the layer where that costs the least loss.
+
+    Yields what `quick_search` yields; of the trials left it knows only how many they are at most.
+    """
     least = min(2, max(trials.budgets))
     while True:
         tried = {l: trials.loss(l, K - bite) for l, K in enumerate(trials.budgets) if K - bite >= least}
         l = min(tried, key=tried.get, default=None)
         if l is None or tried[l] > target:
             return
-        yield l, trials.budgets[l] - bite, tried[l]
+        yield l, trials.budgets[l] - bite, tried[l], len(trials.budgets) * sum(K // bite for K in trials.budgets)
 
 
 def point(budgets, block_size, loss):
@@ -210,20 +213,18 @@ def main():
     print(f"step | {'budgets':{5 * len(trials.budgets) - 1}} | memory  |  saving | loss   | time")
     show(0, result['curve'][0])
     started, tried_before = time.time(), len(trials.known)
-    if cfg.search == 'plain':
-        steps = plain_search(trials, target, unpruned, cfg.bite)
-        most = lambda: sum((K - 2) // cfg.bite for K in trials.budgets)
-    else:
-        steps = quick_search(trials, target, unpruned)
-        most = lambda: sum(math.log2(max(K / 2, 1)) for K in trials.budgets)
-    for number, (l, K, loss) in enumerate(steps, start=1):
+    steps = plain_search(trials, target, cfg.bite) if cfg.search == 'plain' else \
+        quick_search(trials, target, unpruned)
+    about = 'at most' if cfg.search == 'plain' else 'about'
+    for number, (l, K, loss, trials_left) in enumerate(steps, start=1):
         trials.set(l, K)
         result['budgets'] = list(trials.budgets)
         result['curve'].append(point(trials.budgets, size, loss))
         result['trials'] = [[*budgets, loss] for budgets, loss in trials.known.items()]
         write(path, result)
         spent = time.time() - started
-        show(number, result['curve'][-1], f'{spent:.0f}s, at most {spent / number * most():.0f}s left')
+        left = spent / max(1, len(trials.known) - tried_before) * trials_left
+        show(number, result['curve'][-1], f'{spent:.0f}s, {about} {left:.0f}s left')
     for name, budgets in (('unpruned', [size] * len(trials.budgets)), ('pruned', trials.budgets)):
         other = Trials(model, held_out, cfg.policy)
         other.budgets = list(budgets)

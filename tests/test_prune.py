@@ -1,0 +1,154 @@
+"""prune.py: the search, what it writes, and what it refuses."""
+import json
+import sys
+
+import pytest
+import torch
+
+import checkpoint as ckpt
+import prepare_text
+import prune
+import sample
+import settings
+from model import GPT, GPTConfig, KVCache
+
+SHAPE = dict(block_size=32, vocab_size=257, n_layer=3, n_head=2, n_embd=16)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Folders with checkpoints of two models with large weights, selective and standard, and a data set."""
+    root = tmp_path_factory.mktemp('runs')
+    (root / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
+    prepare_text.prepare(prepare_text.Settings(paths=[str(root / 'text.txt')], name='lines', tokenizer='bytes',
+                                               data_dir=str(root)))
+    for name, selective, scale in (('selective', True, 10), ('standard', False, 30)):   # the second is a worse model
+        torch.manual_seed(1)
+        config = GPTConfig(**SHAPE, selective=selective)
+        gpt = GPT(config)
+        with torch.no_grad():
+            for p in gpt.parameters():
+                p.mul_(scale if p.dim() == 2 else 1)
+        (root / name).mkdir()
+        ckpt.save(root / name, {'model': gpt.state_dict(), 'model_args': vars(config), 'dataset': str(root / 'lines'),
+                                'tokenizer': 'bytes'})
+    return root
+
+
+@pytest.fixture
+def run(runs, monkeypatch, capfd):
+    def run(*args, script=prune, name='selective'):
+        monkeypatch.setattr(sys, 'argv', [script.__name__, f'--out_dir={runs / name}', *args])
+        try:
+            script.main()
+        except settings.UserError as e:
+            assert '\n' not in str(e)
+            return str(e)
+        return ''.join(capfd.readouterr())
+    yield run
+    for path in runs.glob('*/budgets*.json'):
+        path.unlink()
+
+
+def found(runs, file='selective/budgets.json'):
+    return json.loads((runs / file).read_text())
+
+
+SMALL = ['--windows=6', '--batch_size=4', '--device=cpu']
+
+
+@pytest.mark.parametrize('search', ['quick', 'plain'])
+def test_budgets_keep_the_loss(search, runs, run):
+    """The loss written is the one that a KV cache of these budgets has, and no layer can give one bite more."""
+    out = run(*SMALL, '--tolerance=0.05', f'--search={search}', '--bite=4')
+    assert 'less memory' in out
+    result = found(runs)
+    assert result['target_loss'] == result['unpruned_loss'] + 0.05
+    assert result['budgets'] == result['curve'][-1]['budgets'] and sum(result['budgets']) < 96
+    gpt, _ = ckpt.load_model(runs / 'selective')
+    dataset = prune.data.load_dataset(str(runs / 'lines'))
+    batches = [dataset.batch('val', n, size, 32, 0) for n, size in enumerate((4, 2))]
+
+    def loss(budgets):
+        with torch.no_grad():
+            return sum(gpt(x, y, cache=KVCache(gpt, len(x), budgets))[1].item() * len(x) for x, y in batches) / 6
+    for p in result['curve']:
+        assert abs(loss(p['budgets']) - p['val_loss']) < 1e-4
+        assert p['memory'] == sum(p['budgets']) and p['val_loss'] <= result['target_loss']
+    bite = 4 if search == 'plain' else 1
+    for l, K in enumerate(result['budgets']):
+        if K - bite >= 2:
+            fewer = [K - bite if l == m else other for m, other in enumerate(result['budgets'])]
+            assert loss(fewer) > result['target_loss'] - 1e-4
+
+
+def test_plain_search_is_greedy(runs, run):
+    run(*SMALL, '--tolerance=0.05', '--search=plain', '--bite=8')
+    result = found(runs)
+    trials = {tuple(row[:-1]): row[-1] for row in result['trials']}
+    for before, after in zip(result['curve'], result['curve'][1:]):
+        b = before['budgets']
+        choices = [trials[tuple(K - 8 if l == m else K for m, K in enumerate(b))] for l in range(3) if b[l] - 8 >= 2]
+        assert after['val_loss'] == min(choices)
+
+
+def test_a_stopped_search_goes_on(runs, run, monkeypatch):
+    run(*SMALL, '--tolerance=0.05')
+    whole = found(runs)
+    count = []
+    layer = prune.Trials._layer
+    monkeypatch.setattr(prune.Trials, '_layer', lambda *args: count.append(1) or layer(*args))
+    (runs / 'selective/budgets.json').unlink()
+    write = prune.write
+
+    def stop(path, result):
+        write(path, result)
+        if len(result['curve']) == 5:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(prune, 'write', stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*SMALL, '--tolerance=0.05')
+    monkeypatch.setattr(prune, 'write', write)
+    assert len(found(runs)['curve']) == 5
+    first = len(count)
+    assert 'going on with' in run(*SMALL, '--tolerance=0.05')
+    second = len(count) - first
+    assert found(runs) == whole
+    count.clear()
+    run(*SMALL, '--tolerance=0.05')
+    assert found(runs) == whole and len(count) < second     # a search that is done costs next to nothing
+
+
+def test_policies_and_baseline(runs, run):
+    out = run(*SMALL, '--policy=oldest', '--tolerance=0.05')
+    assert 'policy oldest' in out and found(runs, 'selective/budgets_oldest.json')['policy'] == 'oldest'
+    assert not (runs / 'selective/budgets.json').exists()
+    assert 'less memory' in run(*SMALL, '--policy=random', '--tolerance=0.05', name='standard')
+    assert 'no F to prune by' in run(*SMALL, '--tolerance=0.05', name='standard')
+    run(*SMALL, '--policy=oldest', '--tolerance=0.0001', name='standard')
+    loss = found(runs, 'standard/budgets_oldest.json')['unpruned_loss']
+    assert 'less memory' in run(*SMALL, f'--baseline={runs / "standard"}')
+    assert found(runs)['baseline_loss'] == found(runs)['target_loss'] == loss
+    assert found(runs)['held_out'].keys() == {'unpruned', 'pruned', 'baseline'}
+
+
+def test_sampling_inside_the_budgets(runs, run):
+    run(*SMALL, '--tolerance=0.05')
+    budgets = found(runs)['budgets']
+    out = run('--max_new_tokens=5', '--device=cpu', script=sample)
+    assert f'for budgets {budgets}' in out and f'{96 / sum(budgets):.1f}x less' in out
+    assert 'for budgets' not in run('--max_new_tokens=5', '--budgets=none', '--device=cpu', script=sample)
+    moved = json.dumps({**found(runs), 'checkpoint': '0' * 16})
+    (runs / 'selective/budgets.json').write_text(moved)
+    assert 'made for another checkpoint' in run('--device=cpu', script=sample)
+    (runs / 'selective/budgets.json').write_text('{"budgets": 1')
+    assert 'no budgets.json' in run('--device=cpu', script=sample)
+
+
+@pytest.mark.parametrize('args, words', [
+    ([], 'how far'), (['--tolerance=0.1', '--target_loss=2'], 'how far'), (['--target_loss=0.1'], 'above the target'),
+    (['--tolerance=0.1', '--search=fast'], 'search'), (['--tolerance=0.1', '--policy=newest'], 'newest'),
+    (['--tolerance=0.1', '--dataset=nowhere'], 'nowhere'), (['--baseline=nowhere'], 'nowhere')])
+def test_refusals(args, words, runs, run):
+    assert words in run(*SMALL, *args)
+    assert not (runs / 'selective/budgets.json').exists()
