@@ -3,4 +3,4 @@ from config.base_finetune_gpt2 import *
 
 out_dir = 'out/finetune_gpt2_selective'
 selective = True
-vote_scale = True                   # False: at full strength from the first step, which hurts at first
+vote_scale = True                   # False: at full strength at once; hurts at first, masks more (results/finetune.md)
