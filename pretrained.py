@@ -52,7 +52,8 @@ def load_model(init_from, out_dir, cfg, device='cpu'):
 def check(name):
     """Raises UserError unless name is one of MODELS or a folder that is there."""
     if name not in MODELS and not os.path.isdir(name):
-        raise UserError(f"init_from {name!r}: no such folder; else it is 'scratch', 'resume', or one of {', '.join(MODELS)}")
+        raise UserError(f"init_from {name!r}: no such folder; "
+                        f"else it is 'scratch', 'resume', or one of {', '.join(MODELS)}")
 
 
 def load(name, cfg):
@@ -72,7 +73,7 @@ def load(name, cfg):
     try:
         state = convert(safetensors.torch.load_file(path))
     except FileNotFoundError:
-        raise UserError(f'{path} does not exist (weights in several files, or of another format, are not read)') from None
+        raise UserError(f'{path} does not exist (weights in several files or another format are not read)') from None
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'{path} cannot be read, download it again ({e})') from None
     return {'model': state, 'model_args': args, 'pretrained': name, 'config': {}, 'iter_num': 0, 'val_loss': None,
@@ -184,7 +185,8 @@ def announced(url):
             try:
                 answer = session.head(where, timeout=(5, 30), headers={'Accept-Encoding': 'identity'})
             except OSError as e:            # every error of requests is an OSError
-                raise UserError(f'{url} cannot be reached ({type(e).__name__}): check the network and --base_url') from None
+                raise UserError(f'{url} cannot be reached ({type(e).__name__}): check the network and --base_url') \
+                    from None
             if answer.status_code >= 400:
                 raise UserError(f'{url}: HTTP {answer.status_code}: check --base_url')
             headers.update(answer.headers)

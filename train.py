@@ -34,7 +34,7 @@ from settings import UserError
 class TrainConfig(GPTConfig, pretrained.Settings):
     # run
     out_dir: str = 'out/run'            # folder of ckpt.pt and log.jsonl
-    init_from: str = 'scratch'          # 'scratch', 'resume' (<out_dir>/ckpt.pt), 'gpt2', 'gpt2-medium', … or a folder
+    init_from: str = 'scratch'          # 'scratch', 'resume' (<out_dir>/ckpt.pt), 'gpt2', 'gpt2-xl', … or a folder
     freeze: str = ''                    # 'base': train only what SSA and vote_scale add to the model; '': everything
     seed: int = 1337                    # of the weights, the batches and dropout
     max_iters: int = 600000             # steps in all
@@ -168,7 +168,7 @@ def main():
                 raise UserError(f"{cfg.out_dir}/ckpt.pt has {key}={value!r}, this run {model_args.get(key)!r}: "
                                 'a run is resumed with the model it had')
         if saved['config'].get('freeze', '') != cfg.freeze:
-            raise UserError(f'{cfg.out_dir}/ckpt.pt was trained with freeze={saved["config"].get("freeze", "")!r}: keep it')
+            raise UserError(f'{cfg.out_dir}/ckpt.pt was trained with another freeze than {cfg.freeze!r}: keep what it had')
     try:
         model = (ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else
                  ckpt.build(base, **model_args) if base else GPT(GPTConfig(**model_args)))

@@ -27,6 +27,7 @@ import math
 import os
 import random
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class Subject:
                 x[b, :len(row) - 1] = torch.tensor(row[:-1])        # padding comes last and is seen by nobody
                 y[b, len(row) - 1 - n:len(row) - 1] = torch.tensor(row[-n:])
             if max(x.max(), y.max()) >= self.model.config.vocab_size:
-                raise UserError(f'{self.name}: its vocabulary of {self.model.config.vocab_size} is not its tokenizer\'s')
+                raise UserError(f'{self.name}: its vocabulary, {self.model.config.vocab_size}, is not its tokenizer\'s')
             x, y = x.to(self.cfg.device), y.to(self.cfg.device)
             which = y >= 0
             logits, y = self.logits(x)[which].float(), y[which]     # (all n, V), (all n)
@@ -125,9 +126,12 @@ DETOKENIZE = [(re.compile(pattern), to) for pattern, to in [     # the order mat
     (' \n', '\n'), ('\n ', '\n'), (' N ', ' 1 '), (" 's", "'s")]]
 
 
-def wikitext(subject, text, cfg):
+def articles(text):
     pages = re.split(r'(?m)\n(?= *= (?!= ).*(?<! =) = *$)', text)     # an article begins with = its title =
-    pages = [page for page in pages if page.strip()][:cfg.limit or None]
+    return [page for page in pages if page.strip()]
+
+
+def wikitext(subject, pages, cfg):
     size = subject.model.config.block_size
     requests = []
     for page in pages:
@@ -152,25 +156,28 @@ def windows(tokens, size, stride):
     return requests
 
 
-def lambada(subject, text, cfg):
-    items = [item['text'].rpartition(' ') for item in json_lines(text, cfg)]
-    scores = subject.score([subject.pair(context, ' ' + word) for context, _, word in items])
+def passages(text):
+    return [(context, word) for context, _, word in (item['text'].rpartition(' ') for item in json_lines(text))]
+
+
+def lambada(subject, items, cfg):
+    scores = subject.score([subject.pair(context, ' ' + word) for context, word in items])
     return {'accuracy': mean(ok for _, ok in scores), 'perplexity': exp(-mean(log_p for log_p, _ in scores)),
             'items': len(items)}
 
 
-def hellaswag(subject, text, cfg):
-    items, requests = [], []
-    for item in json_lines(text, cfg):
-        context = clean(f'{item["activity_label"]}: {item["ctx_a"]} {item["ctx_b"].capitalize()}')
-        endings = [clean(ending) for ending in item['endings']]
-        items.append((endings, int(item['label'])))
-        requests += [subject.pair(context, ' ' + ending) for ending in endings]
+def questions(text):
+    return [(clean(f'{item["activity_label"]}: {item["ctx_a"]} {item["ctx_b"].capitalize()}'),
+             [clean(ending) for ending in item['endings']], int(item['label'])) for item in json_lines(text)]
+
+
+def hellaswag(subject, items, cfg):
+    requests = [subject.pair(context, ' ' + ending) for context, endings, _ in items for ending in endings]
     scores, right, right_norm = iter(subject.score(requests)), [], []
-    for endings, label in items:
+    for _, endings, label in items:
         log_p = [next(scores)[0] for _ in endings]
         right.append(argmax(log_p) == label)
-        right_norm.append(argmax([p / len(ending) for p, ending in zip(log_p, endings)]) == label)
+        right_norm.append(argmax([p / max(len(ending), 1) for p, ending in zip(log_p, endings)]) == label)
     return {'accuracy': mean(right), 'accuracy_norm': mean(right_norm), 'items': len(items)}
 
 
@@ -179,8 +186,8 @@ def clean(text):
     return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
 
-INTRO = ('There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you '
-         'about the important information there.\n')
+INTRO = ('There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz '
+         'you about the important information there.\n')
 FILLER = ' The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.'
 KEY = '\nThe pass key is {0}. Remember it. {0} is the pass key.\n'
 QUESTION = '\nWhat is the pass key? The pass key is'
@@ -213,8 +220,8 @@ def passkey_item(tokenizer, length, depth, key):
     return intro + filler[:before] + middle + filler[:room - before] + question + answer, len(answer)
 
 
-def json_lines(text, cfg):
-    return [json.loads(line) for line in text.split('\n') if line.strip()][:cfg.limit or None]
+def json_lines(text):
+    return [json.loads(line) for line in text.split('\n') if line.strip()]
 
 
 def mean(values):
@@ -234,16 +241,18 @@ TASKS = {'wikitext': wikitext, 'lambada': lambada, 'hellaswag': hellaswag, 'pass
 
 # ----------------------------------------------------------------------------- files, settings, the table
 
-def read_file(task, cfg):
-    """The text of a task's file in data_dir, downloaded if it is missing; '' for a task without a file."""
-    name, url = {
-        'wikitext': ('wiki.test.raw', f'{cfg.base_url}/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip'),
-        'lambada': ('lambada_test.jsonl', 'https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl'),
-        'hellaswag': ('hellaswag_val.jsonl',
+def read_items(task, cfg):
+    """The items of a task from its file in data_dir, downloaded if it is missing; None for passkey, which is made."""
+    if task == 'passkey':
+        return None
+    name, parse, url = {
+        'wikitext': ('wiki.test.raw', articles,
+                     f'{cfg.base_url}/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip'),
+        'lambada': ('lambada_test.jsonl', passages,
+                    'https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl'),
+        'hellaswag': ('hellaswag_val.jsonl', questions,
                       'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'),
-    }.get(task, (None, None))
-    if not name:
-        return ''
+    }[task]
     path = os.path.join(cfg.data_dir, name)
     try:
         if not os.path.exists(path):
@@ -254,11 +263,18 @@ def read_file(task, cfg):
                     f.write(z.read(next(n for n in z.namelist() if n.endswith('/' + name))))
                 os.replace(path + '.tmp', path)
         with open(path, encoding='utf-8') as f:
-            return f.read()
+            text = f.read()
     except UserError as e:
         raise UserError(f'{e} (or put {name} into {cfg.data_dir})') from None
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, StopIteration) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}): put {name} into {cfg.data_dir}') from None
+    try:
+        items = parse(text)[:cfg.limit or None]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} is damaged ({type(e).__name__}: {e})') from None
+    if not items:
+        raise UserError(f'{path} is empty')
+    return items
 
 
 def numbers(name, text, kind):
@@ -304,7 +320,8 @@ def table(results):
     for r in results:
         for task, figures in r['tasks'].items():
             for figure, value in figures.items():
-                rows.setdefault(f'{task} {figure}', {})[r['name']] = f'{value:.4f}' if value < 1e4 and value % 1 else f'{value:.4g}'
+                text = f'{value:.4f}' if value < 1e4 and value % 1 else f'{value:.4g}'
+                rows.setdefault(f'{task} {figure}', {})[r['name']] = text
     names = [r['name'] for r in results]
     first, widths = max(map(len, rows)), [max(8, len(name)) for name in names]
     lines = [' ' * first + ''.join(f'  {name:>{w}}' for name, w in zip(names, widths))]
@@ -317,23 +334,22 @@ def main():
     cfg = settings.parse(Settings)
     asked = dataclasses.asdict(cfg)
     check(cfg)
-    texts, results = {task: read_file(task, cfg) for task in cfg.tasks}, []
+    items, results = {task: read_items(task, cfg) for task in cfg.tasks}, []
     for name in cfg.out_dir:
         for subject in subjects(name, cfg):
             result = {'name': subject.name, 'budgets': subject.budgets, 'tasks': {}}
             for task in cfg.tasks:
-                try:
-                    result['tasks'][task] = TASKS[task](subject, texts[task], cfg)
-                except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-                    if task == 'passkey':
-                        raise
-                    raise UserError(f'the file of {task} in {cfg.data_dir} is damaged ({type(e).__name__}: {e})') from None
+                print(f'{subject.name}: {task} …', file=sys.stderr, flush=True)
+                result['tasks'][task] = TASKS[task](subject, items[task], cfg)
             results.append(result)
     print(table(results))
-    os.makedirs(os.path.dirname(os.path.abspath(cfg.json)), exist_ok=True)
-    with open(cfg.json + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump({'settings': asked, 'results': results}, f, indent=1)
-    os.replace(cfg.json + '.tmp', cfg.json)
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(cfg.json)), exist_ok=True)
+        with open(cfg.json + '.tmp', 'w', encoding='utf-8') as f:
+            json.dump({'settings': asked, 'results': results}, f, indent=1)
+        os.replace(cfg.json + '.tmp', cfg.json)
+    except OSError as e:
+        raise UserError(f'--json={cfg.json}: {e.strerror}') from None
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ class Settings:
 
 
 def export(model, folder, eot_token):
-    """Write the model (a GPT) to the folder. eot_token: the id of the end of a text. Raises UserError if it cannot be."""
+    """Write the model to the folder. eot_token: the id of the end of a text. Raises UserError if it cannot be."""
     try:
         import safetensors.torch
     except ImportError:
