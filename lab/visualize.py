@@ -10,6 +10,8 @@ A selective model shows F, the votes behind it and how many tokens each layer ne
 """
 import base64
 import codecs
+import io
+import itertools
 import json
 import math
 import os
@@ -169,7 +171,7 @@ def write(path, content):
         os.replace(path + '.tmp', path)
     except OSError as e:
         raise UserError(f'cannot write {path}: {e.strerror}') from None
-    print(f'{path}: {len(content) / 1e3:,.0f} kB')
+    print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,15 +180,14 @@ def write(path, content):
 
 def dimmed(reading, tokens, tau=1.0):
     """The text for a terminal, once for each layer: dim is masked as the last token sees it, struck through is dropped."""
-    T, parts = len(tokens), []
+    T, out = len(tokens), ''
     for l, (F, dropped_at) in enumerate(zip(reading.F[:, -1], reading.dropped_at)):
-        gone = dropped_at < T
-        seen = T - (gone | (F >= tau)).sum()
-        parts.append(f'\x1b[1mlayer {l}: the last token sees {seen} of {T}\x1b[0m\n')
-        parts += [f'\x1b[{"2;9" if gone[j] else "2"}m{token}\x1b[0m' if gone[j] or F[j] >= tau else token
-                  for j, token in enumerate(tokens)]
-        parts.append('\n\n')
-    return ''.join(parts)
+        styles = np.where(dropped_at < T, '2;9', np.where(F >= tau, '2', '0'))
+        out += f'\x1b[1mlayer {l}: of {T - 1} earlier tokens the last one sees {(styles[:-1] == "0").sum()}\x1b[0m\n'
+        for style, run in itertools.groupby(range(T), styles.__getitem__):
+            out += f'\x1b[{style}m' + ''.join(tokens[j] for j in run) + '\x1b[0m'
+        out += '\n\n'
+    return out
 
 
 def import_pyplot():
@@ -202,13 +203,12 @@ def import_pyplot():
 
 def save_figure(figure, path):
     """Write the figure as PNG; whole or not at all."""
-    import io
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=150, bbox_inches='tight')
     write(path, buffer.getvalue())
 
 
-def write_panels(reading, stem, config, budgets=None, tau=1.0):
+def write_panels(reading, stem, config, budgets=None):
     """<stem>_F.png and <stem>_M.png of a selective model, <stem>_tau.png of SSA. Token texts are not in them."""
     plt = import_pyplot()
     L, T = reading.M.shape
@@ -224,16 +224,13 @@ def write_panels(reading, stem, config, budgets=None, tau=1.0):
 
     if config.selective:
         figure, axes = panels(L, 3, 3)
-        rows = np.arange(T)
+        rows, blues = np.arange(T), plt.get_cmap('Blues').with_extremes(under='0.7', over='0.95')
         for l, ax in enumerate(axes):
-            ax.set_facecolor('0.75')                        # dropped
-            shown = np.where(rows[:, None] < reading.dropped_at[l], 1 - np.exp(-reading.F[l]), np.nan)
-            shown = np.where(rows[:, None] >= rows, shown, 2)
-            cmap = plt.get_cmap('viridis').with_extremes(over='white')
-            image = ax.imshow(shown, vmin=0, vmax=1, cmap=cmap, interpolation='nearest')
+            left = np.where(rows[:, None] < reading.dropped_at[l], np.exp(-reading.F[l]), -1)
+            left = np.where(rows[:, None] < rows, 2, left)
+            image = ax.imshow(left, vmin=0, vmax=1, cmap=blues, interpolation='nearest')
             ax.set(title=f'layer {l}', xlabel='token j', ylabel='seen from row i')
-        figure.colorbar(image, ax=list(axes), label=r'attention taken away, $1 - e^{-F}$' + (
-            '; grey: dropped' if budgets else ''), shrink=0.8)
+        figure.colorbar(image, ax=list(axes), label='attention left, $e^{-F}$' + ('; grey: dropped' if budgets else ''))
         save_figure(figure, stem + '_F.png')
 
         figure, axes = panels(L, 3, 2.2)
@@ -255,7 +252,7 @@ def write_panels(reading, stem, config, budgets=None, tau=1.0):
             image = ax.imshow(reading.temperatures[name][l].T, vmin=low, vmax=high, cmap='viridis', aspect='auto',
                               interpolation='nearest')
             ax.set(title=f'{name}, layer {l}', xlabel='token', ylabel='head')
-        figure.colorbar(image, ax=list(axes), label=r'temperature $\tau$', shrink=0.8)
+        figure.colorbar(image, ax=list(axes), label=r'temperature $\tau$')
         save_figure(figure, stem + '_tau.png')
 
 
@@ -310,15 +307,15 @@ def main():
         budgets = [budgets] * c.n_layer
 
     tokens = token_texts(ids, tokenizer)
-    if cfg.text:
-        print(dimmed(reading, tokens, cfg.memory_tau))
     attention = ' and '.join(['selective attention'] * c.selective + [f'SSA ({c.ssa})'] * bool(c.ssa))
     facts = f'{attention}, {c.n_layer} layers of {c.n_head} heads, {len(ids)} tokens'
     path = cfg.to or os.path.join(cfg.out_dir, 'visualize.html')
     html = page(reading, tokens, cfg.out_dir, facts, c, budgets, cfg.policy, cfg.memory_tau)
     write(path, html.encode())
     if cfg.png:
-        write_panels(reading, os.path.splitext(path)[0], c, budgets, cfg.memory_tau)
+        write_panels(reading, os.path.splitext(path)[0], c, budgets)
+    if cfg.text:
+        print(dimmed(reading, tokens, cfg.memory_tau))
 
 
 if __name__ == '__main__':
