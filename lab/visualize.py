@@ -136,7 +136,7 @@ def packed(array):
 def vote_codes(votes):
     """Votes as bytes, and the step: 0 is none, code n is LEAST_VOTE * exp((n - 1) * step).
 
-    Steps are equal ratios, so a vote, and F as a sum of votes, is off by at most half a step of its value.
+    Steps are equal ratios, so a vote, and F as a sum of votes, is off by at most half a step.
     """
     step = max(math.log(max(votes.max(), LEAST_VOTE) / LEAST_VOTE) / 254, 1e-6)
     with np.errstate(divide='ignore'):
@@ -239,7 +239,7 @@ def write_panels(reading, stem, config, budgets=None):
             ax.plot(reading.M[l], color='#0072b2', label='needed, M')
             if budgets:
                 ax.axhline(budgets[l], color='#d55e00', linestyle='--', label='budget')
-            ax.set(title=f'layer {l}', xlabel='row i', ylabel='tokens')
+            ax.set(title=f'layer {l}', xlabel='row i', ylabel='tokens', ylim=(0, 1.05 * max(reading.M.max(), *budgets or [1])))
         axes[0].legend(fontsize='small')
         save_figure(figure, stem + '_M.png')
 
