@@ -146,13 +146,15 @@ def vote_codes(votes):
 
 def page(reading, tokens, title, facts, config, budgets=None, policy='selective', tau=1.0):
     """The HTML file as text. tokens as token_texts gives them; title and facts are plain text too."""
-    below = np.tril_indices(len(tokens), -1)                # nothing happens on the diagonal or above it
+    T = len(tokens)
+    below = np.tril_indices(T, -1)                          # nothing happens on the diagonal or above it
+    gone = (reading.F >= tau) | (np.arange(T)[:, None] >= reading.dropped_at[:, None])     # (L, T, T), and stays so
     codes, step = vote_codes(reading.votes)
     content = {
         'title': title, 'facts': facts, 'tokens': tokens, 'layers': config.n_layer, 'heads': config.n_head,
         'selective': config.selective, 'budgets': budgets, 'policy': policy, 'tau': tau,
         'leastVote': LEAST_VOTE, 'step': step, 'votes': [packed(c[below]) for c in codes],
-        'dropped': reading.dropped_at.tolist(), 'M': np.round(reading.M.astype(float), 2).tolist(),
+        'dropped': reading.dropped_at.tolist(), 'forgotten': (T - gone.sum(axis=1)).tolist(), 'M': np.round(reading.M.astype(float), 2).tolist(),
         'tauSteps': TAU_STEPS,
         'temperatures': {name: [packed((t * TAU_STEPS).round().astype('<u2')) for t in taus]
                          for name, taus in reading.temperatures.items()}}

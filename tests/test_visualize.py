@@ -123,6 +123,8 @@ def test_the_page_holds_the_numbers():
         for name in 'qv':
             taus = unpacked(content['temperatures'][name][l], '<u2').reshape(T, 2) / content['tauSteps']
             np.testing.assert_allclose(taus, reading.temperatures[name][l], atol=1.1e-4)
+    visible = (reading.F < 1) & (np.arange(T)[:, None] < reading.dropped_at[:, None])
+    assert content['forgotten'] == [[next((i for i in range(T) if not visible[l, i, j]), T) for j in range(T)] for l in range(2)]
     assert content['dropped'] == reading.dropped_at.tolist() and content['budgets'] == [4, 9]
 
 
