@@ -11,6 +11,8 @@ A checkpoint is a dictionary of plain values and tensors, <out_dir>/ckpt.pt:
 """
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pickle
 
@@ -90,3 +92,37 @@ def load_model(out_dir, device='cpu'):
     """The trained model of out_dir, ready to use on the device, and its checkpoint."""
     checkpoint = load(out_dir, device)
     return build(checkpoint).to(device).eval(), checkpoint
+
+
+def fingerprint(model):
+    """16 hexadecimal digits that tell this model's weights from any other's."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_budgets(text, out_dir, model):
+    """The setting `budgets` as KVCache takes it: None, a number or a list of one number for each layer.
+
+    text: 'none', a number, a list like 4,9,16,8 or a budgets.json of prune.py; '' is <out_dir>/budgets.json if there
+    is one. Raises UserError for what is none of these, and for a file that was made for other weights.
+    """
+    own = os.path.join(out_dir, 'budgets.json')
+    if text == 'none' or (not text and not os.path.isfile(own)):
+        return None
+    if text and text.replace(',', '').isdigit():
+        numbers = [int(n) for n in text.split(',') if n]
+        return numbers[0] if len(numbers) == 1 else numbers
+    path = text or own
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+        budgets, made_for = found['budgets'], found['checkpoint']
+    except OSError:
+        raise UserError(f"--budgets: '{path}' is no number, no list like 4,9,16,8 and no file") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{path} is no budgets.json of prune.py') from None
+    if made_for != fingerprint(model):
+        raise UserError(f'{path} was made for another checkpoint: run prune.py again, or give --budgets=none')
+    return budgets

@@ -12,6 +12,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import secrets
 import sys
 import threading
@@ -192,6 +193,21 @@ def auto_dataset(root='data'):
     return 'stdlib'
 
 # ----------------------------------------------------------------------------- writing
+
+def output_folder(root, name, pattern):
+    """root/<name>, into which a prepare script writes .bin files with names like pattern (a regular expression).
+
+    Raises UserError for a name that is not a folder's, or a folder with .bin files of the other script, because
+    training would read them all as one data set.
+    """
+    if name in ('', '.', '..') or os.path.basename(name) != name:
+        raise UserError(f"--name: '{name}' cannot name a folder in {root}/")
+    folder = os.path.join(root, name)
+    for file in sorted(glob.glob('*.bin', root_dir=folder)):
+        if not re.fullmatch(pattern, file):
+            raise UserError(f'{folder} has {file}, of a data set not made here: choose another --name')
+    return folder
+
 
 class TokenFile:
     """Writes one .bin file, beside and renamed, so that a file under its own name is always whole.

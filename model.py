@@ -142,15 +142,14 @@ class LayerCache:
         self.j = torch.full((B, K), EMPTY, device=device)
         self.K, self.policy = K, policy
 
-    def attend(self, q, k, v, i, seen, selective):
-        """Rows at positions i (R,), after `seen` tokens: make room, store, attend, vote (2410.02703 section 5).
+    def attend(self, q, k, v, i, selective):
+        """The next tokens, at positions i (R,): make room, store, attend, vote (2410.02703 section 5).
 
-        q, k, v (B, H, R, D) of the new tokens. Returns y (B, H, R, D).
+        q, k, v (B, H, R, D). Returns y (B, H, R, D).
         """
-        step = self._decode if q.size(2) == 1 else self._prefill
-        return step(q, k, v, i, seen, selective)
+        return (self._decode if q.size(2) == 1 else self._prefill)(q, k, v, i, selective)
 
-    def _decode(self, q, k, v, i, seen, selective):
+    def _decode(self, q, k, v, i, selective):
         # One row. Fixed shapes and no look at a value from the host, so that a step can be captured as a CUDA graph.
         score = drop_score(self.F[:, None], i, self.j, self.policy)[:, 0]
         score = score.masked_fill(self.j == EMPTY, math.inf)    # an empty slot goes first
@@ -166,9 +165,9 @@ class LayerCache:
             self.F.copy_(F[:, -1])
         return y
 
-    def _prefill(self, q, k, v, i, seen, selective):
+    def _prefill(self, q, k, v, i, selective):
         # A block of R rows over what is remembered and the block itself: n + R columns, in the order of age.
-        B, R, n = q.size(0), q.size(2), min(seen, self.K)
+        B, R, n = q.size(0), q.size(2), min(int(i[0]), self.K)
         age = self.j[:, :n].argsort(dim=1)                      # decoding fills slots in any order
         k = torch.cat([_take(self.k, age), k.to(self.k.dtype)], dim=2)
         v = torch.cat([_take(self.v, age), v.to(self.v.dtype)], dim=2)
@@ -205,8 +204,7 @@ class KVCache:
         wte = model.transformer.wte.weight
         self.layers = [LayerCache(batch_size, c.n_head, K, c.n_embd // c.n_head, policy, wte.device, dtype or wte.dtype)
                        for K in self.budgets]
-        self.seen = 0                                           # tokens so far; on the host
-        self.position = torch.zeros(1, dtype=torch.long, device=wte.device)     # the same, on the device
+        self.position = torch.zeros(1, dtype=torch.long, device=wte.device)     # of the next token; on the device
 
     def bytes(self):
         """Bytes of keys and values, and of F and positions, over all layers."""
@@ -281,7 +279,7 @@ class CausalSelfAttention(nn.Module):
         self.ssa = nn.ModuleDict({name: Temperature(config, position_aware=name == 'q') for name in config.ssa})
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, i, cache=None, seen=0, memory_tau=None):
+    def forward(self, x, i, cache=None, memory_tau=None):
         """x (B, T, C) at positions i (T,). Returns y (B, T, C) and the memory requirement (B, T), or None without memory_tau."""
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
@@ -293,7 +291,7 @@ class CausalSelfAttention(nn.Module):
 
         dropout, M = self.config.dropout if self.training else 0.0, None
         if cache is not None:
-            y = cache.attend(q, k, v, i, seen, self.config.selective)
+            y = cache.attend(q, k, v, i, self.config.selective)
         elif not self.config.selective:
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         elif self.config.kernel == 'auto' and kernels.can_run(q, dropout):
@@ -325,8 +323,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, i, cache=None, seen=0, memory_tau=None):
-        y, M = self.attn(self.ln_1(x), i, cache, seen, memory_tau)
+    def forward(self, x, i, cache=None, memory_tau=None):
+        y, M = self.attn(self.ln_1(x), i, cache, memory_tau)
         x = x + y
         return x + self.mlp(self.ln_2(x)), M
 
@@ -372,7 +370,7 @@ class GPT(nn.Module):
         the memory requirement (see `memory`), which training adds to the loss.
         """
         B, T = idx.shape
-        seen = cache.seen if cache is not None else 0
+        seen = int(cache.position) if cache is not None and T > 1 else 0        # one row never looks at the device
         if seen + T > self.config.block_size:
             raise ValueError(f'{seen + T} tokens do not fit into block_size {self.config.block_size}')
         i = torch.arange(T, device=idx.device)
@@ -381,11 +379,10 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(i))          # (B, T, C)
         Ms = []
         for l, block in enumerate(self.transformer.h):
-            x, M = block(x, i, cache.layers[l] if cache is not None else None, seen, memory_tau)
+            x, M = block(x, i, cache.layers[l] if cache is not None else None, memory_tau)
             Ms.append(M)
         x = self.transformer.ln_f(x)
         if cache is not None:
-            cache.seen += T
             cache.position += T
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
@@ -421,11 +418,12 @@ class GPT(nn.Module):
         size = self.config.block_size
         idx = idx[:, -size:]
         cache = cache or KVCache(self, len(idx), budgets, policy)
-        new = idx
+        new, seen = idx, int(cache.position)
         for _ in range(max_new_tokens):
-            if cache.seen + new.size(1) > size:
+            if seen + new.size(1) > size:
                 new = idx = idx[:, -max(1, size // 2):]
-                cache = KVCache(self, len(idx), cache.budgets, cache.layers[0].policy)
+                cache, seen = KVCache(self, len(idx), cache.budgets, cache.layers[0].policy), 0
+            seen += new.size(1)
             logits = self.prefill(new, cache)[:, -1]            # (B, V)
             new = sample(logits, temperature, top_k)
             idx = torch.cat([idx[:, 1 - size:], new], dim=1)

@@ -32,7 +32,7 @@ import requests
 import urllib3
 
 import settings
-from data import Progress, TokenFile, get_tokenizer, read_meta, write_meta
+from data import Progress, TokenFile, get_tokenizer, output_folder, read_meta, write_meta
 from settings import UserError
 
 TRAIN_SHARDS, VAL_SHARDS = 1024, 8
@@ -64,16 +64,16 @@ def prepare(cfg):
     Raises UserError if a setting is wrong, the server or the tokenizer is out of reach, a shard is damaged,
     the disk is full, or the folder holds another data set.
     """
-    folder, shards = os.path.join(cfg.data_dir, cfg.name), parse_range(cfg.shards)
+    folder = output_folder(cfg.data_dir, cfg.name, r'(train|val)_\d{5}\.bin')
+    shards = parse_range(cfg.shards)
     for key in 'tokens', 'val_tokens', 'processes', 'retries', 'backoff', 'timeout':
         if getattr(cfg, key) < 0:
             raise UserError(f'--{key}={getattr(cfg, key)}: it cannot be negative')
+    if cfg.timeout == 0:
+        raise UserError('--timeout=0: nothing answers at once, 30 is usual')
     made_with = old_meta(folder).get('tokenizer', cfg.tokenizer)
     if made_with != cfg.tokenizer:
         raise UserError(f"{folder} was made with the tokenizer '{made_with}': choose another --name, or delete it")
-    for file in os.listdir(folder) if os.path.isdir(folder) else []:
-        if file.endswith('.bin') and not re.fullmatch(r'(train|val)_\d{5}\.bin', file):
-            raise UserError(f'{folder} has {file}, of a data set not made here: choose another --name')
     workers, server = Workers(cfg), Server(cfg)
     try:
         make_split(folder, 'val', range(VAL_SHARDS), cfg.val_tokens or math.inf, server, workers)
@@ -92,7 +92,7 @@ def prepare(cfg):
 
 def check_reach(cfg):
     """Raise UserError unless the server has the first shard and the vocabulary is there: a quick look."""
-    url = f'{cfg.base_url}/{shard_file("train", 0)}'
+    url = shard_url(cfg, shard_file('train', 0))
     try:
         status = requests.head(url, timeout=4).status_code  # a redirect is answer enough
     except OSError as e:  # every error of requests is an OSError
@@ -100,6 +100,11 @@ def check_reach(cfg):
     if status >= 400:
         raise UserError(f'{url}: HTTP {status}')
     get_tokenizer(cfg.tokenizer)
+
+
+def shard_url(cfg, name):
+    """Where a shard is on the server."""
+    return f'{cfg.base_url.rstrip("/")}/{name}'
 
 
 def parse_range(text):
@@ -207,14 +212,25 @@ class Workers:
             batch.append(line)
             size += len(line)
             if size >= BATCH_BYTES:
-                pending.append(self.pool.submit(encode_lines, name, first, batch))
+                pending.append(self.submit(name, first, batch))
                 batch, size, first = [], 0, first + len(batch)
                 if len(pending) >= 2 * self.count:
                     yield pending.popleft().result()
         if batch:
-            pending.append(self.pool.submit(encode_lines, name, first, batch))
+            pending.append(self.submit(name, first, batch))
         while pending:
             yield pending.popleft().result()
+
+    def submit(self, *batch):
+        """Have encode_lines called in one of the processes; returns the future.
+
+        A process that this starts inherits that Ctrl-C is ignored: it is the parent's to handle.
+        """
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return self.pool.submit(encode_lines, *batch)
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def close(self):
         """End the processes."""
@@ -222,9 +238,8 @@ class Workers:
 
 
 def start_worker(tokenizer_name):
-    """Begin a tokenizing process: Ctrl-C is its parent's to handle, and when the parent is gone, so is it."""
+    """Begin a tokenizing process, which ends when its parent is gone, even killed."""
     global worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     worker_tokenizer = get_tokenizer(tokenizer_name)
 
@@ -280,7 +295,7 @@ class Server:
         tried again. Each waits longer than the one before, and as long as Retry-After says. Raises UserError
         for other HTTP errors, for more than --retries failures in a row, and at once if the server never answered.
         """
-        url, got, size, failures = f'{self.cfg.base_url}/{name}', 0, None, 0
+        url, got, size, failures = shard_url(self.cfg, name), 0, None, 0
         self.place = 0.0
         while True:
             wait = 0.0

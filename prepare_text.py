@@ -10,14 +10,13 @@ files give the same split on every machine. A single file is cut at a line: its 
 Without an argument the text is the .py sources of Python's own standard library (without its tests), in bytes.
 """
 import contextlib
-import glob
 import hashlib
 import os
 import sysconfig
 from dataclasses import dataclass, field
 
 import settings
-from data import Progress, TokenFile, get_tokenizer, write_meta
+from data import Progress, TokenFile, get_tokenizer, output_folder, write_meta
 from settings import UserError
 
 VAL_ONE_IN = 30
@@ -40,40 +39,32 @@ def prepare(cfg):
     """
     paths, ext = cfg.paths, tuple(e for e in cfg.ext.split(',') if e)
     name = cfg.name or (os.path.splitext(os.path.basename(os.path.abspath(paths[0])))[0] if paths else 'stdlib')
-    folder = os.path.join(cfg.data_dir, name)
-    if name in ('', '.', '..') or os.path.basename(name) != name:
-        raise UserError(f"--name: '{name}' cannot name a folder of {cfg.data_dir}/")
-    if others := set(glob.glob('*.bin', root_dir=folder)) - {'train.bin', 'val.bin'}:
-        raise UserError(f'{folder} has {sorted(others)[0]}, of a data set not made here: choose another --name')
+    folder = output_folder(cfg.data_dir, name, r'(train|val)\.bin')
     tokenizer = get_tokenizer(cfg.tokenizer or ('gpt2' if paths else 'bytes'))
     source = ', '.join(paths) or f'standard library of Python {sysconfig.get_python_version()}'
     try:
-        documents = list_documents(paths, ext) if paths else stdlib_documents()
+        found = list_documents(paths, ext) if paths else stdlib_documents()
+        documents = [(file, key) for file, key in found if is_text(file)]
         pieces = split_documents(documents, source)
-        total, done, skipped = sum(end - begin for _, begin, end, _ in pieces), 0, 0
+        total, done = sum(end - begin for _, begin, end, _ in pieces), 0
         train, val = (TokenFile(os.path.join(folder, f'{split}.bin')) for split in ('train', 'val'))
         with train, val, Progress() as progress:
             for path, begin, end, is_val in pieces:
                 out = val if is_val else train
-                if is_text(path):
-                    for text in read_blocks(path, begin, end):
-                        out.write(tokenizer.encode_ordinary(text))
-                    out.write([tokenizer.eot_token])
-                else:
-                    skipped += 1
+                for text in read_blocks(path, begin, end):
+                    out.write(tokenizer.encode_ordinary(text))
+                out.write([tokenizer.eot_token])
                 done += end - begin
                 progress.show(done / 1e6, train.count + val.count, done / total)
-            for file, split in (train, 'training'), (val, 'validation'):
-                if file.count == 0:
-                    raise UserError(f'{source}: no text for {split} ({skipped} files are not UTF-8): name more files')
             # Without meta.json a stop between the two renames leaves a data set that is known to be unfinished.
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, 'meta.json'))
         write_meta(folder, tokenizer, source, True, {'train.bin': train.count, 'val.bin': val.count})
     except OSError as e:
         raise UserError(f'{e.filename or folder}: {e.strerror}') from None
+    skipped = len(found) - len(documents)
     print(f'{folder}: {train.count:,} train and {val.count:,} val tokens ({tokenizer.name}) from '
-          f'{len(documents) - skipped:,} file(s)' + (f', {skipped} that are not UTF-8 skipped' if skipped else ''))
+          f'{len(documents):,} file(s)' + (f', {skipped:,} not UTF-8 skipped' if skipped else ''))
     return name
 
 
@@ -105,7 +96,7 @@ def stdlib_documents():
 def split_documents(documents, source):
     """[(file, first byte, end, is for validation)]; both splits get something."""
     if not documents:
-        raise UserError(f'{source}: no text there, files are missing, empty or of other endings than --ext')
+        raise UserError(f'{source}: no text there: files are empty, not UTF-8 or of other endings than --ext')
     sizes = [os.path.getsize(file) for file, _ in documents]
     if len(documents) == 1:
         file = documents[0][0]
@@ -119,10 +110,10 @@ def split_documents(documents, source):
         if after == 0:
             raise UserError(f'{source}: one line of text cannot be split into training and validation, it needs two')
         return [(file, 0, after, False), (file, after, sizes[0], True)]
-    order = [hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest() for _, key in documents]
-    chosen = [int.from_bytes(h[:8], 'big') % VAL_ONE_IN == 0 for h in order]
+    hashes = [hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest() for _, key in documents]
+    chosen = [int.from_bytes(h[:8], 'big') % VAL_ONE_IN == 0 for h in hashes]
     if not any(chosen) or all(chosen):  # few documents: the one with the lowest hash
-        chosen = [h == min(order) for h in order]
+        chosen = [i == hashes.index(min(hashes)) for i in range(len(hashes))]
     return [(file, 0, size, is_val) for (file, _), size, is_val in zip(documents, sizes, chosen)]
 
 

@@ -8,8 +8,6 @@
 Text appears as it is generated. At the end: tokens per second, and bytes of the KV cache with and without budgets.
 """
 import codecs
-import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -38,24 +36,6 @@ class SampleConfig:
     dtype: str = 'auto'                     # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 where a GPU has it
 
 
-def read_budgets(text, out_dir):
-    """The setting `budgets` as KVCache takes it: None, a number or a list. '' is <out_dir>/budgets.json if there is one."""
-    own = os.path.join(out_dir, 'budgets.json')
-    if text == 'none' or (not text and not os.path.isfile(own)):
-        return None
-    if text and text.replace(',', '').isdigit():
-        numbers = [int(n) for n in text.split(',') if n]
-        return numbers[0] if len(numbers) == 1 else numbers
-    path = text or own
-    try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)['budgets']
-    except OSError:
-        raise UserError(f"--budgets: '{path}' is no number, no list like 4,9,16,8 and no file") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{path} is no budgets.json of prune.py') from None
-
-
 def read_prompt(start, tokenizer):
     """Token ids of the setting `start`."""
     try:
@@ -81,7 +61,7 @@ def main():
     if max(ids) >= model.config.vocab_size:
         raise UserError(f'the prompt has token {max(ids)}, the model knows {model.config.vocab_size}')
     idx = torch.tensor([ids], device=device)
-    budgets = read_budgets(cfg.budgets, cfg.out_dir)
+    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model)
 
     torch.manual_seed(cfg.seed)
     seconds = 0.0

@@ -349,7 +349,7 @@ def test_pruned_attention_against_the_rules(K, rows, policy, selective):
     t = 0
     for R in blocks_of(T, rows, seed=K):
         i = torch.arange(t, t + R)
-        y = cache.attend(q[:, :, t:t + R], k[:, :, t:t + R], v[:, :, t:t + R], i, t, selective)
+        y = cache.attend(q[:, :, t:t + R], k[:, :, t:t + R], v[:, :, t:t + R], i, selective)
         torch.testing.assert_close(y, expected[:, :, t:t + R])
         t += R
         for b in range(B):
@@ -416,3 +416,22 @@ def test_wrong_budgets(budgets, policy, word):
 def test_too_long():
     with pytest.raises(ValueError, match='block_size 24'):
         make()(tokens(1, 25))
+    cache = KVCache(make(), 1)
+    make()(tokens(1, 20), cache=cache)
+    with pytest.raises(ValueError, match='25 tokens do not fit into block_size 24'):
+        make()(tokens(1, 5), cache=cache)
+
+
+@pytest.mark.parametrize('selective', [False, True])
+def test_decoding_is_one_graph(selective):
+    """A step has fixed shapes and never looks at a value: torch.compile takes it whole, once for all positions."""
+    gpt = make(selective=selective, dtype=torch.float32)
+    cache, idx = KVCache(gpt, 2, [4, 9], 'selective' if selective else 'oldest'), tokens(2, 24)
+    expected, _ = gpt(idx, idx, cache=KVCache(gpt, 2, [4, 9], 'selective' if selective else 'oldest'))
+    graphs = []
+    step = torch.compile(lambda new: gpt(new, cache=cache)[0], fullgraph=True,
+                         backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        for t in range(24):
+            torch.testing.assert_close(step(idx[:, [t]])[:, 0], expected[:, t], atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 1

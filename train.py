@@ -49,8 +49,8 @@ class TrainConfig(GPTConfig):
     warmup_iters: int = 2000            # steps of linear warmup
     lr_decay_iters: int = 0             # step at which the cosine ends; 0: max_iters
     weight_decay: float = 0.1           # of matrices and embeddings
-    beta1: float = 0.9                  # AdamW
-    beta2: float = 0.95                 # AdamW
+    beta1: float = 0.9                  # AdamW's memory of the gradient
+    beta2: float = 0.95                 # AdamW's memory of its square
     grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
     # memory loss, 2410.02703 section 6
     memory_loss: float = 0.0            # its weight, epsilon; the paper's is 0.1; 0: off
@@ -96,7 +96,7 @@ class Log:
         path, kept = os.path.join(cfg.out_dir, 'log.jsonl'), []
         if start and os.path.isfile(path):
             with open(path) as f:           # what a killed run wrote after its checkpoint is computed again
-                kept = [line for line in f.readlines()[1:] if _iter_of(line) <= start]
+                kept = [line for line in f.readlines()[1:] if _before(line, start)]
         with open(path + '.tmp', 'w') as f:
             f.writelines([json.dumps({'config': dataclasses.asdict(cfg)}) + '\n', *kept])
         os.replace(path + '.tmp', path)
@@ -106,11 +106,13 @@ class Log:
         self.file.write(json.dumps(figures) + '\n')
 
 
-def _iter_of(line):
+def _before(line, start):
+    """Whether a line of the log was written before the checkpoint of step `start`, which follows an evaluation."""
     try:
-        return json.loads(line)['iter']
+        figures = json.loads(line)
+        return figures['iter'] < start or figures['iter'] == start and 'val_loss' in figures
     except (ValueError, KeyError):          # half a line, from a kill in the middle
-        return math.inf
+        return False
 
 
 def main():

@@ -1,5 +1,5 @@
 # Selective attention, arXiv 2410.02703. The first config to try.
-from config.small import *
+from config.base_small import *
 
 out_dir = 'out/selective_small'
 selective = True

@@ -1,5 +1,5 @@
 # Selective attention with the memory loss, for pruning harder.
-from config.small import *
+from config.base_small import *
 
 out_dir = 'out/selective_small_mem'
 selective = True

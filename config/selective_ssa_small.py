@@ -1,5 +1,5 @@
 # Both: SSA scales, selection reads the scaled logits of head 0.
-from config.small import *
+from config.base_small import *
 
 out_dir = 'out/selective_ssa_small'
 selective = True

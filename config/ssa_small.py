@@ -1,5 +1,5 @@
 # SSA, arXiv 2411.12892: temperatures on queries and values.
-from config.small import *
+from config.base_small import *
 
 out_dir = 'out/ssa_small'
 ssa = 'qv'

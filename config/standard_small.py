@@ -1,4 +1,4 @@
 # Standard attention: what the others are compared with.
-from config.small import *
+from config.base_small import *
 
 out_dir = 'out/standard_small'

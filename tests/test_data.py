@@ -242,12 +242,20 @@ def test_one_file_is_cut_at_a_line(tmp_path, text):
         assert 0.02 < len(val) / len(train) < 0.05
 
 
+def test_files_of_the_same_name_fill_both_splits(tmp_path):
+    for folder in 'a', 'b':
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'x.txt').write_text('text')
+    folder = text_set(tmp_path, tmp_path / 'a' / 'x.txt', tmp_path / 'b' / 'x.txt')
+    assert len(tokens_of(folder, 'train.bin')) == len(tokens_of(folder, 'val.bin')) == 5
+
+
 def test_files_that_are_not_text_are_skipped(tmp_path, capsys):
     for i in range(4):
         (tmp_path / f'{i}.txt').write_text('fine')
     (tmp_path / 'z.bin').write_bytes(b'\xff\xfe' * 9)
     folder = text_set(tmp_path, *sorted(tmp_path.iterdir()))
-    assert '4 file(s), 1 that are not UTF-8 skipped' in capsys.readouterr().out
+    assert '4 file(s), 1 not UTF-8 skipped' in capsys.readouterr().out
     assert len(tokens_of(folder, 'train.bin') + tokens_of(folder, 'val.bin')) == 4 * 5
 
 

@@ -119,7 +119,7 @@ def prepare(server, tmp_path, **changes):
 def start(server, tmp_path, **changes):
     """The same as a process of its own."""
     arguments = [f'--{k}={v}' for k, v in settings_of(server, tmp_path, **changes).items()]
-    return subprocess.Popen([sys.executable, 'prepare_c4.py', *arguments], cwd=ROOT, text=True,
+    return subprocess.Popen([sys.executable, 'prepare_c4.py', *arguments], cwd=ROOT, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -219,7 +219,10 @@ def test_stopped_and_run_again(server, tmp_path, how):
         while time.time() < deadline and not (
                 (folder / f'train_{stopped:05d}.bin').exists() and list(folder.glob(f'train_{stopped + 1:05d}*.tmp'))):
             time.sleep(0.005)
-        process.send_signal(how)
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # as a terminal does: to all its processes
+        else:
+            process.kill()
         out, err = process.communicate()
         assert process.returncode == (-9 if how == signal.SIGKILL else 130)
         assert how == signal.SIGKILL or err == '\ninterrupted\n'
@@ -307,6 +310,7 @@ def test_connection_that_stalls_goes_on(server, tmp_path):
         time.sleep(1)
     server.faults[NAME] = [stall]
     assert good(prepare(server, tmp_path, timeout=0.3))
+    assert [name for name, _ in server.requests].count(NAME) == 2
 
 
 def test_body_without_length(server, tmp_path):
@@ -374,7 +378,7 @@ def test_no_server_is_one_line_at_once(server, tmp_path):
 
 @pytest.mark.parametrize('changes, message', [
     ({'shards': '3'}, '--shards'), ({'shards': '3:3'}, '--shards'), ({'shards': '0:1025'}, '--shards'),
-    ({'tokens': -1}, '--tokens=-1'), ({'tokenizer': 'gpt3'}, "'gpt3' is unknown"),
+    ({'tokens': -1}, '--tokens=-1'), ({'timeout': 0.0}, '--timeout=0'), ({'name': ''}, '--name'), ({'tokenizer': 'gpt3'}, "'gpt3' is unknown"),
 ])
 def test_bad_settings(server, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,258 @@
+"""Find how little memory each layer needs: the per-layer budgets of context pruning, 2410.02703 section 5.
+
+    python prune.py --out_dir=out/selective_small --baseline=out/standard_small     down to the loss of that model
+    python prune.py --out_dir=out/selective_small --tolerance=0.01                  to 0.01 nats over its own loss
+    python prune.py --out_dir=out/selective_small --target_loss=1.5
+
+Every layer starts with a budget of block_size tokens. Again and again a few tokens are taken from the layer where
+that costs the least validation loss, until no layer can give any without the loss going over the target. Each row
+printed is one point of the curve of memory against loss; the file written, <out_dir>/budgets.json, holds it all, and
+sample.py generates inside it. A search that was stopped goes on where it was.
+
+--search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every step. The default,
+--search=quick, departs from it in three things. A bite is a fraction of what a layer has, at first half of it; when no
+layer can give such a bite, it is halved, down to one token. While it is more than one token, a bite may spend at most
+a quarter of the loss that is left to spend. And only the layer whose last trial was the cheapest per token is tried
+again: if it still is the cheapest, it is taken without trying the others. Both ways keep the activations below the
+layer that is tried.
+"""
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as fn
+
+import checkpoint as ckpt
+import data
+import settings
+from model import LayerCache, check_budgets
+from settings import UserError
+
+
+@dataclass
+class PruneConfig:
+    # what to prune
+    out_dir: str = 'out/selective_small'    # folder of ckpt.pt; budgets.json is written there
+    dataset: str = ''                       # data set whose validation loss counts; '': the one it was trained on
+    windows: int = 32                       # validation sequences of block_size tokens that the search measures on
+    seed: int = 0                           # which windows these are
+    # how far: give one of the three
+    baseline: str = ''                      # folder of a model whose loss on the same windows is the target
+    target_loss: float = 0.0                # the target, in nats
+    tolerance: float = 0.0                  # the target is the model's own unpruned loss and this much
+    # how
+    policy: str = 'selective'               # what a full layer drops: 'selective' (by F), or the controls 'oldest', 'random'
+    search: str = 'quick'                   # 'quick', or 'plain': the paper's search
+    bite: int = 8                           # tokens taken at a time in the plain search
+    to: str = ''                            # file to write; '': budgets.json, or budgets_<policy>.json for the controls
+    device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
+    batch_size: int = 16                    # sequences that are computed at a time
+
+
+class Trials:
+    """The loss of a model under budgets, on a fixed set of windows. What was computed once is not computed again."""
+
+    def __init__(self, model, batches, policy):
+        """batches: a list of (x, y), int64 (B, T)."""
+        self.model, self.policy = model, policy
+        self.targets = [y for _, y in batches]
+        T = self.targets[0].size(1)
+        self.i = torch.arange(T, device=self.targets[0].device)
+        self.budgets = [T] * model.config.n_layer
+        gpt = model.transformer
+        # inputs[l][n]: what layer l reads from batch n under self.budgets; those of layers up to `ready` are right
+        self.inputs = [[gpt.wte(x) + gpt.wpe(self.i) for x, _ in batches]] + [None] * len(self.budgets)
+        self.ready = 0
+        self.known = {}         # budgets -> loss
+
+    def loss(self, l=0, K=None):
+        """Mean loss in nats per token with a budget of K in layer l (None: its own) and the others as they are."""
+        K = self.budgets[l] if K is None else K
+        budgets = (*self.budgets[:l], K, *self.budgets[l + 1:])
+        if budgets in self.known:
+            return self.known[budgets]
+        for below in range(self.ready, l):
+            self.inputs[below + 1] = [self._layer(below, x, self.budgets[below]) for x in self.inputs[below]]
+        self.ready = max(self.ready, l)
+        total = 0.0
+        for x, y in zip(self.inputs[l], self.targets):
+            for layer in range(l, len(budgets)):
+                x = self._layer(layer, x, budgets[layer])
+            logits = self.model.lm_head(self.model.transformer.ln_f(x))
+            total += fn.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1), ignore_index=-1).item() * len(y)
+        self.known[budgets] = total / sum(len(y) for y in self.targets)
+        return self.known[budgets]
+
+    def set(self, l, K):
+        """Give layer l the budget K; what the layers above it read is no longer right."""
+        self.budgets[l] = K
+        self.ready = min(self.ready, l)
+
+    def _layer(self, l, x, K):
+        """Layer l on x (B, T, C) with a budget of K: the parallel form of context pruning."""
+        c, cache = self.model.config, None
+        if K < len(self.i):
+            cache = LayerCache(len(x), c.n_head, K, c.n_embd // c.n_head, self.policy, x.device, x.dtype)
+        return self.model.transformer.h[l](x, self.i, cache)[0]
+
+
+def quick_search(trials, target, loss):
+    """Yield (layer, new budget, loss) again and again; see the top of this file."""
+    budgets, part = trials.budgets, 0.5
+    least = min(2, max(budgets))
+    while part * max(budgets) >= 1:
+        last = {}       # layer -> (loss per token of its last trial in this round, loss, budget, the step it was tried at)
+        step, open_layers = 0, set(range(len(budgets)))
+        while True:
+            def bite(l):
+                return min(math.floor(budgets[l] * part), budgets[l] - least)
+            open_layers = {l for l in open_layers if bite(l) >= 1}
+            if not open_layers:
+                break
+            l = min(open_layers, key=lambda l: last[l][0] if l in last else -math.inf)
+            if l not in last or last[l][3] < step:
+                K = budgets[l] - bite(l)
+                tried = trials.loss(l, K)
+                last[l] = ((tried - loss) / bite(l), tried, K, step)
+                continue    # the cheapest is sought again: it may be another layer now
+            _, tried, K, _ = last.pop(l)
+            spend = target - loss if bite(l) == 1 else (target - loss) / 4
+            if tried - loss > spend:
+                open_layers.remove(l)
+                continue
+            loss, step = tried, step + 1
+            yield l, K, loss
+        part /= 2
+
+
+def plain_search(trials, target, loss, bite):
+    """The paper's greedy search, `bite` tokens at a time from the layer where that costs the least loss."""
+    least = min(2, max(trials.budgets))
+    while True:
+        tried = {l: trials.loss(l, K - bite) for l, K in enumerate(trials.budgets) if K - bite >= least}
+        l = min(tried, key=tried.get, default=None)
+        if l is None or tried[l] > target:
+            return
+        yield l, trials.budgets[l] - bite, tried[l]
+
+
+def point(budgets, block_size, loss):
+    """One point of the curve."""
+    memory, full = sum(budgets), len(budgets) * block_size
+    return {'budgets': list(budgets), 'memory': memory, 'fraction': memory / full, 'saving': full / memory,
+            'val_loss': loss}
+
+
+def show(number, p, note=''):
+    print(f"{number:4} | {' '.join(f'{K:4}' for K in p['budgets'])} | {p['fraction']:7.2%} | {p['saving']:6.1f}x | "
+          f"{p['val_loss']:.4f} | {note}", flush=True)
+
+
+def windows_of(dataset, cfg, block_size, held_out=False):
+    """Batches of validation windows; held_out: as many others, which the search never sees."""
+    count = -(-cfg.windows // cfg.batch_size)
+    sizes = [min(cfg.batch_size, cfg.windows - n * cfg.batch_size) for n in range(count)]
+    batches = [dataset.batch('val', n + held_out * count, size, block_size, cfg.seed) for n, size in enumerate(sizes)]
+    return [(x.to(cfg.device), y.to(cfg.device)) for x, y in batches]
+
+
+@torch.no_grad()
+def main():
+    cfg = settings.parse(PruneConfig)
+    if sum(map(bool, (cfg.baseline, cfg.target_loss, cfg.tolerance))) != 1:
+        raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance')
+    if cfg.search not in ('quick', 'plain') or cfg.bite < 1 or cfg.windows < 1 or cfg.batch_size < 1:
+        raise UserError("search is 'quick' or 'plain'; bite, windows and batch_size are at least 1")
+    cfg.device = ckpt.pick_device(cfg.device)
+    model, checkpoint = ckpt.load_model(cfg.out_dir, cfg.device)
+    size = model.config.block_size
+    try:
+        check_budgets(model.config, size, cfg.policy)
+    except ValueError as e:
+        raise UserError(f'{cfg.out_dir}: {e}') from None
+    dataset = data.load_dataset(cfg.dataset or checkpoint['dataset'])
+    if dataset.tokenizer_name != checkpoint['tokenizer']:
+        raise UserError(f"{cfg.out_dir} was trained on {checkpoint['tokenizer']}, data set {dataset.name} has "
+                        f'{dataset.tokenizer_name}')
+    search_set, held_out = windows_of(dataset, cfg, size), windows_of(dataset, cfg, size, held_out=True)
+    trials = Trials(model, search_set, cfg.policy)
+    unpruned, baseline, target = trials.loss(), None, cfg.target_loss
+    if cfg.baseline:
+        other, other_checkpoint = ckpt.load_model(cfg.baseline, cfg.device)
+        if (other.config.block_size, other_checkpoint['tokenizer']) != (size, checkpoint['tokenizer']):
+            raise UserError(f'{cfg.baseline} has another block_size or tokenizer: the losses cannot be compared')
+        target = baseline = Trials(other, search_set, cfg.policy).loss()
+        held_out_baseline = Trials(other, held_out, cfg.policy).loss()
+    elif cfg.tolerance:
+        target = unpruned + cfg.tolerance
+    if unpruned > target:
+        raise UserError(f'the loss without pruning, {unpruned:.4f}, is above the target, {target:.4f}: '
+                        'nothing can be taken away')
+
+    path = os.path.join(cfg.out_dir, cfg.to or ('budgets.json' if cfg.policy == 'selective' else
+                                                f'budgets_{cfg.policy}.json'))
+    result = {'budgets': list(trials.budgets), 'policy': cfg.policy, 'block_size': size, 'target_loss': target,
+              'unpruned_loss': unpruned, 'baseline_loss': baseline, 'dataset': dataset.name,
+              'checkpoint': ckpt.fingerprint(model), 'held_out': {},
+              'search': {name: getattr(cfg, name) for name in ('search', 'bite', 'windows', 'seed', 'batch_size')},
+              'curve': [point(trials.budgets, size, unpruned)], 'trials': []}
+    # The search is deterministic: one that goes on repeats its steps with the losses it found before.
+    trials.known.update(known_trials(path, result))
+    print(f'{cfg.out_dir}: pruning {len(trials.budgets)} layers of {size} tokens, policy {cfg.policy}; loss '
+          f'{unpruned:.4f} without pruning, target {target:.4f}'
+          + (f'; going on with the {len(trials.known) - 1} trials in {path}' if len(trials.known) > 1 else ''))
+    print(f"step | {'budgets':{5 * len(trials.budgets) - 1}} | memory  |  saving | loss   | time")
+    show(0, result['curve'][0])
+    started, tried_before = time.time(), len(trials.known)
+    if cfg.search == 'plain':
+        steps = plain_search(trials, target, unpruned, cfg.bite)
+        most = lambda: sum((K - 2) // cfg.bite for K in trials.budgets)
+    else:
+        steps = quick_search(trials, target, unpruned)
+        most = lambda: sum(math.log2(max(K / 2, 1)) for K in trials.budgets)
+    for number, (l, K, loss) in enumerate(steps, start=1):
+        trials.set(l, K)
+        result['budgets'] = list(trials.budgets)
+        result['curve'].append(point(trials.budgets, size, loss))
+        result['trials'] = [[*budgets, loss] for budgets, loss in trials.known.items()]
+        write(path, result)
+        spent = time.time() - started
+        show(number, result['curve'][-1], f'{spent:.0f}s, at most {spent / number * most():.0f}s left')
+    for name, budgets in (('unpruned', [size] * len(trials.budgets)), ('pruned', trials.budgets)):
+        other = Trials(model, held_out, cfg.policy)
+        other.budgets = list(budgets)
+        result['held_out'][name] = other.loss()
+    if cfg.baseline:
+        result['held_out']['baseline'] = held_out_baseline
+    write(path, result)
+    last = result['curve'][-1]
+    print(f"{last['memory']:,} tokens of {len(trials.budgets) * size:,}: {last['saving']:.1f}x less memory at loss "
+          f"{last['val_loss']:.4f} (target {target:.4f}; {unpruned:.4f} without pruning); "
+          f'{len(trials.known) - tried_before} trials in {time.time() - started:.0f}s')
+    print('on windows that the search has not seen: '
+          + ', '.join(f'{name} {loss:.4f}' for name, loss in result['held_out'].items()))
+    print(f'{path}: python sample.py --out_dir={cfg.out_dir} generates inside it' if cfg.policy == 'selective' else path)
+
+
+def known_trials(path, result):
+    """{budgets: loss} of an earlier search of the same thing, stopped or done; {} if there was none."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            before = json.load(f)
+        same = all(before[key] == result[key] for key in ('checkpoint', 'search', 'policy', 'dataset', 'block_size'))
+        return {tuple(row[:-1]): row[-1] for row in before['trials']} if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write(path, result):
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(result, f)
+    os.replace(path + '.tmp', path)
+
+
+if __name__ == '__main__':
+    settings.run(main)

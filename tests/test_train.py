@@ -1,0 +1,232 @@
+"""train.py, sample.py and settings.py, on a data set of a few thousand bytes."""
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint as ckpt
+import model
+import prepare_text
+import sample
+import settings
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ['--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--batch_size=4', '--device=cpu',
+         '--gradient_accumulation_steps=2', '--eval_interval=10', '--eval_iters=2', '--log_interval=1',
+         '--warmup_iters=2', '--learning_rate=1e-2']
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    (folder / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
+    prepare_text.prepare(prepare_text.Settings(paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes',
+                                               data_dir=str(folder)))
+    return f'--dataset={folder / "lines"}'
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run(train, *args): the script's main() in this process; returns what it printed, or the UserError's text."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *args])
+        try:
+            script.main()
+        except settings.UserError as e:
+            assert '\n' not in str(e)
+            return str(e)
+        return ''.join(capfd.readouterr())
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def start(*args):
+    """A script in a process of its own."""
+    return subprocess.Popen([sys.executable, *args], cwd=ROOT, text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def log(out_dir):
+    """{step: loss} and {step: validation loss} of a run."""
+    lines = [json.loads(line) for line in open(out_dir / 'log.jsonl')]
+    assert 'config' in lines[0]
+    steps = [line['iter'] for line in lines[1:] if 'loss' in line]
+    assert len(steps) == len(set(steps)), 'a step was logged twice'
+    return ({line['iter']: line['loss'] for line in lines[1:] if 'loss' in line},
+            {line['iter']: line['val_loss'] for line in lines[1:] if 'val_loss' in line})
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
+def test_resume_is_exact(how, dataset, tmp_path, run):
+    """Losses and weights of a run that was stopped, in any way, are those of one that was not, to the last bit."""
+    args = [dataset, *SMALL, '--max_iters=150', '--selective', '--ssa=qv', '--dropout=0.1']
+    stopped = start('train.py', *args, f'--out_dir={tmp_path / "stopped"}')
+    for line in stopped.stdout:
+        if line.startswith('step 23/'):
+            stopped.send_signal(how)
+            break
+    out = stopped.stdout.read()
+    assert stopped.wait(timeout=60) == (-9 if how == signal.SIGKILL else 130), out
+    first = ckpt.load(tmp_path / 'stopped')['iter_num']
+    assert first % 10 == 0 and first >= 20 if how == signal.SIGKILL else first >= 24 and '--init_from=resume' in out
+    assert first < 150
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                # the order of additions depends on it
+    run(train, *args, f'--out_dir={tmp_path / "stopped"}', '--init_from=resume')
+    run(train, *args, f'--out_dir={tmp_path / "whole"}')
+    torch.set_num_threads(threads)
+    assert log(tmp_path / 'whole') == log(tmp_path / 'stopped')
+    a, b = (ckpt.load(tmp_path / name) for name in ('whole', 'stopped'))
+    assert a['iter_num'] == 150 and all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
+
+
+def test_two_processes_train_as_one(dataset, tmp_path, run):
+    args = [dataset, *SMALL, '--max_iters=10', '--selective', '--memory_loss=0.1']
+    run(train, *args, f'--out_dir={tmp_path / "one"}')
+    two = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *args,
+                f'--out_dir={tmp_path / "two"}')
+    out, _ = two.communicate(timeout=200)
+    assert two.returncode == 0, out
+    for one, two in zip(log(tmp_path / 'one'), log(tmp_path / 'two')):
+        assert one.keys() == two.keys() and one
+        torch.testing.assert_close(list(one.values()), list(two.values()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, run):
+    out = run(train, dataset, *SMALL, '--max_iters=30', f'--out_dir={tmp_path}', '--learning_rate=1e30', '--grad_clip=0')
+    assert 'is not finite' in out and 'ckpt.pt has step 0' in out
+    assert all(p.isfinite().all() for p in ckpt.load(tmp_path)['model'].values())
+
+
+def test_learning_and_sampling(dataset, tmp_path, run, monkeypatch):
+    """The model learns what digits follow; the text comes from the command line, a file and standard input."""
+    out = run(train, dataset, *SMALL, '--max_iters=150', f'--out_dir={tmp_path}', '--selective')
+    assert 'memory needed' in out
+    losses, val = log(tmp_path)
+    assert val[0] > 5 and val[150] < 2.5 and losses[149] < 2.5
+    args = [f'--out_dir={tmp_path}', '--max_new_tokens=30', '--device=cpu']
+    greedy = run(sample, *args, '--start=line 1', '--temperature=0')
+    assert greedy.startswith('line 1') and 'tokens/s; KV cache' in greedy
+    (tmp_path / 'prompt.txt').write_text('line 1')
+    from_file = run(sample, *args, f'--start=FILE:{tmp_path / "prompt.txt"}', '--temperature=0')
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('line 1'))
+    from_stdin = run(sample, *args, '--start=-', '--temperature=0')
+    assert greedy.split('---')[0] == from_file.split('---')[0] == from_stdin.split('---')[0]
+    same = [run(sample, *args, '--seed=2').split('---')[0] for _ in range(2)]
+    assert same[0] == same[1]
+    out = run(sample, *args, '--start=line 1', '--budgets=4,8', '--num_samples=2')
+    assert '2.7x less' in out and out.count('line 1') >= 2
+    for wrong, words in [('--budgets=1', 'a budget of 1'), ('--budgets=3,4,5', '3 budgets'), ('--budgets=17', '17'),
+                         ('--budgets=nowhere.json', 'nowhere.json'), ('--start=FILE:nowhere', 'nowhere'),
+                         ('--out_dir=nowhere', 'nowhere/ckpt.pt does not exist'), ('--top_k=-1', 'top_k')]:
+        assert words in run(sample, *args, wrong)
+
+
+def test_damaged_and_foreign_checkpoints(dataset, tmp_path, run):
+    args = [dataset, *SMALL, '--max_iters=2', f'--out_dir={tmp_path}']
+    run(train, *args)
+    assert 'has n_layer=2, this run 3' in run(train, *args, '--init_from=resume', '--n_layer=3', '--max_iters=4')
+    assert 'is done' in run(train, *args, '--init_from=resume')
+    path = tmp_path / 'ckpt.pt'
+    whole = path.read_bytes()
+    for damage in (b'', b'hello', whole[:len(whole) // 2]):
+        path.write_bytes(damage)
+        with pytest.raises(settings.UserError, match='damaged'):
+            ckpt.load(tmp_path)
+    torch.save({'weights': 1}, path)
+    with pytest.raises(settings.UserError, match='not a checkpoint'):
+        ckpt.load(tmp_path)
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    ckpt.save(tmp_path, {'model': 1, 'model_args': 2})
+
+    def killed(checkpoint, file):
+        file.write(b'half of it')
+        raise SystemExit
+    monkeypatch.setattr(torch, 'save', killed)
+    with pytest.raises(SystemExit):
+        ckpt.save(tmp_path, {})
+    assert ckpt.load(tmp_path)['model'] == 1
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
+def test_configs(path):
+    """Every config can be run; the small ones differ in flags and out_dir only."""
+    cfg = settings.parse(train.TrainConfig, [str(path)])
+    train.check(cfg, world=1)
+    cfg.vocab_size = cfg.vocab_size or 257
+    with torch.device('meta'):
+        model.GPT(model.GPTConfig(**{name: getattr(cfg, name) for name in model.GPTConfig.__dataclass_fields__}))
+    if path.stem.endswith('_small'):
+        base = settings.parse(train.TrainConfig, [str(ROOT / 'config/base_small.py')])
+        differs = {name for name, value in vars(cfg).items() if value != getattr(base, name)} - {'vocab_size'}
+        assert differs <= {'selective', 'ssa', 'out_dir'}
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--selectve=True'], "did you mean 'selective'"), (['--n_layer=two'], "'two' is not a whole number"),
+    (['--selective=maybe'], 'not True or False'), (['--n_layer=1.5'], 'not a whole number'),
+    (['nowhere.py'], 'nowhere.py'), (['--max_iters'], 'not a whole number')])
+def test_wrong_settings(args, words):
+    with pytest.raises(settings.UserError, match=words):
+        settings.parse(train.TrainConfig, args)
+
+
+def test_wrong_settings_in_a_file(tmp_path):
+    for text, words in [('n_layr = 2', "n_layr: unknown setting; did you mean 'n_layer'"), ('n_layer = (', 'SyntaxError'),
+                        ("n_layer = '2x'", 'not a whole number'), ('selective = 1', 'not True or False'),
+                        ('import nowhere', 'nowhere')]:
+        (tmp_path / 'c.py').write_text(text)
+        with pytest.raises(settings.UserError, match=words):
+            settings.parse(train.TrainConfig, [str(tmp_path / 'c.py')])
+
+
+def test_settings_that_count(tmp_path):
+    (tmp_path / 'c.py').write_text('import math\nfrom config.base_small import *\nn_layer = 3\n_private = 1\n')
+    cfg = settings.parse(train.TrainConfig, [str(tmp_path / 'c.py'), '--n_layer=5', '--max_iters=1e4', '--selective'])
+    assert (cfg.n_layer, cfg.n_embd, cfg.max_iters, cfg.selective) == (5, 128, 10000, True)
+
+
+@pytest.mark.parametrize('wrong, words', [
+    ({'eval_iters': 0}, 'eval_iters'), ({'init_from': 'nothing'}, 'init_from'),
+    ({'memory_loss': 0.1}, 'memory_loss needs selective'), ({'memory_tau': 0.0}, 'memory_tau'),
+    ({'gradient_accumulation_steps': 3}, '3 cannot be shared out among 2 processes')])
+def test_impossible_runs(wrong, words):
+    with pytest.raises(settings.UserError, match=words):
+        train.check(train.TrainConfig(**wrong), world=2)
+
+
+def test_help_lists_every_setting():
+    out = settings.help_text(train.TrainConfig)
+    for name in train.TrainConfig.__dataclass_fields__:
+        line = next(line for line in out.splitlines() if line.startswith(f'  --{name}='))
+        assert len(line.split()) > 2, f'{name} is not explained'
+
+
+def test_one_line_for_the_user(dataset, tmp_path, run):
+    args = [*SMALL, f'--out_dir={tmp_path / "x"}']
+    for wrong, words in [('--n_head=3', 'n_embd 16 is not divisible by n_head 3'), ('--dataset=nowhere', 'nowhere'),
+                         ('--device=cuda:9', 'cuda:9'), ('--dtype=float8', 'float8'), ('--vocab_size=9', 'vocab_size 9')]:
+        assert words in run(train, *args, dataset, wrong)
+        assert not (tmp_path / 'x').exists()
+    process = start('train.py', '--selectve=1')
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == "train.py: --selectve: unknown setting; did you mean 'selective'?\n"
+
+
+def test_learning_rate():
+    cfg = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.learning_rate(cfg, n) for n in range(111)]
+    assert rates[0] == 1 / 11 and rates[10] == 1.0 and abs(rates[60] - 0.55) < 1e-9 and rates[110] == 0.1
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
