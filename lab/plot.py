@@ -3,15 +3,17 @@
     python -m lab.plot out/*
     python -m lab.plot out/standard_small out/selective_small --to=out/figures
 
-Reads each run's log.jsonl (train.py) and, where there is one, budgets.json (prune.py). Writes loss.png and memory.png.
+Reads each run's log.jsonl (train.py) and what there is of budgets.json, budgets_oldest.json and budgets_random.json
+(prune.py). Writes loss.png and memory.png.
 """
+import io
 import json
 import os
+import pathlib
 import sys
 from dataclasses import dataclass, field
 
 import settings
-from lab.visualize import import_pyplot, save_figure
 from settings import UserError
 
 
@@ -42,14 +44,17 @@ def read_log(path):
     return train, val
 
 
-def read_curve(path):
-    """budgets.json of prune.py, its curve sorted by memory; None where there is no such file."""
-    if not os.path.isfile(path):
-        return None
+def budget_files(run):
+    """The budgets*.json of a run's folder."""
+    return sorted(pathlib.Path(run).glob('budgets*.json'))
+
+
+def read_budgets(path):
+    """The curve of a budgets.json as (factors saved, validation losses), and the loss of the baseline, or None."""
     with open(path, encoding='utf-8') as f:
-        result = json.load(f)
-    result['curve'].sort(key=lambda point: point['memory'])
-    return result
+        found = json.load(f)
+    points = sorted((point['saving'], point['val_loss']) for point in found['curve'])
+    return tuple(zip(*points)), found.get('baseline_loss')
 
 
 def plot_loss(plt, logs):
@@ -66,21 +71,50 @@ def plot_loss(plt, logs):
 
 
 def plot_memory(plt, curves):
-    """curves: {name: read_curve(...)}. The figure."""
+    """curves: {name: read_budgets(...)}. The figure."""
     figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for n, (name, result) in enumerate(curves.items()):
+    for n, (name, (curve, baseline)) in enumerate(curves.items()):
         colour, line, marker = STYLES[n % len(STYLES)]
-        ax.plot([point['saving'] for point in result['curve']], [point['val_loss'] for point in result['curve']],
-                color=colour, linestyle=line, marker=marker, markersize=4, label=name.replace('$', r'\$'))
-        if result.get('baseline_loss') is not None:
-            ax.axhline(result['baseline_loss'], color=colour, linewidth=1, linestyle=':')
+        ax.plot(*curve, color=colour, linestyle=line, marker=marker, markersize=4, label=name.replace('$', r'\$'))
+        if baseline is not None:
+            ax.axhline(baseline, color=colour, linewidth=1, linestyle=':')
     ax.set_xscale('log', base=2)
     ax.xaxis.set_major_formatter('{x:g}x')
     ax.set(xlabel='memory saved: full context / sum of the budgets', ylabel='validation loss, nats per token',
-           title='what pruning costs (dotted: standard attention, nothing pruned)')
+           title='what pruning costs (dotted: the baseline, which is not pruned)')
     ax.legend()
     ax.grid(alpha=0.3)
     return figure
+
+
+def import_pyplot():
+    """matplotlib.pyplot without a display; UserError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('pictures need matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(figure, path):
+    """Write the figure as PNG; whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=150, bbox_inches='tight')
+    write(path, buffer.getvalue())
+
+
+def write(path, content):
+    """Write bytes beside and rename, so that a file under its own name is always whole."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(path + '.tmp', 'wb') as f:
+            f.write(content)
+        os.replace(path + '.tmp', path)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror}') from None
+    print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
 
 
 def main():
@@ -94,12 +128,13 @@ def main():
             name = run                                      # two runs of one name in different folders
         try:
             logs[name] = read_log(os.path.join(run, 'log.jsonl'))
-            curve = read_curve(os.path.join(run, 'budgets.json'))
         except (OSError, ValueError, KeyError, TypeError) as e:
             print(f'{run} is left out: {e}', file=sys.stderr)
-            continue
-        if curve:
-            curves[name] = curve
+        for path in budget_files(run):
+            try:
+                curves[name + path.stem.removeprefix('budgets').replace('_', ', ')] = read_budgets(path)
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                print(f'{path} is left out: {type(e).__name__} {e}', file=sys.stderr)
     if not any(steps for log in logs.values() for steps, _ in log):
         raise UserError('none of these folders has a log.jsonl of train.py with a loss in it')
     plt = import_pyplot()

@@ -10,7 +10,6 @@ A selective model shows F, the votes behind it and how many tokens each layer ne
 """
 import base64
 import codecs
-import io
 import itertools
 import json
 import math
@@ -25,8 +24,8 @@ import torch
 import checkpoint as ckpt
 import data
 import settings
+from lab.plot import import_pyplot, save_figure, write
 from model import KVCache, attend, memory_requirement
-from sample import read_budgets
 from settings import UserError
 
 
@@ -64,7 +63,7 @@ class Recorder:
     def __init__(self, budget, policy):
         self.budget, self.policy = budget, policy
 
-    def attend(self, q, k, v, i, seen, selective):
+    def attend(self, q, k, v, i, selective):
         F = q.new_zeros(len(q), len(i)) if selective else None
         y, self.F, self.hidden = attend(q, k, v, F, i, i[None], self.budget, self.policy)
         return y
@@ -164,18 +163,6 @@ def page(reading, tokens, title, facts, config, budgets=None, policy='selective'
     return template.replace('"DATA"', json.dumps(content).replace('<', '\\u003c'))
 
 
-def write(path, content):
-    """Write bytes beside and rename, so that a file under its own name is always whole."""
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(path + '.tmp', 'wb') as f:
-            f.write(content)
-        os.replace(path + '.tmp', path)
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e.strerror}') from None
-    print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Terminal and PNG
 
@@ -190,24 +177,6 @@ def dimmed(reading, tokens, tau=1.0):
             out += f'\x1b[{style}m' + ''.join(tokens[j] for j in run) + '\x1b[0m'
         out += '\n\n'
     return out
-
-
-def import_pyplot():
-    """matplotlib.pyplot without a display; UserError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('pictures need matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def save_figure(figure, path):
-    """Write the figure as PNG; whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=150, bbox_inches='tight')
-    write(path, buffer.getvalue())
 
 
 def write_panels(reading, stem, config, budgets=None):
@@ -289,7 +258,7 @@ def main():
     if not c.selective and (cfg.text or cfg.budgets not in ('', 'none')):
         raise UserError(f'{cfg.out_dir} has SSA without selective attention: its temperatures can be shown, but '
                         'nothing is forgotten, so leave out --text and --budgets')
-    budgets = read_budgets(cfg.budgets, cfg.out_dir) if c.selective else None
+    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model) if c.selective else None
 
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     ids = tokenizer.encode_ordinary(read_text(cfg.start))

@@ -164,9 +164,9 @@ def run(monkeypatch, main, *args):
 
 def test_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
-    save(tmp_path, selective=True, ssa='qv')
+    made_for = ckpt.fingerprint(save(tmp_path, selective=True, ssa='qv'))
     (tmp_path / 'text').write_bytes(b'def f(\x1b[2Jself)\xff\n')
-    (tmp_path / 'budgets.json').write_text('{"budgets": [5, 9], "policy": "selective"}')
+    (tmp_path / 'budgets.json').write_text(json.dumps({'budgets': [5, 9], 'checkpoint': made_for}))
     run(monkeypatch, visualize.main, f'--out_dir={tmp_path}', f'--start=FILE:{tmp_path}/text', '--png', '--text')
     names = {'visualize.html', 'visualize_F.png', 'visualize_M.png', 'visualize_tau.png'}
     assert {p.name for p in tmp_path.iterdir()} == names | {'text', 'ckpt.pt', 'budgets.json'}
@@ -248,16 +248,22 @@ def test_plot(tmp_path, monkeypatch, capsys):
     to = tmp_path / 'figures'
     run(monkeypatch, plot.main, tmp_path / 'a', tmp_path / 'b_$x', tmp_path / 'no_run', f'--to={to}')
     assert [p.name for p in to.iterdir()] == ['loss.png'] and 'no_run is left out' in capsys.readouterr().err
-    (tmp_path / 'a' / 'budgets.json').write_text(json.dumps({'budgets': [4, 4], 'baseline_loss': None, 'curve': POINTS}))
+    for policy in '', '_oldest':
+        (tmp_path / 'a' / f'budgets{policy}.json').write_text(json.dumps({'budgets': [4, 4], 'baseline_loss': None, 'curve': POINTS}))
     run(monkeypatch, plot.main, tmp_path / 'a', tmp_path / 'b_$x', f'--to={to}')
     assert sorted(p.name for p in to.iterdir()) == ['loss.png', 'memory.png']
+    assert [path.name for path in plot.budget_files(tmp_path / 'a')] == ['budgets.json', 'budgets_oldest.json']
+    (tmp_path / 'b_$x' / 'budgets.json').write_text('{"budgets')
+    run(monkeypatch, plot.main, tmp_path / 'b_$x', f'--to={to}')
+    assert 'budgets.json is left out' in capsys.readouterr().err
 
 
-def test_plot_draws_the_numbers():
+def test_plot_draws_the_numbers(tmp_path):
     plt = pytest.importorskip('matplotlib.pyplot')
     lines = plot.plot_loss(plt, {'a': (([0, 20], [5.1, 4.0]), ([0, 40], [5.0, 3.5]))}).axes[0].lines
     assert [line.get_xydata().tolist() for line in lines] == [[[0, 5.1], [20, 4.0]], [[0, 5.0], [40, 3.5]]]
-    figure = plot.plot_memory(plt, {'a': {'baseline_loss': 3.2, 'curve': POINTS}})
+    (tmp_path / 'budgets.json').write_text(json.dumps({'baseline_loss': 3.2, 'curve': POINTS[::-1]}))
+    figure = plot.plot_memory(plt, {'a': plot.read_budgets(tmp_path / 'budgets.json')})
     curve, baseline = figure.axes[0].lines
     assert curve.get_xydata().tolist() == [[1, 3 + 1 / 16], [2, 3 + 1 / 8], [4, 3.25]] and baseline.get_ydata()[0] == 3.2
 
