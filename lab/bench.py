@@ -1,0 +1,326 @@
+"""What selective attention costs and context pruning saves, as ratios of two things measured in one run.
+
+    python -m lab.bench                         everything, about half an hour on two CPU cores
+    python -m lab.bench --quick                 small sizes, under two minutes
+    python -m lab.bench --what=step,memory --shapes=124m --lengths=1024,2048
+
+    attention   attention alone, forward and backward          step      a whole training step
+    memory      peak memory of a training step                 decode    one token from a KV cache
+    prefill     attention while a prompt is read               generate  1,000 tokens: cache, budgets, nanoGPT's way
+
+Times are medians of rounds in which the cases take turns (A B C, A B C, ...), after a round to warm up. Peak memory
+is that of a process of its own on a CPU, and torch's on CUDA. The lines `growth` give the exponent p of time or memory
+~ T^p, fitted over the lengths. The ratio is to the first case of a group. The table goes to --to as JSON, too.
+"""
+import json
+import math
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as fn
+
+import checkpoint as ckpt
+import kernels
+import model as m
+import settings
+from settings import UserError
+
+SHAPES = {'small': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257),
+          '124m': dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304)}
+MODELS = {'standard': {}, 'selective': dict(selective=True), 'SSA': dict(ssa='qv'),
+          'selective + SSA': dict(selective=True, ssa='qv')}
+
+
+@dataclass
+class BenchConfig:
+    what: str = 'attention,step,memory,decode,prefill,generate'     # which parts
+    shapes: str = 'small,124m'      # 'small': 4 layers of 4 heads of 32; '124m': 12 layers of 12 heads of 64
+    lengths: str = '256,512,1024,2048,4096'     # context lengths T
+    tokens: int = 4096              # of a batch; the batch size is tokens / T, at least 1
+    rounds: int = 5                 # of which the median is taken
+    quick: bool = False             # the small shape, two lengths, three rounds
+    device: str = 'auto'            # 'cuda', 'mps', 'cpu'
+    to: str = 'out/bench.json'      # the table as JSON
+    case: str = ''                  # used by the part `memory` itself, to measure one case in a process of its own
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def listing(q, k, v):
+    """Selective attention as the paper lists it and people write it: T x T tensors, all kept for the backward."""
+    T, D = q.shape[2:]
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    L = (q @ k.transpose(-2, -1) * D**-0.5).masked_fill(future, -math.inf)
+    keep = (1 - torch.eye(T, device=q.device)) * (torch.arange(T, device=q.device) > 0)
+    S = L[:, 0].masked_fill(future, 0).relu() * keep
+    F = fn.pad(S[:, :-1], (0, 0, 1, 0)).cumsum(dim=1)           # a vote acts on later rows
+    return (L - F[:, None]).softmax(dim=-1) @ v
+
+
+def attentions(device):
+    cases = {'standard': lambda q, k, v: fn.scaled_dot_product_attention(q, k, v, is_causal=True)}
+    if device == 'cpu':
+        cases['selective'] = lambda q, k, v: kernels.selective_attention(q, k, v)[0]
+    cases['selective, rows'] = lambda q, k, v: m.selective_attention(q, k, v)[0]
+    cases['selective, listing'] = listing
+    try:
+        from x_transformers.attend import Attend
+        attend = Attend(causal=True, selective=True, heads=None).to(device)
+        cases['selective, x-transformers'] = lambda q, k, v: attend(q, k, v)[0]
+    except (ImportError, TypeError):
+        pass
+    return cases
+
+
+def attention_cases(shape, T, tokens, device):
+    H, B = shape['n_head'], max(1, tokens // T)
+    qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, requires_grad=True)
+
+    def case(attend):
+        def once():
+            q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(shape['n_embd'], dim=2))
+            attend(q, k, v).sum().backward()
+            qkv.grad = None
+        return once
+    return {name: case(attend) for name, attend in attentions(device).items()}
+
+
+def step_case(name, shape, T, tokens, device):
+    """A training step: forward, backward, optimizer."""
+    torch.manual_seed(0)
+    gpt = m.GPT(m.GPTConfig(block_size=T, **shape, **MODELS.get(name, dict(selective=True)))).to(device)
+    optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
+    idx = torch.randint(shape['vocab_size'], (max(1, tokens // T), T), device=device)
+    dtype = ckpt.pick_dtype('auto', device)
+
+    def once():
+        swap = m.kernels.selective_attention
+        if name == 'selective, listing':
+            m.kernels.selective_attention = lambda q, k, v, tau: (listing(q, k, v), None)
+        with ckpt.autocast(device, dtype):
+            loss = gpt(idx, idx)[1]
+        m.kernels.selective_attention = swap
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return once
+
+
+def peak_memory(case):
+    """Bytes at the peak of two training steps, in a process of its own; case: [name, shape, T, tokens, device]."""
+    result = subprocess.run([sys.executable, '-m', 'lab.bench', f'--case={json.dumps(case)}'],
+                            capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f'{case[0]} at T = {case[2]}: {result.stderr.strip().splitlines()[-1]}')
+    return int(result.stdout)
+
+
+def one_memory_case(name, shape, T, tokens, device):
+    once = step_case(name, SHAPES[shape], T, tokens, device)
+    for _ in range(2):
+        once()
+    if 'cuda' in device:
+        return torch.cuda.max_memory_allocated()
+    if os.path.exists('/proc/self/status'):     # Linux: ru_maxrss would be the parent's, too
+        return 1024 * int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def filled(gpt, B, budgets, text):
+    """A KV cache that has read the text (T,), the same in every sequence."""
+    cache, one = m.KVCache(gpt, B, budgets), m.KVCache(gpt, 1, budgets)
+    gpt.prefill(text[None], one)
+    for layer, read in zip(cache.layers, one.layers):
+        for name in ('k', 'v', 'F', 'j'):
+            getattr(layer, name).copy_(getattr(read, name).expand_as(getattr(layer, name)))
+    cache.position.copy_(one.position)
+    return cache
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How it is measured
+
+
+def synchronize(device):
+    if 'cuda' in device:
+        torch.cuda.synchronize()
+
+
+def times(cases, rounds, device):
+    """{name: seconds}, medians of rounds in which the cases take turns, after one to warm up."""
+    seconds = {name: [] for name in cases}
+    for r in range(rounds + 1):
+        for name, once in cases.items():
+            synchronize(device)
+            started = time.perf_counter()
+            once()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(s[1:])) for name, s in seconds.items()}
+
+
+class Table:
+    def __init__(self):
+        self.rows = []
+
+    def group(self, part, shape, T, values, unit, **more):
+        """values: {case: figure}; the ratio of each is to the first one."""
+        first = next(iter(values.values()))
+        for name, value in values.items():
+            self.add(part=part, shape=shape, T=T, case=name, value=value, unit=unit, ratio=value / first, **more)
+
+    def add(self, **row):
+        self.rows.append(row)
+        print(f"{row['part']:10} {row['shape']:6} {row['T']:>6} {row['case']:34} {row['value']:12,.2f} {row['unit']:8} "
+              f"{row['ratio']:8.2f}x", flush=True)
+
+    def growth(self, part, shape):
+        """Exponents of T, one for each case that was measured at two lengths and more."""
+        rows = [r for r in self.rows if r['part'] == part and r['shape'] == shape]
+        for name in dict.fromkeys(r['case'] for r in rows):
+            points = [(math.log(r['T']), math.log(r['value'] / r.get('batch', 1))) for r in rows if r['case'] == name]
+            if len(points) > 1:
+                p = float(np.polyfit(*zip(*points), deg=1)[0])
+                self.rows.append(dict(part=part, shape=shape, T='growth', case=name, value=p, unit='exponent'))
+                print(f'{part:10} {shape:6} growth {name:34} T^{p:.2f} for each sequence', flush=True)
+
+
+def main():
+    cfg = settings.parse(BenchConfig)
+    if cfg.case:
+        print(one_memory_case(*json.loads(cfg.case)))
+        return
+    if cfg.quick:
+        cfg.shapes, cfg.lengths, cfg.rounds = 'small', '256,512', 3
+    parts, shapes = cfg.what.split(','), cfg.shapes.split(',')
+    if set(parts) - set(PARTS):
+        raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}")
+    if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
+        raise UserError(f'--shapes is among {", ".join(SHAPES)}, --lengths are whole numbers like 256,512')
+    cfg.device = ckpt.pick_device(cfg.device)
+    machine = torch.cuda.get_device_name() if 'cuda' in cfg.device else \
+        f'{platform.machine()}, {torch.get_num_threads()} threads'
+    print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
+    print(f"{'part':10} {'shape':6} {'T':>6} {'case':34} {'value':>12} {'unit':8} {'ratio':>9}")
+    table, lengths = Table(), [int(t) for t in cfg.lengths.split(',')]
+    for shape in shapes:
+        for part in parts:
+            PARTS[part](table, cfg, shape, lengths)
+            table.growth(part, shape)
+    os.makedirs(os.path.dirname(cfg.to) or '.', exist_ok=True)
+    with open(cfg.to + '.tmp', 'w') as f:
+        json.dump({'machine': machine, 'torch': torch.__version__, 'command': ' '.join(sys.argv[1:]),
+                   'rounds': cfg.rounds, 'rows': table.rows}, f, indent=1)
+    os.replace(cfg.to + '.tmp', cfg.to)
+    print(cfg.to)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def attention_part(table, cfg, shape, lengths):
+    for T in lengths:
+        cases = attention_cases(SHAPES[shape], T, cfg.tokens, cfg.device)
+        values = times(cases, cfg.rounds, cfg.device)
+        table.group('attention', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
+
+
+def step_part(table, cfg, shape, lengths):
+    for T in lengths:
+        names = [*MODELS, 'selective, listing']
+        cases = {name: step_case(name, SHAPES[shape], T, cfg.tokens, cfg.device) for name in names}
+        values = times(cases, cfg.rounds, cfg.device)
+        table.group('step', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
+
+
+def memory_part(table, cfg, shape, lengths):
+    for T in lengths:
+        values = {name: peak_memory([name, shape, T, cfg.tokens, cfg.device]) / 2**20
+                  for name in [*MODELS, 'selective, listing']}
+        table.group('memory', shape, T, values, 'MiB', batch=max(1, cfg.tokens // T))
+
+
+@torch.no_grad()
+def decode_part(table, cfg, shape, lengths):
+    """A step and its attention alone, with a full cache and with budgets of T/32; and without a cache at all."""
+    s = SHAPES[shape]
+    for T in lengths:
+        gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **s)).to(cfg.device).eval()
+        text = torch.randint(s['vocab_size'], (T - cfg.rounds - 2,), device=cfg.device)
+        K = max(2, T // 32)
+        for B in (1, 32):
+            caches = {'full cache': filled(gpt, B, None, text), f'budgets of {K}': filled(gpt, B, K, text)}
+            new = text[:B, None].clone()
+            values = times({name: lambda cache=cache: gpt(new, cache=cache) for name, cache in caches.items()},
+                           cfg.rounds, cfg.device)
+            table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
+            q, k, v = torch.randn(3, B, s['n_head'], 1, s['n_embd'] // s['n_head'], device=cfg.device).unbind()
+            values = times({f'{name}, attention alone': lambda cache=cache: [
+                layer.attend(q, k, v, cache.position, True) for layer in cache.layers]
+                for name, cache in caches.items()}, cfg.rounds, cfg.device)
+            table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
+            table.group(f'decode{B}', shape, T, {f'{n}, its size': c.bytes() / 2**20 for n, c in caches.items()}, 'MiB')
+
+
+@torch.no_grad()
+def prefill_part(table, cfg, shape, lengths):
+    """The attention of one layer while a prompt is read: blocks over a full cache, over budgets, and all at once."""
+    s = SHAPES[shape]
+    H, D = s['n_head'], s['n_embd'] // s['n_head']
+    for T in lengths:
+        q, k, v = torch.randn(3, 1, H, T, D, device=cfg.device).unbind()
+        K = max(2, T // 64)
+
+        def read(budget):
+            cache = m.LayerCache(1, H, budget, D, 'selective', cfg.device, torch.float32)
+            for a in range(0, T, m.GPT.prefill_rows):
+                rows = slice(a, a + m.GPT.prefill_rows)
+                i = torch.arange(T, device=cfg.device)[rows]
+                cache.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], i, True)
+        cases = {'full cache': lambda: read(T), f'budgets of {K}': lambda: read(K)}
+        if cfg.device == 'cpu':
+            cases['all at once, no cache'] = lambda: kernels.selective_attention(q, k, v)
+        values = times(cases, cfg.rounds, cfg.device)
+        table.group('prefill', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms')
+
+
+@torch.no_grad()
+def generate_part(table, cfg, shape, lengths):
+    """1,000 tokens after the first: the whole of it with a cache; without one, as nanoGPT does, the mean of nine steps."""
+    s = SHAPES[shape]
+    for T in [T for T in lengths if T >= 1024][:1] or lengths[-1:]:
+        n = min(1000, T - 1)
+        gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **s)).to(cfg.device).eval()
+        for B in (1, 32):
+            idx = torch.randint(s['vocab_size'], (B, T), device=cfg.device)
+            # In batches of 32 a step without a cache takes its time at every length, so one sequence stands for all.
+            at = [max(1, round(n * part / 8)) for part in range(9)] if B == 1 else []
+            values = {}
+            for name, budgets in {'full cache': None, f'budgets of {max(2, T // 32)}': max(2, T // 32)}.items():
+                cache, started = m.KVCache(gpt, B, budgets), time.perf_counter()
+                for _ in gpt.stream(idx[:, :1], n if not cfg.quick else 50, cache=cache):
+                    pass
+                synchronize(cfg.device)
+                values[name] = (time.perf_counter() - started) / (n if not cfg.quick else 50)
+            if at:
+                each = times({str(t): lambda t=t: gpt(idx[:, :t]) for t in at}, 1, cfg.device)
+                values['no cache (nanoGPT)'] = float(np.mean(list(each.values())))
+            table.group(f'generate{B}', shape, T, {name: B / v for name, v in values.items()}, 'tokens/s')
+
+
+PARTS = {'attention': attention_part, 'step': step_part, 'memory': memory_part, 'decode': decode_part,
+         'prefill': prefill_part, 'generate': generate_part}
+
+if __name__ == '__main__':
+    settings.run(main)
