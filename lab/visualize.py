@@ -1,10 +1,10 @@
 """See what a model forgets in a text, when, and who made it: one HTML file that needs no network.
 
     python -m lab.visualize --out_dir=out/selective_small --start="def f(self):"
-    python -m lab.visualize --out_dir=out/selective_small --start=FILE:model.py --budgets=32
-    python sample.py | python -m lab.visualize --start=-
-    python -m lab.visualize --start=FILE:model.py --text | less -R
-    python -m lab.visualize --start=FILE:model.py --png
+    python -m lab.visualize --out_dir=out/selective_small --start=FILE:model.py --cut --budgets=32
+    python sample.py --out_dir=out/selective_small | python -m lab.visualize --start=- --cut
+    python -m lab.visualize --start=FILE:model.py --cut --text | less -R
+    python -m lab.visualize --start=FILE:model.py --cut --png
 
 A selective model shows F, the votes behind it and how many tokens each layer needs; SSA its temperatures.
 """
@@ -53,7 +53,7 @@ class Reading:
     F: np.ndarray               # (L, T, T) how much the rows before i have masked column j; zeros without selection
     votes: np.ndarray           # (L, T, T) what row i adds to it; nothing for columns that its layer has dropped
     dropped_at: np.ndarray      # (L, T) the first row that does without the column; T: it stays to the end
-    M: np.ndarray               # (L, T) the memory requirement of each row, where nothing is dropped
+    M: np.ndarray               # (L, T) the memory requirement of each row, in a reading without budgets
     temperatures: dict          # 'q', 'k' or 'v' -> (L, T, H)
 
 
@@ -85,12 +85,11 @@ def read(model, idx, budgets=None, policy='selective', tau=1.0):
     hooks = [block.attn.ssa[name].register_forward_hook(lambda _, __, tau, name=name: temperatures[name].append(tau[0]))
              for block in model.transformer.h for name in temperatures]
     try:
-        free = record(model, idx)
+        layers = record(model, idx, budgets, policy)
     finally:
         for hook in hooks:
             hook.remove()
-    # M is defined without pruning; F, votes and what is dropped are those of the model as it runs inside the budgets
-    layers = free if budgets is None else record(model, idx, budgets, policy)
+    free = layers if budgets is None else record(model, idx)                                # M is defined without budgets
     zeros = idx.new_zeros(1, T + 1, T).float()
     F = torch.cat([zeros if layer.F is None else layer.F for layer in layers])              # (L, T+1, T)
     hidden = torch.cat([layer.hidden for layer in layers])                                  # (L, T, T)

@@ -57,7 +57,8 @@ def test_what_a_budget_drops(policy):
             assert F_end[l, j] == pytest.approx(F, abs=1e-9)
     gone = np.arange(T)[None, :, None] >= reading.dropped_at[:, None]
     assert (reading.votes[gone] == 0).all() and reading.votes.max() > 0
-    np.testing.assert_array_equal(reading.M, free.M)        # M is that of the text read without budgets
+    np.testing.assert_array_equal(reading.M, free.M)        # M alone is that of the text read without budgets
+    assert not np.allclose(reading.temperatures['q'][1], free.temperatures['q'][1])
 
 
 @pytest.mark.parametrize('selective', [False, True])
