@@ -60,8 +60,9 @@ def log(out_dir):
     """{step: loss} and {step: validation loss} of a run."""
     lines = [json.loads(line) for line in open(out_dir / 'log.jsonl')]
     assert 'config' in lines[0]
-    steps = [line['iter'] for line in lines[1:] if 'loss' in line]
-    assert len(steps) == len(set(steps)), 'a step was logged twice'
+    for kind in ('loss', 'val_loss'):
+        steps = [line['iter'] for line in lines[1:] if kind in line]
+        assert len(steps) == len(set(steps)), f'the {kind} of a step was logged twice'
     return ({line['iter']: line['loss'] for line in lines[1:] if 'loss' in line},
             {line['iter']: line['val_loss'] for line in lines[1:] if 'val_loss' in line})
 
@@ -91,7 +92,7 @@ def test_resume_is_exact(how, dataset, tmp_path, run):
 
 
 def test_two_processes_train_as_one(dataset, tmp_path, run):
-    args = [dataset, *SMALL, '--max_iters=10', '--selective', '--memory_loss=0.1']
+    args = [dataset, *SMALL, '--max_iters=10', '--selective', '--memory_loss=0.1', '--gradient_accumulation_steps=4']
     run(train, *args, f'--out_dir={tmp_path / "one"}')
     two = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *args,
                 f'--out_dir={tmp_path / "two"}')

@@ -1,0 +1,147 @@
+"""Curves of several runs: loss against steps, and memory against loss.
+
+    python -m lab.plot out/*
+    python -m lab.plot out/standard_small out/selective_small --to=out/figures
+
+Reads each run's log.jsonl (train.py) and what there is of budgets.json, budgets_oldest.json and budgets_random.json
+(prune.py). Writes loss.png and memory.png.
+"""
+import io
+import json
+import os
+import pathlib
+import sys
+from dataclasses import dataclass, field
+
+import settings
+from settings import UserError
+
+
+@dataclass
+class PlotConfig:
+    runs: list = field(default_factory=list)    # folders of runs; given without --runs=
+    to: str = 'out'                             # folder of the pictures
+
+
+# Okabe and Ito's colours, for the colour-blind; line styles and markers tell the runs apart in black and white
+STYLES = [('#0072b2', '-', 'o'), ('#d55e00', '--', 's'), ('#009e73', '-.', '^'), ('#cc79a7', ':', 'D'),
+          ('#56b4e9', '-', 'v'), ('#e69f00', '--', 'P'), ('#000000', '-.', 'X')]
+
+
+def read_log(path):
+    """(steps, training loss), (steps, validation loss) of a log.jsonl; a last line that is half written is left out."""
+    train, val = ([], []), ([], [])
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            try:
+                figures = json.loads(line)
+            except ValueError:
+                continue
+            for name, (steps, losses) in ('loss', train), ('val_loss', val):
+                if name in figures:
+                    steps.append(figures['iter'])
+                    losses.append(figures[name])
+    return train, val
+
+
+def budget_files(run):
+    """The budgets*.json of a run's folder."""
+    return sorted(pathlib.Path(run).glob('budgets*.json'))
+
+
+def read_budgets(path):
+    """The curve of a budgets.json as (factors saved, validation losses), and the loss of the baseline, or None."""
+    with open(path, encoding='utf-8') as f:
+        found = json.load(f)
+    points = sorted((point['saving'], point['val_loss']) for point in found['curve'])
+    return tuple(zip(*points)), found.get('baseline_loss')
+
+
+def plot_loss(plt, logs):
+    """logs: {name: read_log(...)}. The figure."""
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    for n, (name, (train, val)) in enumerate(logs.items()):
+        colour, line, marker = STYLES[n % len(STYLES)]
+        ax.plot(*train, color=colour, alpha=0.3, linewidth=1)
+        ax.plot(*val, color=colour, linestyle=line, marker=marker, markersize=4, label=name.replace('$', r'\$'))
+    ax.set(xlabel='step', ylabel='loss, nats per token', title='validation loss (pale: training loss)')
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def plot_memory(plt, curves):
+    """curves: {name: read_budgets(...)}. The figure."""
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    for n, (name, (curve, baseline)) in enumerate(curves.items()):
+        colour, line, marker = STYLES[n % len(STYLES)]
+        ax.plot(*curve, color=colour, linestyle=line, marker=marker, markersize=4, label=name.replace('$', r'\$'))
+        if baseline is not None:
+            ax.axhline(baseline, color=colour, linewidth=1, linestyle=':')
+    ax.set_xscale('log', base=2)
+    ax.xaxis.set_major_formatter('{x:g}x')
+    ax.set(xlabel='memory saved: full context / sum of the budgets', ylabel='validation loss, nats per token',
+           title='what pruning costs (dotted: the baseline, which is not pruned)')
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def import_pyplot():
+    """matplotlib.pyplot without a display; UserError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('pictures need matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(figure, path):
+    """Write the figure as PNG; whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=150, bbox_inches='tight')
+    write(path, buffer.getvalue())
+
+
+def write(path, content):
+    """Write bytes beside and rename, so that a file under its own name is always whole."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(path + '.tmp', 'wb') as f:
+            f.write(content)
+        os.replace(path + '.tmp', path)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror}') from None
+    print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
+
+
+def main():
+    cfg = settings.parse(PlotConfig, positional='runs')
+    if not cfg.runs:
+        raise UserError('which runs? python -m lab.plot out/*')
+    logs, curves = {}, {}
+    for run in cfg.runs:
+        name = os.path.basename(os.path.normpath(run))
+        if name in logs:
+            name = run                                      # two runs of one name in different folders
+        try:
+            logs[name] = read_log(os.path.join(run, 'log.jsonl'))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            print(f'{run} is left out: {e}', file=sys.stderr)
+        for path in budget_files(run):
+            try:
+                curves[name + path.stem.removeprefix('budgets').replace('_', ', ')] = read_budgets(path)
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                print(f'{path} is left out: {type(e).__name__} {e}', file=sys.stderr)
+    if not any(steps for log in logs.values() for steps, _ in log):
+        raise UserError('none of these folders has a log.jsonl of train.py with a loss in it')
+    plt = import_pyplot()
+    save_figure(plot_loss(plt, logs), os.path.join(cfg.to, 'loss.png'))
+    if curves:
+        save_figure(plot_memory(plt, curves), os.path.join(cfg.to, 'memory.png'))
+
+
+if __name__ == '__main__':
+    settings.run(main)
