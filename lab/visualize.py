@@ -63,9 +63,9 @@ class Recorder:
     def __init__(self, budget, policy):
         self.budget, self.policy = budget, policy
 
-    def attend(self, q, k, v, i, selective):
+    def attend(self, q, k, v, i, selective, scale=None):
         F = q.new_zeros(len(q), len(i)) if selective else None
-        y, self.F, self.hidden = attend(q, k, v, F, i, i[None], self.budget, self.policy)
+        y, self.F, self.hidden = attend(q, k, v, F, i, i[None], self.budget, self.policy, scale=scale)
         return y
 
 
