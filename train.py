@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint as ckpt
 import data
 import settings
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_config
 from settings import UserError
 
 
@@ -62,7 +62,11 @@ class TrainConfig(GPTConfig):
 
 
 def check(cfg, world):
-    """Raises UserError for settings that no run can have, before anything is written."""
+    """Raises UserError for settings that no run can have, before any work is done."""
+    try:
+        check_config(dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 1))     # 0: known with the data
+    except ValueError as e:
+        raise UserError(str(e)) from None
     for name in ('max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'batch_size',
                  'gradient_accumulation_steps'):
         if getattr(cfg, name) < 1:
@@ -129,7 +133,8 @@ def main():
         dist.init_process_group('nccl' if 'cuda' in cfg.device else 'gloo')
     cuda = 'cuda' in cfg.device
     cfg.dtype = ckpt.pick_dtype(cfg.dtype, cfg.device)
-    torch.set_float32_matmul_precision('high')
+    if cuda:
+        torch.set_float32_matmul_precision('high')          # TF32
 
     # data, model, optimizer
     saved = ckpt.load(cfg.out_dir, 'cpu') if cfg.init_from == 'resume' else None
@@ -150,10 +155,7 @@ def main():
             if key not in ('dropout', 'kernel') and value != model_args.get(key):
                 raise UserError(f"{cfg.out_dir}/ckpt.pt has {key}={value!r}, this run {model_args.get(key)!r}: "
                                 'a run is resumed with the model it had')
-    try:
-        model = ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else GPT(GPTConfig(**model_args))
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    model = ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else GPT(GPTConfig(**model_args))
     model.to(cfg.device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device)
     scaler = torch.amp.GradScaler(enabled=cfg.dtype == 'float16')
