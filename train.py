@@ -26,7 +26,7 @@ import checkpoint as ckpt
 import data
 import pretrained
 import settings
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_config
 from settings import UserError
 
 
@@ -65,7 +65,11 @@ class TrainConfig(GPTConfig, pretrained.Settings):
 
 
 def check(cfg, world):
-    """Raises UserError for settings that no run can have, before anything is written."""
+    """Raises UserError for settings that no run can have, before any work is done."""
+    try:
+        check_config(dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 1))     # 0: known with the data
+    except ValueError as e:
+        raise UserError(str(e)) from None
     for name in ('max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'batch_size',
                  'gradient_accumulation_steps'):
         if getattr(cfg, name) < 1:
@@ -136,7 +140,8 @@ def main():
         dist.init_process_group('nccl' if 'cuda' in cfg.device else 'gloo')
     cuda = 'cuda' in cfg.device
     cfg.dtype = ckpt.pick_dtype(cfg.dtype, cfg.device)
-    torch.set_float32_matmul_precision('high')
+    if cuda:
+        torch.set_float32_matmul_precision('high')          # TF32
 
     # data, model, optimizer
     saved, base = ckpt.load(cfg.out_dir, 'cpu') if cfg.init_from == 'resume' else None, None
@@ -169,11 +174,8 @@ def main():
                                 'a run is resumed with the model it had')
         if saved['config'].get('freeze', '') != cfg.freeze:
             raise UserError(f'{cfg.out_dir}/ckpt.pt was trained with another freeze than {cfg.freeze!r}: keep what it had')
-    try:
-        model = (ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else
-                 ckpt.build(base, **model_args) if base else GPT(GPTConfig(**model_args)))
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    model = (ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else
+             ckpt.build(base, **model_args) if base else GPT(GPTConfig(**model_args)))
     base = None                             # its memory
     model.to(cfg.device)
     if cfg.freeze:

@@ -1,0 +1,81 @@
+"""lab/bench.py and lab/tasks.py: that they measure and make what they say. How long anything takes is not tested."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import kernels
+import settings
+from lab import bench, tasks
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script.__name__, *args])
+        script.main()
+    return run
+
+
+def test_bench_compares_the_same_thing():
+    """The listing that bench.py sets beside ours computes what ours computes."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 40, 8, dtype=torch.float64).unbind()
+    torch.testing.assert_close(bench.listing(q, k, v).double(), kernels.selective_attention(q, k, v)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_bench_table(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.SHAPES, 'small', dict(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
+    run(bench, '--what=attention,step,decode,prefill,generate', '--shapes=small', '--lengths=40,80', '--tokens=80',
+        '--rounds=1', '--device=cpu', f'--to={tmp_path / "bench.json"}')
+    rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
+    assert {row['part'] for row in rows} == {'attention', 'step', 'decode1', 'decode32', 'prefill', 'generate1', 'generate32'}
+    assert {row['T'] for row in rows} == {40, 80, 'growth'}
+    assert all(np.isfinite(row['value']) for row in rows)
+    sizes = {row['case']: row['value'] for row in rows if row['part'] == 'decode1' and row['T'] == 80 and row['unit'] == 'MiB'}
+    assert sizes['full cache, its size'] == 40 * sizes['budgets of 2, its size']
+    assert 'growth' in capsys.readouterr().out
+
+
+def test_bench_memory_of_a_process(tmp_path):
+    assert bench.peak_memory(['selective', 'small', 64, 64, 'cpu']) > 2**20
+
+
+def test_filled_cache_is_what_a_batch_would_read():
+    gpt = bench.m.GPT(bench.m.GPTConfig(block_size=24, vocab_size=11, n_layer=2, n_head=2, n_embd=8, selective=True)).eval()
+    text = torch.randint(11, (20,))
+    cache, expected = bench.filled(gpt, 3, 5, text), bench.m.KVCache(gpt, 3, 5)
+    gpt.prefill(text.expand(3, -1), expected)
+    for a, b in zip(cache.layers, expected.layers):
+        torch.testing.assert_close((a.k, a.F, a.j), (b.k, b.F, b.j))
+    assert cache.position == expected.position == 20
+
+
+def test_variable_assignment(run, tmp_path):
+    run(tasks, 'variable_assignment', f'--data_dir={tmp_path}', '--tokens=20000', '--variables=4')
+    dataset = data.load_dataset('variable_assignment', root=str(tmp_path))
+    assert dataset.tokens('train') == 20000 and dataset.tokens('val') == 400
+    tokens = np.fromfile(tmp_path / 'variable_assignment/train.bin', dtype='<u2').astype(np.uint8)
+    values, asked = {}, 0
+    for name, kind, digit, end in tokens.reshape(-1, 4):
+        assert chr(end) == ';' and chr(name) in 'abcd' and chr(digit).isdigit()
+        if chr(kind) == '?':
+            assert values[name] == digit
+            asked += 1
+        else:
+            assert chr(kind) == '='
+            values[name] = digit
+    assert 0.45 < asked / 5000 < 0.55
+    assert not np.array_equal(tokens[:400], np.fromfile(tmp_path / 'variable_assignment/val.bin', dtype='<u2'))
+
+
+@pytest.mark.parametrize('script, args, words', [
+    (tasks, ['nothing'], 'name a task'), (tasks, [], 'name a task'),
+    (tasks, ['variable_assignment', '--variables=27'], 'variables'),
+    (bench, ['--what=nothing'], 'the parts are'), (bench, ['--shapes=huge'], '--shapes'), (bench, ['--lengths=1,x'], '--lengths')])
+def test_refusals(script, args, words, run):
+    with pytest.raises(settings.UserError, match=words):
+        run(script, *args)
