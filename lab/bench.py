@@ -106,7 +106,7 @@ def step_case(name, shape, T, tokens, device):
     def once():
         swap = m.kernels.selective_attention
         if name == 'selective, listing':
-            m.kernels.selective_attention = lambda q, k, v, tau: (listing(q, k, v), None)
+            m.kernels.selective_attention = lambda q, k, v, tau, scale: (listing(q, k, v), None)
         with ckpt.autocast(device, dtype):
             loss = gpt(idx, idx)[1]
         m.kernels.selective_attention = swap
