@@ -456,6 +456,23 @@ def test_too_long():
         make()(tokens(1, 5), cache=cache)
 
 
+def test_what_a_gpu_runs():
+    """Away from the CPU kernel: torch.compile takes the training forward whole, and autocast's bfloat16 is close."""
+    gpt = make(selective=True, ssa='qv', kernel='rows', dtype=torch.float32, block_size=150, spread=0.1)
+    idx = tokens(2, 150)
+    loss = gpt(idx, idx)[1]
+    expected = torch.autograd.grad(loss, gpt.transformer.wte.weight)[0]
+    compiled = torch.compile(gpt, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(idx, idx)[1], gpt.transformer.wte.weight)[0], expected)
+    with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
+        assert abs(gpt(idx, idx)[1] - loss) < 0.01
+        cache = KVCache(gpt, 2, dtype=torch.bfloat16)
+        gpt.prefill(idx[:, :149], cache)
+        assert cache.layers[0].F.dtype == torch.float32
+        close = gpt(idx[:, [149]], cache=cache)[0][:, 0].float()
+    torch.testing.assert_close(close, gpt(idx)[0][:, 0], atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize('selective', [False, True])
 def test_decoding_is_one_graph(selective):
     """A step has fixed shapes and never looks at a value: torch.compile takes it whole, once for all positions."""
