@@ -3,8 +3,8 @@
     python -m lab.tasks variable_assignment
     python train.py config/selective_small.py --dataset=variable_assignment --out_dir=out/variables
 
-variable_assignment, after 2410.02703: a stream of statements of four characters. `a=3;` assigns, `a?3;` asks for the
-value that the variable had last; the digit after `?` can be known, all else is drawn at random. Variables are assigned
+variable_assignment, after 2410.02703: a stream of statements of four characters. `=a3;` assigns, `?a3;` asks for the
+value that the variable had last; that digit can be known, all else is drawn at random. Variables are assigned
 again and again, so most of what was read is stale; but a value is asked for long after it was assigned, so the newest
 tokens are not enough either. The data set knows no records: a window may start in the middle of a statement, and ask
 for a variable that it has not seen assigned.
@@ -25,7 +25,7 @@ class TaskConfig:
     data_dir: str = 'data'                      # the data sets go into <data_dir>/<task>
     tokens: int = 4_000_000                     # of training; a fiftieth of it for validation
     variables: int = 10                         # how many there are, a, b, c, ...; at most 26
-    asked: float = 0.5                          # fraction of the statements that ask
+    asked: float = 0.7                          # fraction of the statements that ask
     seed: int = 0                               # same seed, same data
 
 
@@ -40,7 +40,7 @@ def variable_assignment(rng, count, cfg):
             digits[n] = values[name]
         else:
             asks[n], values[name] = False, digits[n]
-    return np.stack([ord('a') + names, np.where(asks, ord('?'), ord('=')), ord('0') + digits,
+    return np.stack([np.where(asks, ord('?'), ord('=')), ord('a') + names, ord('0') + digits,
                      np.full(count, ord(';'))], axis=1).astype(np.uint16).ravel()
 
 
