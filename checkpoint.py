@@ -37,7 +37,7 @@ def pick_device(name='auto'):
 def pick_dtype(name, device):
     """'auto' is bfloat16 on a GPU that has it, float16 on one that has not, and float32 elsewhere."""
     if name == 'auto':
-        name = 'float32' if 'cuda' not in device else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        name = 'float32' if 'cuda' not in device else 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
     if name not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype {name!r}: it is 'auto', 'float32', 'bfloat16' or 'float16'")
     return name
@@ -117,11 +117,12 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def read_budgets(text, out_dir, model):
+def read_budgets(text, out_dir, model, policy=None):
     """The setting `budgets` as KVCache takes it: None, a number or a list of one number for each layer.
 
     text: 'none', a number, a list like 4,9,16,8 or a budgets.json of prune.py; '' is <out_dir>/budgets.json if there
-    is one. Raises UserError for what is none of these, and for a file that was made for other weights.
+    is one. Raises UserError for what is none of these, and for a file that was made for other weights or, where the
+    policy is given, another policy.
     """
     own = os.path.join(out_dir, 'budgets.json')
     if text == 'none' or (not text and not os.path.isfile(own)):
@@ -140,4 +141,6 @@ def read_budgets(text, out_dir, model):
         raise UserError(f'{path} is no budgets.json of prune.py') from None
     if made_for != fingerprint(model):
         raise UserError(f'{path} was made for another checkpoint: run prune.py again, or give --budgets=none')
+    if policy not in (None, found.get('policy')):
+        raise UserError(f"{path} was made for --policy={found.get('policy')}, this is {policy}")
     return budgets

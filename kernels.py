@@ -1,8 +1,8 @@
-"""Selective attention in training at the cost of standard attention. model.py is complete without this file.
+"""Selective attention in training on a CPU, at about the cost of standard attention. model.py is complete without it.
 
 What `model.selective_attention` computes, with a backward written by hand: it keeps F at the boundaries of the
-blocks alone (T^2/block numbers) and makes the rest again, block by block, in two buffers that every block reuses.
-So training memory grows with T * block and time is close to that of torch's scaled_dot_product_attention.
+blocks alone, T^2/block numbers for all heads together, and makes the rest again, block by block, in two buffers of
+H * T * block numbers that every block reuses. Elsewhere, and with dropout, the plain code in model.py runs.
 """
 import torch
 

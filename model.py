@@ -43,10 +43,13 @@ class GPTConfig:
 def attend(q, k, v, F, i, j, budget=None, policy='selective', dropout=0.0, scale=None):
     """One block of rows: the attention core of training, prefill (many rows) and decoding (one row).
 
+    Only standard attention without a cache does not come here: it is torch's scaled_dot_product_attention.
+
     q (B, H, R, D): queries of the tokens at positions i (R,).
     k, v (B, H, N, D): keys and values of the tokens at positions j (B or 1, N); those after a row are hidden from it.
     F (B, N): how much the rows before this block have masked each column, in float32; None: standard attention.
-    budget: how many tokens a row may look at, by the rules of context pruning (see `forget`); None: all.
+    budget: how many tokens a row may look at, by the rules of context pruning; None: all. It wants the columns in the
+    order of age, the last R being the rows' own tokens (see `forget`).
     scale: a factor on the votes, a scalar tensor; None: 1, as the paper has it.
 
     Returns y (B, H, R, D); F for each row and, last, for the row after the block (B, R+1, N), or None; and
@@ -72,13 +75,14 @@ def attend(q, k, v, F, i, j, budget=None, policy='selective', dropout=0.0, scale
 def selective_attention(q, k, v, dropout=0.0, tau=None, block=128, scale=None):
     """Causal selective attention in blocks of rows: F is a state of T numbers that is carried down the rows.
 
-    No T x T tensor is built, and blocks end at the diagonal, so the upper triangle is never computed.
+    No T x T tensor is built, and blocks end at the diagonal, so the upper triangle is never computed. Autograd does
+    keep the P of every block, T^2/2 numbers a head in all; kernels.py, which computes the same on a CPU, does not.
     q, k, v (B, H, T, D); scale: see `attend`. Returns y (B, H, T, D) and, where tau is given, the memory requirement
     (B, T), else None.
     """
     B, _, T, _ = q.shape
     positions = torch.arange(T, device=q.device)
-    F = q.new_zeros(B, 0, dtype=torch.float32 if q.dtype.itemsize < 8 else q.dtype)
+    F = q.new_zeros(B, 0, dtype=F_dtype(q.dtype))
     ys, Ms = [], []
     for a in range(0, T, block):
         b = min(a + block, T)
@@ -90,6 +94,11 @@ def selective_attention(q, k, v, dropout=0.0, tau=None, block=128, scale=None):
             Ms.append(memory_requirement(F[:, :-1], positions[a:b], tau))
         F = F[:, -1]
     return torch.cat(ys, dim=2), torch.cat(Ms, dim=1) if Ms else None
+
+
+def F_dtype(dtype):
+    """F is a running sum: float32, whatever autocast makes of the rest; float64 only where all is float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def memory_requirement(F, i, tau):
@@ -104,7 +113,7 @@ EMPTY = 2**30   # the position of a slot that holds no token: after every row, s
 
 
 def drop_score(F, i, j, policy):
-    """What each column has against it, seen from rows i: the highest is dropped first. Shapes broadcast to (B, R, N)."""
+    """The case against each column, seen from rows i; the highest is dropped first. Broadcasts to (B, R, N)."""
     i, j = i[:, None], j[:, None, :]
     if policy == 'selective':
         score = F
@@ -114,7 +123,7 @@ def drop_score(F, i, j, policy):
         x = i * 1_000_003 + j
         for _ in range(2):
             x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
-        score = x.double()
+        score = (x & 0xFFFFFF).float()                          # 24 bits, which float32 holds exactly
     return score.masked_fill(j == 0, float('-inf'))             # the first token stays for ever
 
 
@@ -143,7 +152,7 @@ class LayerCache:
     def __init__(self, B, H, K, D, policy, device, dtype):
         self.k = torch.zeros(B, H, K, D, device=device, dtype=dtype)
         self.v = torch.zeros(B, H, K, D, device=device, dtype=dtype)
-        self.F = torch.zeros(B, K, device=device, dtype=torch.float32 if dtype.itemsize < 8 else dtype)
+        self.F = torch.zeros(B, K, device=device, dtype=F_dtype(dtype))
         self.j = torch.full((B, K), EMPTY, device=device)
         self.K, self.policy = K, policy
 
@@ -160,11 +169,11 @@ class LayerCache:
         score = score.masked_fill(self.j == EMPTY, math.inf)    # an empty slot goes first
         worst = score == score.amax(dim=1, keepdim=True)
         slot = self.j.masked_fill(~worst, EMPTY + 1).argmin(dim=1)      # (B,) of equal scores, the oldest token's
-        rows = torch.arange(len(slot), device=slot.device)
-        self.k[rows, :, slot] = k[:, :, 0].to(self.k.dtype)
-        self.v[rows, :, slot] = v[:, :, 0].to(self.v.dtype)
-        self.F[rows, slot] = 0.0
-        self.j[rows, slot] = i
+        b = torch.arange(len(slot), device=slot.device)         # every sequence of the batch drops its own
+        self.k[b, :, slot] = k[:, :, 0].to(self.k.dtype)
+        self.v[b, :, slot] = v[:, :, 0].to(self.v.dtype)
+        self.F[b, slot] = 0.0
+        self.j[b, slot] = i
         y, F, _ = attend(q, self.k, self.v, self.F if selective else None, i, self.j, scale=scale)
         if selective:
             self.F.copy_(F[:, -1])
@@ -198,6 +207,7 @@ class KVCache:
 
     budgets: one number for all layers, a list of one for each, or None: block_size, so that nothing is forgotten.
     policy: what is dropped from a full layer: 'selective' (the largest F), 'oldest' or 'random'.
+    dtype: of keys and values; None: that of the weights. Another one goes with autocast.
     Raises ValueError where the budgets or the policy do not fit the model.
     """
 
@@ -205,7 +215,7 @@ class KVCache:
         c = model.config
         self.budgets = check_budgets(c, budgets, policy)
         if not c.selective and budgets is None:
-            policy = 'oldest'                                   # no matter: nothing is dropped
+            policy = 'oldest'                                   # there is no F to score by, and nothing is ever dropped
         wte = model.transformer.wte.weight
         self.layers = [LayerCache(batch_size, c.n_head, K, c.n_embd // c.n_head, policy, wte.device, dtype or wte.dtype)
                        for K in self.budgets]
@@ -286,7 +296,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, i, cache=None, memory_tau=None):
-        """x (B, T, C) at positions i (T,). Returns y (B, T, C) and the memory requirement (B, T), or None without memory_tau."""
+        """x (B, T, C) at positions i (T,). Returns y (B, T, C) and M (B, T), which is None without memory_tau."""
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
         qkv = dict(zip('qkv', self.c_attn(x).split(C, dim=2)))          # (B, T, C) each
@@ -373,11 +383,13 @@ class GPT(nn.Module):
         """Logits of the next tokens, and the mean cross-entropy in nats where targets are given.
 
         idx, targets: int64 (B, T); a target of -1 is ignored. Without targets: logits of the last position only,
-        (B, 1, V), and loss None. cache: a KVCache; idx then goes on where the cache ends. memory_tau: return also, third,
-        the memory requirement (see `memory`), which training adds to the loss.
+        (B, 1, V), and loss None. cache: a KVCache; idx then goes on where the cache ends. memory_tau, with targets and
+        no cache: return, third, the memory requirement (see `memory`), which training adds to the loss.
+        Raises ValueError for more than block_size tokens, but for a single token after a full cache: asking the cache
+        how full it is would wait for the GPU at every step, so there the caller counts, as `stream` does.
         """
         B, T = idx.shape
-        seen = int(cache.position) if cache is not None and T > 1 else 0        # one row never looks at the device
+        seen = int(cache.position) if cache is not None and T > 1 else 0
         if seen + T > self.config.block_size:
             raise ValueError(f'{seen + T} tokens do not fit into block_size {self.config.block_size}')
         i = torch.arange(T, device=idx.device)
@@ -392,7 +404,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.position += T
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None
+            return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
         loss = fn.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return (logits, loss) if memory_tau is None else (logits, loss, self.memory(Ms))
@@ -409,8 +421,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def prefill(self, idx, cache):
         """Read idx (B, T) into the cache in blocks of rows; returns the logits of the last position (B, 1, V)."""
-        for rows in idx.split(self.prefill_rows, dim=1):
-            logits, _ = self(rows, cache=cache)
+        for block in idx.split(self.prefill_rows, dim=1):
+            logits, _ = self(block, cache=cache)
         return logits
 
     @torch.no_grad()
@@ -429,7 +441,8 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if seen + new.size(1) > size:
                 new = idx = idx[:, -max(1, size // 2):]
-                cache, seen = KVCache(self, len(idx), cache.budgets, cache.layers[0].policy), 0
+                old = cache.layers[0]
+                cache, seen = KVCache(self, len(idx), cache.budgets, old.policy, old.k.dtype), 0
             seen += new.size(1)
             logits = self.prefill(new, cache)[:, -1]            # (B, V)
             new = sample(logits, temperature, top_k)
@@ -459,7 +472,7 @@ def sample(logits, temperature, top_k):
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float('-inf'))
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
 

@@ -46,10 +46,10 @@ class PruneConfig(pretrained.Settings):
     target_loss: float = 0.0                # the target, in nats
     tolerance: float = 0.0                  # the target is the model's own unpruned loss and this much
     # how
-    policy: str = 'selective'               # what a full layer drops: 'selective' (by F), or the controls 'oldest', 'random'
+    policy: str = 'selective'               # what a full layer drops: 'selective' (by F); controls: 'oldest', 'random'
     search: str = 'quick'                   # 'quick', or 'plain': the paper's search
     bite: int = 8                           # tokens taken at a time in the plain search
-    to: str = ''                            # file to write; '': budgets.json, or budgets_<policy>.json for the controls
+    to: str = ''                            # file in out_dir; '': budgets.json, or budgets_<policy>.json for the controls
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
     batch_size: int = 16                    # sequences that are computed at a time
 
@@ -102,11 +102,14 @@ class Trials:
 
 
 def quick_search(trials, target, loss):
-    """Yield (layer, its new budget, loss, an estimate of the trials left); see the top of this file."""
+    """Yield (layer, its new budget, loss, an estimate of the trials left); the caller then sets it in trials.
+
+    See the top of this file for how it is chosen.
+    """
     budgets, part = trials.budgets, 0.5
     least = min(2, max(budgets))
     while part * max(budgets) >= 1:
-        last = {}       # layer -> (loss per token of its last trial in this round, loss, budget, the step it was tried at)
+        last = {}       # layer -> (loss per token in its last trial of this round, loss, budget, the step of the trial)
         step, open_layers = 0, set(range(len(budgets)))
         while True:
             def bite(l):
@@ -157,7 +160,7 @@ def show(number, p, note=''):
 
 
 def windows_of(dataset, cfg, block_size, held_out=False):
-    """Batches of validation windows; held_out: as many others, which the search never sees."""
+    """Batches of random validation windows; held_out: as many others (in a small text they may overlap)."""
     count = -(-cfg.windows // cfg.batch_size)
     sizes = [min(cfg.batch_size, cfg.windows - n * cfg.batch_size) for n in range(count)]
     batches = [dataset.batch('val', n + held_out * count, size, block_size, cfg.seed) for n, size in enumerate(sizes)]
@@ -169,6 +172,8 @@ def main():
     cfg = settings.parse(PruneConfig)
     if sum(map(bool, (cfg.baseline, cfg.target_loss, cfg.tolerance))) != 1:
         raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance')
+    if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
+        raise UserError(f'--init_from={cfg.init_from} needs an --out_dir: the folder for its budgets')
     if cfg.search not in ('quick', 'plain') or cfg.bite < 1 or cfg.windows < 1 or cfg.batch_size < 1:
         raise UserError("search is 'quick' or 'plain'; bite, windows and batch_size are at least 1")
     cfg.device = ckpt.pick_device(cfg.device)
@@ -236,9 +241,9 @@ def main():
     print(f"{last['memory']:,} tokens of {len(trials.budgets) * size:,}: {last['saving']:.1f}x less memory at loss "
           f"{last['val_loss']:.4f} (target {target:.4f}; {unpruned:.4f} without pruning); "
           f'{len(trials.known) - tried_before} trials in {time.time() - started:.0f}s')
-    print('on windows that the search has not seen: '
+    print('on other validation windows: '
           + ', '.join(f'{name} {loss:.4f}' for name, loss in result['held_out'].items()))
-    print(f'{path}: python sample.py --out_dir={cfg.out_dir} generates inside it' if cfg.policy == 'selective' else path)
+    print(path + (f': python sample.py --out_dir={cfg.out_dir} generates within it' if cfg.policy == 'selective' else ''))
 
 
 def known_trials(path, result):

@@ -1,7 +1,7 @@
 """Read what a model learned: text from a checkpoint, inside a memory budget if you like.
 
     python sample.py --out_dir=out/selective_small --start="def "
-    python sample.py --out_dir=out/selective_small --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out/selective_small --start=FILE:settings.py --temperature=0
     echo "import os" | python sample.py --out_dir=out/selective_small --start=-
     python sample.py --out_dir=out/selective_small --budgets=32
     python sample.py --init_from=gpt2 --start="The answer is"
@@ -27,7 +27,7 @@ from settings import UserError
 class SampleConfig(pretrained.Settings):
     out_dir: str = 'out/selective_small'    # folder of ckpt.pt
     init_from: str = 'resume'               # 'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder
-    start: str = ''                         # prompt: text, FILE:path, or - for standard input; '': the end-of-text token
+    start: str = ''                         # text, FILE:path, or - for standard input; '': the end-of-text token
     num_samples: int = 1                    # how many texts
     max_new_tokens: int = 500               # tokens of each
     temperature: float = 0.8                # 1 samples from the model as it is, below 1 more careful, 0 the most likely
@@ -64,7 +64,8 @@ def main():
     if max(ids) >= model.config.vocab_size:
         raise UserError(f'the prompt has token {max(ids)}, the model knows {model.config.vocab_size}')
     idx = torch.tensor([ids], device=device)
-    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from, model)
+    folder = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
+    budgets = ckpt.read_budgets(cfg.budgets, folder, model, cfg.policy)
 
     torch.manual_seed(cfg.seed)
     seconds = 0.0
@@ -72,7 +73,7 @@ def main():
         try:
             cache = KVCache(model, 1, budgets, cfg.policy, getattr(torch, dtype))
         except ValueError as e:
-            raise UserError(f'--budgets: {e}') from None
+            raise UserError(f'--budgets, --policy: {e}') from None
         text = codecs.getincrementaldecoder('utf-8')('replace')         # a character may take several tokens
         print(tokenizer.decode_bytes(ids).decode('utf-8', 'replace'), end='', flush=True)
         started = time.time()

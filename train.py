@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -133,11 +134,15 @@ def main():
     say = print if master else lambda *args, **kwargs: None
     check(cfg, world)
     cfg.device = ckpt.pick_device(cfg.device)
+    if cfg.init_from != 'resume' and os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')):
+        raise UserError(f'{cfg.out_dir} has a checkpoint: go on with it by --init_from=resume, delete the folder, or '
+                        'give another --out_dir')
     if world > 1:
         if cfg.device == 'cuda':
             cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(cfg.device)
-        dist.init_process_group('nccl' if 'cuda' in cfg.device else 'gloo')
+        dist.init_process_group('nccl' if 'cuda' in cfg.device else 'gloo',
+                                timeout=timedelta(hours=2))     # the first one may have much to download
     cuda = 'cuda' in cfg.device
     cfg.dtype = ckpt.pick_dtype(cfg.dtype, cfg.device)
     if cuda:
@@ -181,11 +186,14 @@ def main():
     if cfg.freeze:
         for name, p in model.named_parameters():
             p.requires_grad_(ckpt.is_added(name))
-    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device)
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2),
+                                           torch.device(cfg.device).type)
     scaler = torch.amp.GradScaler(enabled=cfg.dtype == 'float16')
     iter_num, val_loss, val_iter = 0, None, None
     if saved:
         optimizer.load_state_dict(saved['optimizer'])
+        for group, decay in zip(optimizer.param_groups, (cfg.weight_decay, 0.0)):     # settings may be changed
+            group.update(weight_decay=decay, betas=(cfg.beta1, cfg.beta2))
         scaler.load_state_dict(saved['scaler'])
         iter_num, val_loss, val_iter = saved['iter_num'], saved['val_loss'], saved['val_iter']
         if iter_num >= cfg.max_iters:
@@ -321,13 +329,15 @@ def main():
         iter_num += 1
         if stop and iter_num < cfg.max_iters:
             save()
-            say(f'stopped after step {iter_num - 1}, nothing is lost; go on with: '
-                f'python {" ".join(a for a in sys.argv if not a.startswith("--init_from"))} --init_from=resume')
+            say(f'stopped after step {iter_num - 1}, nothing is lost; to go on, give the same command with '
+                '--init_from=resume')
             sys.exit(130)
 
     say(f'done in {(time.time() - started) / 60:.1f} minutes; read what it learned: '
         f'python sample.py --out_dir={cfg.out_dir}')
     if world > 1:
+        dist.barrier()                      # the others wait for the master, which is still saving
+        del model                           # its reducer has threads that use the process group
         dist.destroy_process_group()
 
 

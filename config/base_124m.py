@@ -1,5 +1,5 @@
 # What the 124M configs share: GPT-2's smallest shape on C4, for GPUs. Prepare the data first:
-#   python prepare_c4.py --tokens=10e9
+#   python prepare_c4.py --tokens=11e9
 # The contexts of 2410.02703 are --block_size=512, 1024 and 2048; keep batch_size * block_size the same.
 dataset = 'c4'
 vocab_size = 50304          # 50257, rounded up to a multiple of 64

@@ -1,4 +1,4 @@
-# What the fine-tuning runs share: GPT-2 (124M) on C4, one GPU. Data first: python prepare_c4.py --tokens=100_000_000
+# What the fine-tuning runs share: GPT-2 (124M) on C4, one GPU. Data first: python prepare_c4.py --tokens=100e6
 init_from = 'gpt2'
 dataset = 'c4'
 block_size = 1024

@@ -420,7 +420,9 @@ def test_sample_and_prune_read_a_folder(folder, dataset, tmp_path, run):
     out = run(prune, f'--init_from={folder}', f'--out_dir={tmp_path / "b"}', dataset, '--policy=oldest',
               '--tolerance=5', '--windows=2', '--device=cpu')
     assert 'less memory' in out and os.listdir(tmp_path / 'b') == ['budgets_oldest.json']
-    assert "data set ''" in run(prune, f'--init_from={folder}', '--policy=oldest', '--tolerance=5', '--device=cpu')
+    assert "data set ''" in run(prune, f'--init_from={folder}', f'--out_dir={tmp_path / "c"}', '--policy=oldest', '--tolerance=5',
+                                 '--device=cpu')
+    assert 'needs an --out_dir' in run(prune, f'--init_from={folder}', '--policy=oldest', '--tolerance=5')
 
 
 def test_export_as_a_command(folder, dataset, tmp_path, run):

@@ -79,7 +79,7 @@ def test_resume_is_exact(how, dataset, tmp_path, run):
     out = stopped.stdout.read()
     assert stopped.wait(timeout=60) == (-9 if how == signal.SIGKILL else 130), out
     first = ckpt.load(tmp_path / 'stopped')['iter_num']
-    assert first % 10 == 0 and first >= 20 if how == signal.SIGKILL else first >= 24 and '--init_from=resume' in out
+    assert first % 10 == 0 and first >= 20 if how == signal.SIGKILL else first >= 24 and 'init_from=resume' in out
     assert first < 150
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                # the order of additions depends on it
