@@ -282,7 +282,8 @@ class Progress:
         self.shown = now
         seconds, read, done = now - self.first[0], megabytes - self.first[1], fraction - self.first[2]
         left = int(seconds * max(0, 1 - fraction) / done) if done > 0 else 0
-        line = (f'{label}{megabytes:.1f} MB, {read / seconds:.1f} MB/s, ' + (f'{tokens:,} tokens, ' if tokens is not None else '')
+        count = '' if tokens is None else f'{tokens:,} tokens, '
+        line = (f'{label}{megabytes:.1f} MB, {read / seconds:.1f} MB/s, {count}'
                 + f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
         print(line.ljust(78) if self.tty else line, end='\r' if self.tty else '\n', file=sys.stderr, flush=True)
 

@@ -49,7 +49,7 @@ class PruneConfig(pretrained.Settings):
     policy: str = 'selective'               # what a full layer drops: 'selective' (by F); controls: 'oldest', 'random'
     search: str = 'quick'                   # 'quick', or 'plain': the paper's search
     bite: int = 8                           # tokens taken at a time in the plain search
-    to: str = ''                            # file in out_dir; '': budgets.json, or budgets_<policy>.json for the controls
+    to: str = ''                            # file in out_dir; '': budgets.json, budgets_<policy>.json for controls
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
     batch_size: int = 16                    # sequences that are computed at a time
 
@@ -243,7 +243,7 @@ def main():
           f'{len(trials.known) - tried_before} trials in {time.time() - started:.0f}s')
     print('on other validation windows: '
           + ', '.join(f'{name} {loss:.4f}' for name, loss in result['held_out'].items()))
-    print(path + (f': python sample.py --out_dir={cfg.out_dir} generates within it' if cfg.policy == 'selective' else ''))
+    print(path + (f': sample.py --out_dir={cfg.out_dir} generates within it' if cfg.policy == 'selective' else ''))
 
 
 def known_trials(path, result):

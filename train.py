@@ -178,7 +178,7 @@ def main():
                 raise UserError(f"{cfg.out_dir}/ckpt.pt has {key}={value!r}, this run {model_args.get(key)!r}: "
                                 'a run is resumed with the model it had')
         if saved['config'].get('freeze', '') != cfg.freeze:
-            raise UserError(f'{cfg.out_dir}/ckpt.pt was trained with another freeze than {cfg.freeze!r}: keep what it had')
+            raise UserError(f'{cfg.out_dir}/ckpt.pt was trained with another freeze than {cfg.freeze!r}')
     model = (ckpt.build(saved, dropout=cfg.dropout, kernel=cfg.kernel) if saved else
              ckpt.build(base, **model_args) if base else GPT(GPTConfig(**model_args)))
     base = None                             # its memory

@@ -73,12 +73,6 @@ def attentions(device):
         cases['selective'] = lambda q, k, v: kernels.selective_attention(q, k, v)[0]
     cases['selective, rows'] = lambda q, k, v: m.selective_attention(q, k, v)[0]
     cases['selective, listing'] = listing
-    try:
-        from x_transformers.attend import Attend
-        attend = Attend(causal=True, selective=True, heads=None).to(device)
-        cases['selective, x-transformers'] = lambda q, k, v: attend(q, k, v)[0]
-    except (ImportError, TypeError):
-        pass
     return cases
 
 
@@ -117,7 +111,11 @@ def step_case(name, shape, T, tokens, device):
 
 
 def peak_memory(case):
-    """Bytes at the peak of two training steps, in a process of its own; case: [name, shape, T, tokens, device]."""
+    """Bytes at the peak of two training steps, or of generating, in a process of its own.
+
+    case: [name, shape, T, tokens of the batch, device]; of generating: ['generate', shape, T, B, device, how], where how
+    is the budgets as KVCache takes them, or 'no cache'.
+    """
     result = subprocess.run([sys.executable, '-m', 'lab.bench', f'--case={json.dumps(case)}'],
                             capture_output=True, text=True)
     if result.returncode:
@@ -125,8 +123,17 @@ def peak_memory(case):
     return int(result.stdout)
 
 
-def one_memory_case(name, shape, T, tokens, device):
-    once = step_case(name, SHAPES[shape], T, tokens, device)
+@torch.no_grad()
+def generate_case(shape, T, B, device, how):
+    """Generation at its largest: a cache is allocated whole at the start, and without one the last token costs most."""
+    gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **SHAPES[shape])).to(device).eval()
+    idx = torch.zeros(B, T - 1, dtype=torch.long, device=device)
+    return lambda: gpt(idx) if how == 'no cache' else gpt.generate(idx[:, :1], 20, budgets=how)
+
+
+def one_memory_case(name, shape, T, tokens, device, how=None):
+    once = generate_case(shape, T, tokens, device, how) if name == 'generate' else \
+        step_case(name, SHAPES[shape], T, tokens, device)
     for _ in range(2):
         once()
     if 'cuda' in device:
@@ -318,6 +325,9 @@ def generate_part(table, cfg, shape, lengths):
                 each = times({str(t): lambda t=t: gpt(idx[:, :t]) for t in at}, 1, cfg.device)
                 values['no cache (nanoGPT)'] = float(np.mean(list(each.values())))
             table.group(f'generate{B}', shape, T, {name: B / v for name, v in values.items()}, 'tokens/s')
+            ways = {'full cache': None, f'budgets of {max(2, T // 32)}': max(2, T // 32), 'no cache (nanoGPT)': 'no cache'}
+            table.group(f'generate{B}', shape, T, {f'{name}, peak of the process': peak_memory(
+                ['generate', shape, T, B, cfg.device, how]) / 2**20 for name, how in ways.items()}, 'MiB')
 
 
 PARTS = {'attention': attention_part, 'step': step_part, 'memory': memory_part, 'decode': decode_part,

@@ -28,6 +28,7 @@ def test_bench_compares_the_same_thing():
 
 
 def test_bench_table(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'peak_memory', lambda case: 1)
     monkeypatch.setitem(bench.SHAPES, 'small', dict(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
     run(bench, '--what=attention,step,decode,prefill,generate', '--shapes=small', '--lengths=40,80', '--tokens=80',
         '--rounds=1', '--device=cpu', f'--to={tmp_path / "bench.json"}')
@@ -42,6 +43,8 @@ def test_bench_table(run, tmp_path, monkeypatch, capsys):
 
 def test_bench_memory_of_a_process(tmp_path):
     assert bench.peak_memory(['selective', 'small', 64, 64, 'cpu']) > 2**20
+    cached, whole = (bench.peak_memory(['generate', 'small', 512, 16, 'cpu', how]) for how in (8, 'no cache'))
+    assert whole > cached
 
 
 def test_filled_cache_is_what_a_batch_would_read():
