@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import threading
 
@@ -14,7 +13,6 @@ import torch
 import checkpoint as ckpt
 import model as m
 import prepare_c4
-import prepare_text
 import pretrained
 import prune
 import sample
@@ -345,33 +343,6 @@ def test_a_busy_hub_is_asked_again_an_absent_one_is_not(hub, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The scripts
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """run(train, *args): the script's main() in this process; returns what it printed, or the UserError's text."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(script, *args):
-        monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *args])
-        try:
-            script.main()
-        except UserError as e:
-            assert '\n' not in str(e)
-            return str(e)
-        return ''.join(capfd.readouterr())
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope='module')
-def dataset(tmp_path_factory):
-    path = tmp_path_factory.mktemp('data')
-    (path / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
-    prepare_text.prepare(prepare_text.Settings(paths=[str(path / 'text.txt')], name='lines', tokenizer='bytes',
-                                               data_dir=str(path)))
-    return f'--dataset={path / "lines"}'
-
 
 TINY = ['--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1', '--max_iters=6', '--eval_interval=3',
         '--eval_iters=2', '--warmup_iters=1', '--learning_rate=1e-2', '--device=cpu']

@@ -1,27 +1,21 @@
 """prune.py: the search, what it writes, and what it refuses."""
 import json
-import sys
 
 import pytest
 import torch
 
 import checkpoint as ckpt
-import prepare_text
 import prune
 import sample
-import settings
 from model import GPT, GPTConfig, KVCache
 
 SHAPE = dict(block_size=32, vocab_size=257, n_layer=3, n_head=2, n_embd=16)
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-    """Folders with checkpoints of two models with large weights, selective and standard, and a data set."""
+def runs(tmp_path_factory, lines):
+    """Folders with checkpoints of two models with large weights, selective and standard."""
     root = tmp_path_factory.mktemp('runs')
-    (root / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
-    prepare_text.prepare(prepare_text.Settings(paths=[str(root / 'text.txt')], name='lines', tokenizer='bytes',
-                                               data_dir=str(root)))
     for name, selective, scale in (('selective', True, 10), ('standard', False, 30)):   # the second is a worse model
         torch.manual_seed(1)
         config = GPTConfig(**SHAPE, selective=selective)
@@ -30,21 +24,17 @@ def runs(tmp_path_factory):
             for p in gpt.parameters():
                 p.mul_(scale if p.dim() == 2 else 1)
         (root / name).mkdir()
-        ckpt.save(root / name, {'model': gpt.state_dict(), 'model_args': vars(config), 'dataset': str(root / 'lines'),
+        ckpt.save(root / name, {'model': gpt.state_dict(), 'model_args': vars(config), 'dataset': str(lines),
                                 'tokenizer': 'bytes'})
     return root
 
 
 @pytest.fixture
-def run(runs, monkeypatch, capfd):
+def run(runs, run):
+    run_script = run
+
     def run(*args, script=prune, name='selective'):
-        monkeypatch.setattr(sys, 'argv', [script.__name__, f'--out_dir={runs / name}', *args])
-        try:
-            script.main()
-        except settings.UserError as e:
-            assert '\n' not in str(e)
-            return str(e)
-        return ''.join(capfd.readouterr())
+        return run_script(script, f'--out_dir={runs / name}', *args)
     yield run
     for path in runs.glob('*/budgets*.json'):
         path.unlink()
@@ -58,7 +48,7 @@ SMALL = ['--windows=6', '--batch_size=4', '--device=cpu']
 
 
 @pytest.mark.parametrize('search', ['quick', 'plain'])
-def test_budgets_keep_the_loss(search, runs, run):
+def test_budgets_keep_the_loss(search, lines, runs, run):
     """The loss written is the one that a KV cache of these budgets has, and no layer can give one bite more."""
     out = run(*SMALL, '--tolerance=0.05', f'--search={search}', '--bite=4')
     assert 'less memory' in out
@@ -66,7 +56,7 @@ def test_budgets_keep_the_loss(search, runs, run):
     assert result['target_loss'] == result['unpruned_loss'] + 0.05
     assert result['budgets'] == result['curve'][-1]['budgets'] and sum(result['budgets']) < 96
     gpt, _ = ckpt.load_model(runs / 'selective')
-    dataset = prune.data.load_dataset(str(runs / 'lines'))
+    dataset = prune.data.load_dataset(str(lines))
     batches = [dataset.batch('val', n, size, 32, 0) for n, size in enumerate((4, 2))]
 
     def loss(budgets):

@@ -12,7 +12,6 @@ import torch
 
 import checkpoint as ckpt
 import model
-import prepare_text
 import sample
 import settings
 import train
@@ -21,33 +20,6 @@ ROOT = Path(__file__).parent.parent
 SMALL = ['--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--batch_size=4', '--device=cpu',
          '--gradient_accumulation_steps=2', '--eval_interval=10', '--eval_iters=2', '--log_interval=1',
          '--warmup_iters=2', '--learning_rate=1e-2']
-
-
-@pytest.fixture(scope='module')
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')
-    (folder / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
-    prepare_text.prepare(prepare_text.Settings(paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes',
-                                               data_dir=str(folder)))
-    return f'--dataset={folder / "lines"}'
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """run(train, *args): the script's main() in this process; returns what it printed, or the UserError's text."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(script, *args):
-        monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *args])
-        try:
-            script.main()
-        except settings.UserError as e:
-            assert '\n' not in str(e)
-            return str(e)
-        return ''.join(capfd.readouterr())
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def start(*args):

@@ -1,0 +1,41 @@
+"""What several test files share: a small data set, and a way to run a script."""
+import signal
+import sys
+
+import pytest
+
+import prepare_text
+import settings
+
+
+@pytest.fixture(scope='session')
+def lines(tmp_path_factory):
+    """The folder of a data set of a few thousand bytes."""
+    folder = tmp_path_factory.mktemp('data')
+    (folder / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
+    prepare_text.prepare(prepare_text.Settings(paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes',
+                                               data_dir=str(folder)))
+    return folder / 'lines'
+
+
+@pytest.fixture
+def dataset(lines):
+    return f'--dataset={lines}'
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run(train, *args): the script's main() in this process; returns what it printed, or the UserError's text."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *args])
+        try:
+            script.main()
+        except settings.UserError as e:
+            assert '\n' not in str(e)
+            return str(e)
+        return ''.join(capfd.readouterr())
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
