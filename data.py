@@ -5,7 +5,9 @@ A data set is a folder data/<name> with
     train*.bin, val*.bin    uint16 tokens, one file or many, read as one in the order of their names
     meta.json               {"tokenizer", "vocab_size", "source", "complete", "files": {"train.bin": tokens, ...}}
 
-Each document ends with <|endoftext|>.
+Each document ends with <|endoftext|>. A data set of questions and answers has two more entries in meta.json:
+"record_len", as all its documents have the same number of tokens, and "answers", the places in a record, counted from
+0, of the tokens that are learned and scored; the rest of the record is only read.
 """
 import concurrent.futures
 import contextlib
@@ -67,12 +69,16 @@ def within(seconds, function, *args):
 # ----------------------------------------------------------------------------- reading
 
 class Dataset:
-    """The tokens of one folder. Fields: name, path, meta (meta.json), vocab_size, tokenizer_name."""
+    """The tokens of one folder. Fields: name, path, meta (meta.json), vocab_size, tokenizer_name, record_len, answers.
+
+    record_len is None in a data set of plain text.
+    """
 
     def __init__(self, path, name):
         self.path, self.name = path, name
         self.meta = read_meta(path)
         self.vocab_size, self.tokenizer_name = self.meta['vocab_size'], self.meta['tokenizer']
+        self.record_len, self.answers = self.meta.get('record_len'), self.meta.get('answers')
         for file in self.meta['files']:
             if not os.path.isfile(os.path.join(path, file)):
                 raise UserError(f'{os.path.join(path, file)} is missing, meta.json lists it: prepare it again')
@@ -104,24 +110,36 @@ class Dataset:
         """How many tokens 'train' or 'val' has."""
         return int(self._starts[split][-1])
 
+    def window(self, block_size):
+        """How many tokens a window of a batch has: block_size and the one to predict last, or a whole record."""
+        if self.record_len and self.record_len > block_size + 1:
+            raise UserError(f'{self.path}: its records of {self.record_len} tokens need a block_size of '
+                            f'{self.record_len - 1}, not {block_size}')
+        return self.record_len or block_size + 1
+
     def batch(self, split, index, batch_size, block_size, seed=0):
         """Batch number index of random windows: (x, y), int64 tensors (batch_size, block_size).
 
-        y is x one token later; -1 in y would be ignored by the loss. The batch depends only on the arguments,
+        y is x one token later; it is -1, which the loss ignores, at what is not an answer in a data set of records,
+        whose windows are whole records and may be shorter than block_size. The batch depends only on the arguments,
         not on the batches before it, so that a resumed run, or each of several processes, names the batch it
-        wants by its number. Raises UserError if the split is shorter than one window.
+        wants by its number. Raises UserError if the split is shorter than one window, or a record does not fit.
         """
         import torch  # here, so that the prepare scripts and their processes start without it
-        last = self.tokens(split) - block_size - 1  # the last place where a window of block_size + 1 starts
-        if last < 0:
-            raise UserError(f'{self.path}: {split} has {self.tokens(split)} tokens, a window needs {block_size + 1}: '
+        length, step = self.window(block_size), self.record_len or 1
+        count = (self.tokens(split) - length) // step + 1  # windows that there are
+        if count < 1:
+            raise UserError(f'{self.path}: {split} has {self.tokens(split)} tokens, a window needs {length}: '
                             'use a smaller block_size or more text')
         rng = np.random.default_rng([seed % 2**64, int(split == 'val'), index, batch_size, block_size])
-        windows = np.stack([self._window(split, start, block_size + 1)
-                            for start in rng.integers(last + 1, size=batch_size)])
+        windows = np.stack([self._window(split, start, length)
+                            for start in rng.integers(count, size=batch_size) * step])
         self._check(windows, self.path)
         windows = torch.from_numpy(windows.astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if self.record_len:
+            y[:, sorted(set(range(length - 1)) - {place - 1 for place in self.answers})] = -1
+        return x, y
 
     def _window(self, split, start, length):
         """length tokens from place start of the split; a window may cross from one file to the next."""
@@ -155,6 +173,9 @@ def read_meta(path):
             meta = json.load(f)
         kinds = {'tokenizer': str, 'vocab_size': int, 'source': str, 'complete': bool, 'files': dict}
         if not all(isinstance(meta[key], kind) for key, kind in kinds.items()):
+            raise ValueError
+        if 'record_len' in meta and not (meta['record_len'] > 1 and meta['answers'] and
+                                         all(0 < place < meta['record_len'] for place in meta['answers'])):
             raise ValueError
         return meta
     except FileNotFoundError:
@@ -248,10 +269,13 @@ class TokenFile:
                 os.remove(stale)
 
 
-def write_meta(path, tokenizer, source, complete, files):
-    """Write meta.json of the data set's folder; tokenizer is an Encoding, files maps names to tokens."""
+def write_meta(path, tokenizer, source, complete, files, **records):
+    """Write meta.json of the data set's folder; tokenizer is an Encoding, files maps names to tokens.
+
+    records: record_len and answers, where the data set has them.
+    """
     meta = {'tokenizer': tokenizer.name, 'vocab_size': tokenizer.n_vocab, 'source': source, 'complete': complete,
-            'files': dict(sorted(files.items()))}
+            'files': dict(sorted(files.items())), **records}
     file = os.path.join(path, 'meta.json')
     temporary = f'{file}.{secrets.token_hex(4)}.tmp'
     with open(temporary, 'w', encoding='utf-8') as f:

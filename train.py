@@ -206,7 +206,7 @@ def main():
         model = DistributedDataParallel(model, device_ids=[torch.cuda.current_device()] if cuda else None)
 
     micro_steps = cfg.gradient_accumulation_steps // world
-    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)
     log = None
     if master:
         os.makedirs(cfg.out_dir, exist_ok=True)
@@ -231,18 +231,21 @@ def main():
 
     @torch.no_grad()
     def evaluate():
-        """Plain cross-entropy on the validation set, and the memory requirement of a selective model."""
+        """On the validation set: val_loss, the plain cross-entropy; memory, what a selective model needs of it;
+        accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token."""
         model.eval()
-        losses, memories = [], []
-        for n in range(rank, cfg.eval_iters, world):
+        names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len)
+        totals, batches = [0.0] * len(names), range(rank, cfg.eval_iters, world)
+        for n in batches:
             with ckpt.autocast(cfg.device, cfg.dtype):
                 x, y = batch('val', n)
-                _, loss, *memory = raw_model(x, y, memory_tau=cfg.memory_tau if cfg.selective else None)
-            losses.append(loss.item())
-            memories += [m.item() for m in memory]
+                logits, *figures = raw_model(x, y, memory_tau=cfg.memory_tau if cfg.selective else None)
+            if dataset.record_len:
+                figures.append((logits.argmax(dim=-1) == y)[y >= 0].float().mean())
+            totals = [total + figure.item() for total, figure in zip(totals, figures)]
         model.train()
-        loss, memory, count = mean(sum(losses), sum(memories), len(losses))
-        return loss / count, memory / count
+        *totals, count = mean(*totals, len(batches))
+        return {name: total / count for name, total in zip(names, totals)}
 
     def save():
         if master:
@@ -271,14 +274,14 @@ def main():
     while True:
         if (iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters) and val_iter != iter_num:
             paused = time.time()
-            val_loss, memory = evaluate()
-            val_iter = iter_num
+            figures = evaluate()
+            val_loss, val_iter = figures.pop('val_loss'), iter_num
             if not math.isfinite(val_loss):
                 not_finite('the validation loss')
             say(f'step {iter_num}/{cfg.max_iters} | validation loss {val_loss:.4f}'
-                + (f' | memory needed {memory:.1%}' if cfg.selective else ''), flush=True)
+                + ''.join(f' | {name} {value:.1%}' for name, value in figures.items()), flush=True)
             if master:
-                log.write(iter=iter_num, val_loss=val_loss, **({'memory': memory} if cfg.selective else {}))
+                log.write(iter=iter_num, val_loss=val_loss, **figures)
             save()
             saved_iter = iter_num
             eval_seconds = time.time() - paused

@@ -1,15 +1,16 @@
-"""Synthetic data sets on which attention can be understood; train.py takes them by name.
+"""Synthetic tasks on which attention can be understood: data sets of questions, which train.py takes by name.
 
     python -m lab.tasks variable_assignment
-    python train.py config/selective_small.py --dataset=variable_assignment --out_dir=out/variables
+    python train.py config/selective_small.py --dataset=variable_assignment --block_size=64 --out_dir=out/variables
+    python -m lab.tasks variable_assignment --variables=8 --name=variable_assignment_8      # to test on
 
-variable_assignment, after 2410.02703: a stream of statements of four characters. `=a3;` assigns, `?a3;` asks for the
-value that the variable had last; that digit can be known, all else is drawn at random. Variables are assigned
-again and again, so most of what was read is stale; but a value is asked for long after it was assigned, so the newest
-tokens are not enough either. The data set knows no records: a window may start in the middle of a statement, and ask
-for a variable that it has not seen assigned.
+Each record is a line of text with a question at its end, or several on the way. The loss and the accuracy that train.py
+reports look at the answers alone. All records of a data set are equally long, and the answers are at the same places;
+the bytes tokenizer makes every character a token. What the records of each task look like is in its docstring below.
 """
+import dataclasses
 import os
+import string
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,45 +24,115 @@ from settings import UserError
 class TaskConfig:
     tasks: list = field(default_factory=list)   # names of the tasks, written without dashes
     data_dir: str = 'data'                      # the data sets go into <data_dir>/<task>
-    tokens: int = 4_000_000                     # of training; a fiftieth of it for validation
-    variables: int = 10                         # how many there are, a, b, c, ...; at most 26
-    asked: float = 0.7                          # fraction of the statements that ask
+    name: str = ''                              # another name than the task's, for a single task
+    records: int = 100_000                      # of training; a twentieth of it for validation
+    length: int = 0                             # of a record: statements, bits, letters or words; 0: the task's own
+    variables: int = 3                          # variable_assignment: in each record, out of the letters a to p
+    every: int = 4                              # variable_assignment: statements between questions
+    depth: float = -1.0                         # passkey: where the key lies, from 0 (first) to 1 (last); -1: anywhere
+    letters: int = 8                            # denoising: how many of the letters are to be kept
     seed: int = 0                               # same seed, same data
 
 
-def variable_assignment(rng, count, cfg):
-    """count statements as uint16 tokens (4 * count,) of the bytes tokenizer."""
-    names = rng.integers(cfg.variables, size=count)
-    asks = rng.random(count) < cfg.asked
-    digits = rng.integers(10, size=count)
-    values = [None] * cfg.variables
-    for n, name in enumerate(names):
-        if asks[n] and values[name] is not None:
-            digits[n] = values[name]
-        else:
-            asks[n], values[name] = False, digits[n]
-    return np.stack([np.where(asks, ord('?'), ord('=')), ord('a') + names, ord('0') + digits,
-                     np.full(count, ord(';'))], axis=1).astype(np.uint16).ravel()
+def variable_assignment(rng, cfg):
+    """2410.02703 section 2: the last value that a variable was given. `c3a7c1?c` asks, `1` is the answer; then it goes on.
+
+    Each record draws its variables from 16 letters and gives them values again and again; every value but the last is
+    stale. A question follows on every few statements.
+    """
+    names = rng.choice(list(string.ascii_lowercase[:16]), cfg.variables, replace=False)
+    values, pieces, text = {}, [], ''
+    for n, (name, value) in enumerate(zip(rng.choice(names, cfg.length), rng.integers(10, size=cfg.length)), start=1):
+        values[name] = str(value)
+        text += name + values[name]
+        if n % cfg.every == 0:
+            asked = rng.choice(list(values))
+            pieces, text = pieces + [text + '?' + asked, values[asked]], ''
+    return pieces
 
 
-TASKS = {'variable_assignment': variable_assignment}
+def parity(rng, cfg):
+    """Whether the ones so far are even (a) or odd (b), asked after each bit: `1b1a0a1b`.
+
+    The bit and the answer before it are all that one needs: everything else may be forgotten.
+    """
+    bits = rng.integers(2, size=cfg.length)
+    return [piece for bit, ones in zip(bits, bits.cumsum()) for piece in (str(bit), 'ab'[ones % 2])]
+
+
+def copying(rng, cfg):
+    """`qhwk|` asks, `qhwk` is the answer: nothing may be forgotten before it is copied."""
+    text = ''.join(rng.choice(list(string.ascii_lowercase), cfg.length))
+    return [text + '|', text]
+
+
+def denoising(rng, cfg):
+    """`xQwmHfK|` asks, `QHK` is the answer: keep the signal, ignore the noise. That is the setting by which
+    2411.12892 motivates the temperature of the values; elsewhere it is known as selective copying."""
+    text = rng.choice(list(string.ascii_lowercase), cfg.length)
+    places = np.sort(rng.choice(cfg.length, cfg.letters, replace=False))
+    text[places] = rng.choice(list(string.ascii_uppercase), cfg.letters)
+    return [''.join(text) + '|', ''.join(text[places])]
+
+
+WORDS = 'the grass is green and sky blue sun warm here we go there back again over hill river stone'.split()
+
+
+def passkey(rng, cfg):
+    """A number hidden in filler, after 2411.12892 section 5: `the sky [4071] is blue [` asks, `4071` is the answer."""
+    words = list(rng.choice(WORDS, cfg.length))
+    key = f'{rng.integers(10_000):04}'
+    words.insert(round((rng.random() if cfg.depth < 0 else cfg.depth) * cfg.length), f'[{key}]')
+    return [' '.join(words).rjust(6 * cfg.length + 6) + ' [', key]      # words have 5 letters at most
+
+
+# and the length of their records
+TASKS = {'variable_assignment': (variable_assignment, 24), 'parity': (parity, 32), 'copying': (copying, 24),
+         'denoising': (denoising, 48), 'passkey': (passkey, 20)}
+
+
+def check(cfg):
+    """Raises UserError for what no data set can be made of."""
+    if not cfg.tasks or set(cfg.tasks) - set(TASKS):
+        raise UserError(f"name a task: {', '.join(TASKS)}")
+    if cfg.name and len(cfg.tasks) > 1:
+        raise UserError('--name is for one data set: name one task')
+    if cfg.length < 0 or cfg.records < 20 or cfg.depth > 1:
+        raise UserError('length is 1 or more, records 20 or more, depth 1 at most')
+    if not 1 <= cfg.variables <= 16:
+        raise UserError(f'variables is {cfg.variables}: a record has 1 to 16')
+
+
+def make(task, cfg):
+    """Write the data set of one task; returns its folder."""
+    question, length = TASKS[task]
+    cfg = dataclasses.replace(cfg, length=cfg.length or length)
+    if task == 'denoising' and not 1 <= cfg.letters <= cfg.length:
+        raise UserError(f'letters is {cfg.letters}: 1 to length, {cfg.length}')
+    tokenizer = data.get_tokenizer('bytes')
+    folder, files = data.output_folder(cfg.data_dir, cfg.name or task, '(train|val).bin'), {}
+    for number, (split, records) in enumerate((('train', cfg.records), ('val', cfg.records // 20))):
+        rng = np.random.default_rng([cfg.seed, number])
+        with data.TokenFile(os.path.join(folder, f'{split}.bin')) as out:
+            for _ in range(records):
+                # a token in front, as the first one can never be masked; then what is read and what is asked, in turns
+                pieces = ['\n', ''] + question(rng, cfg)
+                out.write(tokenizer.encode_ordinary(''.join(pieces)))
+        files[f'{split}.bin'] = out.count
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    answers = [place for a, b in zip(ends[0::2], ends[1::2]) for place in range(a, b)]
+    source = f'lab.tasks {task}, length {cfg.length}, seed {cfg.seed}'
+    data.write_meta(folder, tokenizer, source, True, files, record_len=ends[-1], answers=answers)
+    print(f"{folder}: {cfg.records:,} records of {ends[-1]} tokens to train, {len(answers)} of each an answer; one of them:")
+    print(''.join(pieces).strip())
+    return folder
 
 
 def main():
     cfg = settings.parse(TaskConfig, positional='tasks')
-    if not cfg.tasks or set(cfg.tasks) - set(TASKS):
-        raise UserError(f"name a task: {', '.join(TASKS)}")
-    if not 1 <= cfg.variables <= 26 or not 0 <= cfg.asked <= 1 or cfg.tokens < 5000:
-        raise UserError('variables is 1 to 26, asked 0 to 1, tokens at least 5000')
+    check(cfg)
     for task in cfg.tasks:
-        folder, files = os.path.join(cfg.data_dir, task), {}
-        for number, (split, tokens) in enumerate((('train', cfg.tokens), ('val', cfg.tokens // 50))):
-            with data.TokenFile(os.path.join(folder, f'{split}.bin')) as out:
-                out.write(TASKS[task](np.random.default_rng([cfg.seed, number]), tokens // 4, cfg))
-            files[f'{split}.bin'] = out.count
-        source = f'lab.tasks {task}, {cfg.variables} variables, {cfg.asked:g} asked, seed {cfg.seed}'
-        data.write_meta(folder, data.get_tokenizer('bytes'), source, True, files)
-        print(f"{folder}: {files['train.bin']:,} train and {files['val.bin']:,} val tokens")
+        make(task, cfg)
 
 
 if __name__ == '__main__':
