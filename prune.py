@@ -187,12 +187,14 @@ def main():
     if dataset.tokenizer_name != checkpoint['tokenizer']:
         raise UserError(f"{cfg.out_dir} was trained on {checkpoint['tokenizer']}, data set {dataset.name} has "
                         f'{dataset.tokenizer_name}')
+    size = dataset.window(size) - 1                         # records may be shorter
     search_set, held_out = windows_of(dataset, cfg, size), windows_of(dataset, cfg, size, held_out=True)
     trials = Trials(model, search_set, cfg.policy)
     unpruned, baseline, target = trials.loss(), None, cfg.target_loss
     if cfg.baseline:
         other, other_checkpoint = ckpt.load_model(cfg.baseline, cfg.device)
-        if (other.config.block_size, other_checkpoint['tokenizer']) != (size, checkpoint['tokenizer']):
+        if (other.config.block_size, other_checkpoint['tokenizer']) != \
+                (model.config.block_size, checkpoint['tokenizer']):
             raise UserError(f'{cfg.baseline} has another block_size or tokenizer: the losses cannot be compared')
         target = baseline = Trials(other, search_set, cfg.policy).loss()
         held_out_baseline = Trials(other, held_out, cfg.policy).loss()

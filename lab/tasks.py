@@ -6,10 +6,11 @@
 
 Each record is a line of text with a question at its end, or several on the way. The loss and the accuracy that train.py
 reports look at the answers alone. All records of a data set are equally long, and the answers are at the same places;
-the bytes tokenizer makes every character a token. What the records of each task look like is in its docstring below.
+a token is a byte. What the records of each task look like is in its docstring below.
 """
 import dataclasses
 import os
+import re
 import string
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ class TaskConfig:
     name: str = ''                              # another name than the task's, for a single task
     records: int = 100_000                      # of training; a twentieth of it for validation
     length: int = 0                             # of a record: statements, bits, letters or words; 0: the task's own
-    variables: int = 3                          # variable_assignment: in each record, out of the letters a to p
+    variables: int = 3                          # variable_assignment: in each record, out of the letters a to l
     every: int = 4                              # variable_assignment: statements between questions
     depth: float = -1.0                         # passkey: where the key lies, from 0 (first) to 1 (last); -1: anywhere
     letters: int = 8                            # denoising: how many of the letters are to be kept
@@ -35,20 +36,29 @@ class TaskConfig:
 
 
 def variable_assignment(rng, cfg):
-    """2410.02703 section 2: the last value that a variable was given. `c3a7c1?c` asks, `1` is the answer; then it goes on.
+    """2410.02703 section 2: the last value that a variable was given. `c=3; a=7; c=1; c?` asks, `1` is the answer; and on.
 
-    Each record draws its variables from 16 letters and gives them values again and again; every value but the last is
-    stale. A question follows on every few statements.
+    A record draws its variables from the letters a to l and gives them values again and again; every value but the last
+    is stale. A statement is a single token, the byte 128 + 10 * letter + value, so that the task is to know what is
+    stale, not which value stands beside which letter; a question is the letter.
     """
-    names = rng.choice(list(string.ascii_lowercase[:16]), cfg.variables, replace=False)
+    letters = rng.choice(12, cfg.variables, replace=False)
     values, pieces, text = {}, [], ''
-    for n, (name, value) in enumerate(zip(rng.choice(names, cfg.length), rng.integers(10, size=cfg.length)), start=1):
-        values[name] = str(value)
-        text += name + values[name]
+    for n, (letter, value) in enumerate(zip(rng.choice(letters, cfg.length), rng.integers(10, size=cfg.length)), start=1):
+        values[letter] = value
+        text += chr(128 + 10 * letter + value)
         if n % cfg.every == 0:
             asked = rng.choice(list(values))
-            pieces, text = pieces + [text + '?' + asked, values[asked]], ''
+            pieces, text = pieces + [text + chr(ord('a') + asked), str(values[asked])], ''
     return pieces
+
+
+def readable(text):
+    """A record as people write it: the statements are spelt out."""
+    if text.isascii():
+        return text
+    text = re.sub('([a-l])([0-9])', r'\1? \2; ', text)
+    return re.sub('[\x80-\xf7]', lambda c: f'{chr(ord("a") + (ord(c[0]) - 128) // 10)}={(ord(c[0]) - 128) % 10}; ', text)
 
 
 def parity(rng, cfg):
@@ -88,7 +98,7 @@ def passkey(rng, cfg):
 
 # and the length of their records
 TASKS = {'variable_assignment': (variable_assignment, 24), 'parity': (parity, 32), 'copying': (copying, 24),
-         'denoising': (denoising, 48), 'passkey': (passkey, 20)}
+         'denoising': (denoising, 48), 'passkey': (passkey, 10)}
 
 
 def check(cfg):
@@ -99,16 +109,20 @@ def check(cfg):
         raise UserError('--name is for one data set: name one task')
     if cfg.length < 0 or cfg.records < 20 or cfg.depth > 1:
         raise UserError('length is 1 or more, records 20 or more, depth 1 at most')
-    if not 1 <= cfg.variables <= 16:
-        raise UserError(f'variables is {cfg.variables}: a record has 1 to 16')
+    for task in cfg.tasks:
+        length = cfg.length or TASKS[task][1]
+        if task == 'variable_assignment' and not 1 <= cfg.variables <= 12:
+            raise UserError(f'variables is {cfg.variables}: a record has 1 to 12')
+        if task == 'variable_assignment' and not 1 <= cfg.every <= length:
+            raise UserError(f'every is {cfg.every}: from 1 to length, which is {length}')
+        if task == 'denoising' and not 1 <= cfg.letters <= length:
+            raise UserError(f'letters is {cfg.letters}: from 1 to length, which is {length}')
 
 
 def make(task, cfg):
     """Write the data set of one task; returns its folder."""
     question, length = TASKS[task]
     cfg = dataclasses.replace(cfg, length=cfg.length or length)
-    if task == 'denoising' and not 1 <= cfg.letters <= cfg.length:
-        raise UserError(f'letters is {cfg.letters}: 1 to length, {cfg.length}')
     tokenizer = data.get_tokenizer('bytes')
     folder, files = data.output_folder(cfg.data_dir, cfg.name or task, '(train|val).bin'), {}
     for number, (split, records) in enumerate((('train', cfg.records), ('val', cfg.records // 20))):
@@ -117,14 +131,14 @@ def make(task, cfg):
             for _ in range(records):
                 # a token in front, as the first one can never be masked; then what is read and what is asked, in turns
                 pieces = ['\n', ''] + question(rng, cfg)
-                out.write(tokenizer.encode_ordinary(''.join(pieces)))
+                out.write(np.frombuffer(''.join(pieces).encode('latin-1'), np.uint8))
         files[f'{split}.bin'] = out.count
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     answers = [place for a, b in zip(ends[0::2], ends[1::2]) for place in range(a, b)]
     source = f'lab.tasks {task}, length {cfg.length}, seed {cfg.seed}'
     data.write_meta(folder, tokenizer, source, True, files, record_len=ends[-1], answers=answers)
     print(f"{folder}: {cfg.records:,} records of {ends[-1]} tokens to train, {len(answers)} of each an answer; one of them:")
-    print(''.join(pieces).strip())
+    print(readable(''.join(pieces).strip()))
     return folder
 
 

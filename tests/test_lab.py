@@ -1,4 +1,4 @@
-"""lab/bench.py and lab/tasks.py: that they measure and make what they say. How long anything takes is not tested."""
+"""lab/bench.py: that it measures what it says. How long anything takes is not tested."""
 import json
 import sys
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import kernels
 import settings
-from lab import bench, tasks
+from lab import bench
 
 
 @pytest.fixture
@@ -57,27 +56,7 @@ def test_filled_cache_is_what_a_batch_would_read():
     assert cache.position == expected.position == 20
 
 
-def test_variable_assignment(run, tmp_path):
-    run(tasks, 'variable_assignment', f'--data_dir={tmp_path}', '--tokens=20000', '--variables=4')
-    dataset = data.load_dataset('variable_assignment', root=str(tmp_path))
-    assert dataset.tokens('train') == 20000 and dataset.tokens('val') == 400
-    tokens = np.fromfile(tmp_path / 'variable_assignment/train.bin', dtype='<u2').astype(np.uint8)
-    values, asked = {}, 0
-    for kind, name, digit, end in tokens.reshape(-1, 4):
-        assert chr(end) == ';' and chr(name) in 'abcd' and chr(digit).isdigit()
-        if chr(kind) == '?':
-            assert values[name] == digit
-            asked += 1
-        else:
-            assert chr(kind) == '='
-            values[name] = digit
-    assert 0.65 < asked / 5000 < 0.75
-    assert not np.array_equal(tokens[:400], np.fromfile(tmp_path / 'variable_assignment/val.bin', dtype='<u2'))
-
-
 @pytest.mark.parametrize('script, args, words', [
-    (tasks, ['nothing'], 'name a task'), (tasks, [], 'name a task'),
-    (tasks, ['variable_assignment', '--variables=27'], 'variables'),
     (bench, ['--what=nothing'], 'the parts are'), (bench, ['--shapes=huge'], '--shapes'), (bench, ['--lengths=1,x'], '--lengths')])
 def test_refusals(script, args, words, run):
     with pytest.raises(settings.UserError, match=words):
