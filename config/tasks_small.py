@@ -6,12 +6,12 @@ block_size = 160
 
 batch_size = 64
 gradient_accumulation_steps = 1
-max_iters = 4000
+max_iters = 1500
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 100
 beta2 = 0.99
 
-eval_interval = 200
+eval_interval = 100
 eval_iters = 10
 log_interval = 100

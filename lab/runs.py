@@ -2,6 +2,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -43,50 +44,46 @@ def read_run(folder, max_iters):
 
 
 class Runner:
-    """Trains the models of one claim."""
+    """Trains the models of a claim, or finds that they were trained already, for this claim or another."""
 
     def __init__(self, cfg, claim):
         self.cfg, self.claim, self.started, self.commands = cfg, claim, time.time(), []
         self.seeds = 1 if cfg.quick else cfg.seeds
-        self.folder = os.path.join(cfg.out_dir, 'quick' if cfg.quick else '', claim)
-
-    def steps(self, n):
-        return max(20, n // 8) if self.cfg.quick else n
+        self.folder = os.path.join(cfg.out_dir, 'quick') if cfg.quick else cfg.out_dir
 
     def train(self, models, config, steps, extra=()):
         """models: {name: its flags, as text}; a flag that is a word is a rule of lab.ablate. {name: [Run of each seed]}.
 
-        extra: flags of all of them, which also name the folder.
+        extra: flags of all of them.
         """
-        steps, jobs = self.steps(steps), []
+        steps, jobs = max(20, steps // 8) if self.cfg.quick else steps, []
         self.commands.append(f"python train.py {' '.join([config, *extra])} --max_iters={steps} FLAGS --seed=SEED")
         for seed in range(1, self.seeds + 1):
             for name, flags in models.items():
-                words = [f for f in flags.split() if not f.startswith('--')]
-                folder = os.path.join(self.folder, '-'.join([name, *(e.lstrip('-') for e in extra), str(seed)])
-                                      .replace(' ', '_').replace('/', '_').replace(',', ''))
-                script = ['-m', 'lab.ablate', *words] if words else ['train.py']
-                jobs.append((name, folder, [*script, config, *extra, *(f for f in flags.split() if f.startswith('--')),
-                                            f'--seed={seed}', f'--max_iters={steps}', f'--out_dir={folder}']))
-        done = {}
+                words = [flag for flag in flags.split() if not flag.startswith('--')]
+                args = [config, *extra, *(flag for flag in flags.split() if flag.startswith('--')), f'--max_iters={steps}',
+                        f'--seed={seed}']
+                folder = os.path.join(self.folder, re.sub(r'[^\w=.]+', '-', ' '.join([*words, *args])))
+                jobs.append((name, folder, [*(['-m', 'lab.ablate', *words] if words else ['train.py']), *args]))
+        runs = {}
         with concurrent.futures.ThreadPoolExecutor(self.cfg.workers) as pool:
-            futures = {pool.submit(self.one, folder, args, steps): (name, folder) for name, folder, args in jobs}
+            futures = {pool.submit(self.one, folder, args, steps): folder for _, folder, args in jobs}
             for n, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-                name, folder = futures[future]
+                folder = futures[future]
                 try:
-                    done[folder] = future.result()
+                    runs[folder] = future.result()
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
                 print(f'{self.claim}: {n} of {len(jobs)} runs, {(time.time() - self.started) / 60:.1f} minutes | '
-                      f'{folder} | validation loss {done[folder].val_loss[-1]:.4f}', file=sys.stderr, flush=True)
-        return {name: [done[folder] for n, folder, _ in jobs if n == name] for name in models}
+                      f'{folder} | validation loss {runs[folder].val_loss[-1]:.4f}', file=sys.stderr, flush=True)
+        return {name: [runs[folder] for n, folder, _ in jobs if n == name] for name in models}
 
     def one(self, folder, args, steps):
         run = read_run(folder, steps)
         if run is None:
             resume = ['--init_from=resume'] if os.path.isfile(os.path.join(folder, 'ckpt.pt')) else []
-            command([*args, *resume, '--device=cpu'])
+            command([*args, *resume, f'--out_dir={folder}', '--device=cpu'])
             run = read_run(folder, steps)
         return run
 
@@ -137,10 +134,8 @@ def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per 
         ax.set(xlabel='step', ylabel=ylabel, title=title)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
-    path = os.path.join(os.path.dirname(runner.cfg.to), 'results', f'{runner.claim}.png')
-    if runner.cfg.quick:
-        path = os.path.join(runner.folder, 'curves.png')
-    plot.save_figure(picture, path)
+    folder = runner.folder if runner.cfg.quick else os.path.join(os.path.dirname(runner.cfg.to), 'results')
+    plot.save_figure(picture, os.path.join(folder, f'{runner.claim}.png'))
     return f'![{runner.claim}](results/{runner.claim}.png)'
 
 

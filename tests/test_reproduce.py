@@ -1,0 +1,171 @@
+"""lab/ablate.py, lab/runs.py and lab/reproduce.py: the rules that are changed, and runs that end in a section of a page."""
+import json
+import os
+import re
+
+import pytest
+import torch
+
+import model as m
+import settings
+import train
+from lab import ablate, plot, reproduce, runs, tasks
+
+TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_size=4', '--eval_interval=4', '--eval_iters=1',
+        '--gradient_accumulation_steps=1', '--device=cpu']
+
+
+def naive(rule, q, k, v):
+    """The rules of ablate.py in loops over rows and columns."""
+    H, T, D = q.shape[1:]
+    y = torch.zeros_like(q)
+    for b in range(len(q)):
+        for h in range(H):
+            head = {'groups': h - h % 2, 'last_head': H - 1}.get(rule, 0)
+            F = torch.zeros(T, dtype=q.dtype)
+            for i in range(T):
+                S = torch.zeros(T, dtype=q.dtype)
+                for j in range(i + 1):
+                    vote = q[b, head, i] @ k[b, head, j] / D**0.5
+                    if (j < i or rule == 'self_too') and (j > 0 or rule == 'first_too'):
+                        S[j] = vote if rule == 'no_relu' else vote.clamp(min=0)
+                if rule == 'at_once':
+                    F = F + S
+                L = q[b, h, i] @ k[b, h, :i + 1].T / D**0.5 - F[:i + 1]
+                y[b, h, i] = L.softmax(dim=0) @ v[b, h, :i + 1]
+                if rule != 'at_once':
+                    F = F + S
+    return y
+
+
+@pytest.mark.parametrize('rule', ablate.RULES[:7])
+@pytest.mark.parametrize('H', [1, 3, 4])
+def test_rules(rule, H):
+    q, k, v = torch.randn(3, 2, H, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    y, M = ablate.attention(rule, q, k, v, tau=1.0)
+    torch.testing.assert_close(y, naive(rule, q, k, v), atol=1e-6, rtol=1e-6)
+    if rule == 'as_published':
+        torch.testing.assert_close((y, M), m.selective_attention(q, k, v, tau=1.0), atol=1e-6, rtol=1e-6, check_dtype=False)
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    """model.py as it was, when the test is over."""
+    for name in ('selective_attention', 'Temperature', 'CausalSelfAttention'):
+        monkeypatch.setattr(m, name, getattr(m, name))
+
+
+def losses(folder):
+    return [line['val_loss'] for line in map(json.loads, open(folder / 'log.jsonl')) if 'val_loss' in line]
+
+
+@pytest.mark.parametrize('rule, flags', [('as_published', ['--selective']), ('no_relu', ['--selective']),
+                                         ('double_heads', []), ('no_position', ['--ssa=qv'])])
+def test_trained_by_the_rule(run, unchanged, dataset, tmp_path, rule, flags):
+    args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.01', *flags]
+    run(train, *args, f'--out_dir={tmp_path / "plain"}')
+    run(ablate, rule, *args, f'--out_dir={tmp_path / "changed"}')
+    plain, changed = losses(tmp_path / 'plain'), losses(tmp_path / 'changed')
+    assert (max(abs(a - b) for a, b in zip(plain, changed)) < 1e-5) == (rule == 'as_published')
+    saved = torch.load(tmp_path / 'changed/ckpt.pt', weights_only=True)['model']
+    if rule == 'double_heads':
+        assert saved['transformer.h.0.attn.c_attn.weight'].shape == (96, 16)
+        assert saved['transformer.h.0.attn.c_proj.weight'].shape == (16, 32)
+    if rule == 'no_position':
+        assert not any('alpha' in name for name in saved)
+
+
+@pytest.mark.parametrize('args, words', [
+    ([], 'the rule comes first'), (['nothing'], 'the rule comes first'), (['no_relu'], 'changes nothing'),
+    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing')])
+def test_refusals_of_ablate(run, unchanged, args, words):
+    assert words in run(ablate, *args)
+
+
+def test_section():
+    page = runs_page = reproduce.section('# Results\n', 'one', 'first')
+    page = reproduce.section(page, 'two', 'second')
+    assert page.startswith(runs_page) and page.index('first') < page.index('second')
+    again = reproduce.section(page, 'one', 'third')
+    assert again == page.replace('first', 'third')
+    with pytest.raises(settings.UserError, match='end of one'):
+        reproduce.section(page.replace('<!-- end of one -->', ''), 'one', 'x')
+
+
+def test_spread():
+    assert runs.spread([1.0, 2.0, 3.0], '{:.1f}') == '2.0 ± 1.0'
+    assert runs.spread([0.5], '{:.0%}') == '50%' and runs.spread([None, None]) == 'never'
+
+
+@pytest.fixture
+def claim(monkeypatch, dataset, tmp_path):
+    """reproduce.py with one small claim; the commands that it ran are in the list returned."""
+    def small(r):
+        """A small claim."""
+        models = r.train({'standard': '', 'no ReLU': 'no_relu --selective'}, 'config/base_small.py', 8, [*TINY, dataset])
+        return reproduce.table(['model', 'loss'], [[n, runs.spread([run.val_loss[-1] for run in of])] for n, of in models.items()]) \
+            + '\n' + runs.curves(r, {'small': models})
+    ran, command = [], runs.command
+    monkeypatch.setattr(runs, 'command', lambda args: (ran.append(args), command(args)))
+    monkeypatch.setattr(reproduce, 'CLAIMS', {small: 1})
+    (tmp_path / 'page.md').write_text('# Results\n\nsome words\n')
+    return ran
+
+
+def test_a_claim(run, claim, tmp_path):
+    args = ['small', '--seeds=2', f'--out_dir={tmp_path}/runs', f'--to={tmp_path}/page.md']
+    print(run(reproduce, *args))
+    page = (tmp_path / 'page.md').read_text()
+    rows = re.findall(r'\| (standard|no ReLU) \| (\d\.\d{4}) ± (\d\.\d{4}) \|', page)
+    assert len(rows) == 2 and page.startswith('# Results\n\nsome words\n') and 'seeds (1 to 2)' in page
+    assert 'python train.py config/base_small.py' in page and '--max_iters=8' in page
+    assert (tmp_path / 'results/small.png').read_bytes().startswith(b'\x89PNG')
+    assert len(claim) == 4 and len(os.listdir(tmp_path / 'runs')) == 4
+
+    run(reproduce, *args)                                       # nothing is trained again, and the page is the same
+    assert len(claim) == 4 and (tmp_path / 'page.md').read_text() == page
+
+    folder = next(path for path in (tmp_path / 'runs').iterdir() if path.name.startswith('config'))
+    log = (folder / 'log.jsonl').read_text().splitlines(keepends=True)
+    (folder / 'log.jsonl').write_text(''.join(log[:-1]))        # as if stopped before its last evaluation
+    assert runs.read_run(str(folder), 8) is None and runs.read_run(str(folder), 4).steps == [0, 4]
+
+
+def test_quick_writes_no_page(run, claim, tmp_path):
+    out = run(reproduce, 'small', '--quick', f'--out_dir={tmp_path}/runs', f'--to={tmp_path}/page.md')
+    assert '| standard |' in out and (tmp_path / 'page.md').read_text() == '# Results\n\nsome words\n'
+    assert len(claim) == 2 and not (tmp_path / 'results').exists()
+
+
+def test_a_run_that_fails_is_named(run, claim, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, 'CLAIMS', {broken: 1})
+    out = run(reproduce, 'broken', f'--out_dir={tmp_path}/runs', f'--to={tmp_path}/page.md')
+    assert 'train.py' in out and "data set 'nowhere'" in out
+    assert (tmp_path / 'page.md').read_text() == '# Results\n\nsome words\n'
+
+
+def broken(r):
+    """A claim whose runs cannot start."""
+    r.train({'standard': ''}, 'config/base_small.py', 8, ['--dataset=nowhere'])
+
+
+def test_accuracy_and_spikiness(run, tmp_path):
+    tasks_args = ['copying', f'--data_dir={tmp_path}', '--records=700', '--length=2']
+    run(tasks, *tasks_args)
+    run(train, *TINY, f'--dataset={tmp_path}/copying', '--max_iters=1', f'--out_dir={tmp_path}/out', '--ssa=qv')
+    trained = runs.read_run(str(tmp_path / 'out'), 1)
+    assert 0 <= reproduce.accuracy(trained, f'{tmp_path}/copying', batches=1) < 0.5
+    spread_out = reproduce.spikiness(trained, batches=1)
+    assert 0.95 < spread_out <= 1                               # a fresh model looks everywhere
+    gpt, saved = reproduce.ckpt.load_model(str(tmp_path / 'out'))
+    with torch.no_grad():
+        saved['model']['transformer.h.0.attn.c_attn.weight'][:32] *= 1e4
+    torch.save(saved, tmp_path / 'out/ckpt.pt')
+    assert reproduce.spikiness(trained, batches=1) < 0.2
+
+
+def test_list_and_refusals(run):
+    out = run(reproduce, '--list')
+    assert all(claim.__name__ in out for claim in reproduce.CLAIMS)
+    assert 'which claims' in run(reproduce) and 'nothing is no claim' in run(reproduce, 'nothing')
+    assert 'at least 1' in run(reproduce, 'text', '--seeds=0')
