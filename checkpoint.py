@@ -1,4 +1,4 @@
-"""Where a model runs, and how it is kept: the one place that picks a device, saves and loads checkpoints.
+"""Where a model runs, and how it is kept: the one place that picks a device, saves and loads checkpoints and logs.
 
 A checkpoint is a dictionary of plain values and tensors, <out_dir>/ckpt.pt:
 
@@ -144,3 +144,30 @@ def read_budgets(text, out_dir, model, policy=None):
     if policy not in (None, found.get('policy')):
         raise UserError(f"{path} was made for --policy={found.get('policy')}, this is {policy}")
     return budgets
+
+
+class Log:
+    """<out_dir>/log.jsonl: the settings of the run in its first line, then every figure. A resumed run goes on in it."""
+
+    def __init__(self, cfg, start):
+        """start: the step that the run begins with; what a killed run wrote after it is computed again."""
+        path = os.path.join(cfg.out_dir, 'log.jsonl')
+        kept = [line for line in read_log(cfg.out_dir) if line['iter'] < start
+                or line['iter'] == start and 'val_loss' in line] if start and os.path.isfile(path) else []
+        with open(path + '.tmp', 'w') as f:
+            f.writelines(json.dumps(line) + '\n' for line in [{'config': dataclasses.asdict(cfg)}, *kept])
+        os.replace(path + '.tmp', path)
+        self.file = open(path, 'a', buffering=1)
+
+    def write(self, **figures):
+        self.file.write(json.dumps(figures) + '\n')
+
+
+def read_log(out_dir):
+    """The figures of a run as dictionaries, in their order; half a line, from a kill in the middle, is left out."""
+    lines = []
+    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return [line for line in lines if 'iter' in line]

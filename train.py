@@ -10,7 +10,6 @@ Settings come from config files and --key=value pairs, in their order; the last 
 and saves; a resumed run goes on exactly, as whatever is random depends on the seed and the step alone.
 """
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -101,32 +100,6 @@ def learning_rate(cfg, iter_num):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (cfg.learning_rate - cfg.min_lr)
 
 
-class Log:
-    """<out_dir>/log.jsonl: the settings in its first line, then every figure. A resumed run goes on in it."""
-
-    def __init__(self, cfg, start):
-        path, kept = os.path.join(cfg.out_dir, 'log.jsonl'), []
-        if start and os.path.isfile(path):
-            with open(path) as f:           # what a killed run wrote after its checkpoint is computed again
-                kept = [line for line in f.readlines()[1:] if _before(line, start)]
-        with open(path + '.tmp', 'w') as f:
-            f.writelines([json.dumps({'config': dataclasses.asdict(cfg)}) + '\n', *kept])
-        os.replace(path + '.tmp', path)
-        self.file = open(path, 'a', buffering=1)
-
-    def write(self, **figures):
-        self.file.write(json.dumps(figures) + '\n')
-
-
-def _before(line, start):
-    """Whether a line of the log was written before the checkpoint of step `start`, which follows an evaluation."""
-    try:
-        figures = json.loads(line)
-        return figures['iter'] < start or figures['iter'] == start and 'val_loss' in figures
-    except (ValueError, KeyError):          # half a line, from a kill in the middle
-        return False
-
-
 def main():
     cfg = settings.parse(TrainConfig)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -210,7 +183,7 @@ def main():
     log = None
     if master:
         os.makedirs(cfg.out_dir, exist_ok=True)
-        log = Log(cfg, iter_num)
+        log = ckpt.Log(cfg, iter_num)
     attention = ' + '.join(['selective'] * cfg.selective + [f'SSA {cfg.ssa}'] * bool(cfg.ssa)) or 'standard'
     say(f'{cfg.out_dir}: {attention} attention, {raw_model.num_params() / 1e6:.2f}M parameters, {world} x {cfg.device} '
         f'{cfg.dtype}; data {cfg.dataset} ({dataset.tokens("train"):,} tokens of {dataset.tokenizer_name}); '

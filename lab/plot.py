@@ -13,6 +13,7 @@ import pathlib
 import sys
 from dataclasses import dataclass, field
 
+import checkpoint as ckpt
 import settings
 from settings import UserError
 
@@ -28,20 +29,11 @@ STYLES = [('#0072b2', '-', 'o'), ('#d55e00', '--', 's'), ('#009e73', '-.', '^'),
           ('#56b4e9', '-', 'v'), ('#e69f00', '--', 'P'), ('#000000', '-.', 'X')]
 
 
-def read_log(path):
-    """(steps, training loss), (steps, validation loss) of a log.jsonl; a last line that is half written is left out."""
-    train, val = ([], []), ([], [])
-    with open(path, encoding='utf-8') as f:
-        for line in f:
-            try:
-                figures = json.loads(line)
-            except ValueError:
-                continue
-            for name, (steps, losses) in ('loss', train), ('val_loss', val):
-                if name in figures:
-                    steps.append(figures['iter'])
-                    losses.append(figures[name])
-    return train, val
+def read_losses(run):
+    """(steps, training loss), (steps, validation loss) of a run's log.jsonl."""
+    log = ckpt.read_log(run)
+    return tuple(([line['iter'] for line in log if name in line], [line[name] for line in log if name in line])
+                 for name in ('loss', 'val_loss'))
 
 
 def budget_files(run):
@@ -58,7 +50,7 @@ def read_budgets(path):
 
 
 def plot_loss(plt, logs):
-    """logs: {name: read_log(...)}. The figure."""
+    """logs: {name: read_losses(...)}. The figure."""
     figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
     for n, (name, (train, val)) in enumerate(logs.items()):
         colour, line, marker = STYLES[n % len(STYLES)]
@@ -127,7 +119,7 @@ def main():
         if name in logs:
             name = run                                      # two runs of one name in different folders
         try:
-            logs[name] = read_log(os.path.join(run, 'log.jsonl'))
+            logs[name] = read_losses(run)
         except (OSError, ValueError, KeyError, TypeError) as e:
             print(f'{run} is left out: {e}', file=sys.stderr)
         for path in budget_files(run):

@@ -78,7 +78,7 @@ def variable_assignment(r):
     """2410.02703 section 2: selective attention solves variable assignment and generalises; standard does not."""
     trained = dataset(r, 'variable_assignment')
     others = {f'{n} variables': dataset(r, 'variable_assignment', variables=n, records=2000, seed=1) for n in (2, 6, 12)}
-    runs = r.train(ATTENTIONS, 'config/tasks_small.py', 1500, [f'--dataset={trained}'])
+    runs = r.train(ATTENTIONS, 'config/tasks.py', 1500, [f'--dataset={trained}'])
     picture = curves(r, {'3 variables, as trained': runs}, 'accuracy', 'accuracy of the answers')
     rows = [[name, ATTENTIONS[name] and f'`{ATTENTIONS[name]}`',
              spread([run.first(lambda _, right: right > 0.9) for run in of], '{:.0f}'),
@@ -162,7 +162,7 @@ def retrieval(r):
     parts, panels = [], {}
     for task, tests in ('passkey', depths), ('denoising', {}):
         trained = dataset(r, task)
-        runs = panels[task] = r.train(ATTENTIONS, 'config/tasks_small.py', 1000, [f'--dataset={trained}'])
+        runs = panels[task] = r.train(ATTENTIONS, 'config/tasks.py', 1000, [f'--dataset={trained}'])
         rows = [[name, ATTENTIONS[name] and f'`{ATTENTIONS[name]}`',
                  spread([run.first(lambda _, right: right > 0.9) for run in of], '{:.0f}'),
                  *(spread([accuracy(run, folder) for run in of], '{:.1%}') for folder in (trained, *tests.values())),
@@ -195,7 +195,7 @@ def memory(r):
     """2410.02703 section 7: 16x, 25x, 47x less memory at contexts of 512, 1,024 and 2,048 for the loss of standard
     attention (theirs); here for 0.01 nats over the model's own loss, where it matters what is kept. Parity and copying
     bound it from both sides."""
-    trained = [(name, len_, 'config/tasks_small.py', 2000, [f'--dataset={dataset(r, name)}'], {'': '--selective'})
+    trained = [(name, len_, 'config/tasks.py', 2000, [f'--dataset={dataset(r, name)}'], {'': '--selective'})
                for name, len_ in (('parity', 64), ('variable_assignment', 36), ('copying', 49))]
     models = {'': '--selective', 'memory loss': '--selective --memory_loss=0.1'}
     trained += [('stdlib', T, 'config/standard_small.py', 600, [f'--dataset={stdlib(r)}', f'--block_size={T}'], models)

@@ -1,6 +1,5 @@
 """Runs of train.py with several seeds, and what they logged as tables and pictures: what lab/reproduce.py is made of."""
 import concurrent.futures
-import json
 import os
 import re
 import shlex
@@ -10,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import checkpoint as ckpt
 from lab import plot
 from settings import UserError
 
@@ -32,15 +32,12 @@ class Run:
 
 def read_run(folder, max_iters):
     """The Run in a folder; None where it has not come to its end."""
-    lines = []
-    if os.path.isfile(os.path.join(folder, 'log.jsonl')):
-        with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
-            lines = [json.loads(line) for line in f if line.endswith('\n')]
-    evaluations = [line for line in lines if 'val_loss' in line]
+    log = ckpt.read_log(folder) if os.path.isfile(os.path.join(folder, 'log.jsonl')) else []
+    evaluations = [line for line in log if 'val_loss' in line]
     if not evaluations or evaluations[-1]['iter'] < max_iters:
         return None
     return Run(folder, *([e[name] for e in evaluations if name in e] for name in ('iter', 'val_loss', 'accuracy', 'memory')),
-               seconds=max((line['seconds'] for line in lines if 'seconds' in line), default=0.0))
+               seconds=max((line['seconds'] for line in log if 'seconds' in line), default=0.0))
 
 
 class Runner:

@@ -1,7 +1,7 @@
 """Synthetic tasks on which attention can be understood: data sets of questions, which train.py takes by name.
 
     python -m lab.tasks variable_assignment
-    python train.py config/selective_small.py --dataset=variable_assignment --block_size=64 --out_dir=out/variables
+    python train.py config/tasks.py --selective --dataset=variable_assignment --out_dir=out/variables
     python -m lab.tasks variable_assignment --variables=8 --name=variable_assignment_8      # to test on
 
 Each record is a line of text with a question at its end, or several on the way. The loss and the accuracy that train.py

@@ -106,7 +106,7 @@ def test_meta_that_is_no_records(run, tmp_path, meta):
 def test_train_prune_and_sample(run, tmp_path):
     """Parity is learned, accuracy is reported, and a layer then needs to remember next to nothing."""
     records(run, tmp_path, 'parity', '--length=6')
-    out = run(train, 'config/tasks_small.py', f'--dataset={tmp_path}/parity', f'--out_dir={tmp_path}/out', '--block_size=12',
+    out = run(train, 'config/tasks.py', f'--dataset={tmp_path}/parity', f'--out_dir={tmp_path}/out', '--block_size=12',
               '--max_iters=150', '--eval_interval=75', '--selective', '--device=cpu', '--n_embd=32')
     logged = [json.loads(line) for line in open(tmp_path / 'out/log.jsonl')]
     accuracies = [line['accuracy'] for line in logged if 'accuracy' in line]

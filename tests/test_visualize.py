@@ -245,7 +245,7 @@ def test_plot(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'log.jsonl').write_text(LOG)
     (tmp_path / 'no_run').mkdir()
-    assert plot.read_log(tmp_path / 'a' / 'log.jsonl') == (([0, 20], [5.1, 4.0]), ([0, 40], [5.0, 3.5]))
+    assert plot.read_losses(tmp_path / 'a') == (([0, 20], [5.1, 4.0]), ([0, 40], [5.0, 3.5]))
     to = tmp_path / 'figures'
     run(monkeypatch, plot.main, tmp_path / 'a', tmp_path / 'b_$x', tmp_path / 'no_run', f'--to={to}')
     assert [p.name for p in to.iterdir()] == ['loss.png'] and 'no_run is left out' in capsys.readouterr().err
