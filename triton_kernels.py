@@ -1,20 +1,20 @@
 """Selective attention on a GPU: flash attention that makes F as it goes. model.py is complete without it.
 
 What `model.selective_attention` computes, as Triton kernels over tiles of R rows (queries) by N columns (keys).
-F[i,j] = sum of S[k,j] over k < i needs, to be made inside a tile, only what the rows above the tile have summed up:
+F[i,j] = sum of S[k,j] over k < i needs, to be made inside a tile, only what the rows above it have summed up:
 
-    C[n,j] = sum of S[k,j] over k < n*R             F as it enters row block n, T^2/R numbers for all heads together
-    F[i,j] = C[n,j] + sum of S[k,j] over the rows k < i of the tile
+    C[n,j] = sum of S[k,j] over k < n*G             F at every G-th row: T^2/G numbers for all heads together
+    F[i,j] = C[n,j] + sum of S[k,j] over n*G <= k < i               for a tile that begins at row n*G
 
 so no T x T tensor is built, in the forward or in the backward. Four kernels, each a grid of independent programs:
 
-    votes_kernel        column sums of S in every tile; their running sum over the row blocks is C
-    forward_kernel      flash attention over L - F: one product a tile more than without F, q0 k0^T of head 0
-    columns_kernel      dk and dv of a column block, and the column sums of dF in every tile
-    rows_kernel         one tile, all heads: dq, and with the sum of dF over the rows below, head 0's share of its votes
+    votes_kernel        the column sums of S in tiles of G rows; their running sum is C
+    forward_kernel      flash attention over L - F; to make F, one product more a tile, q0 k0^T of head 0
+    columns_kernel      dk and dv of a column block, and the column sums of dF in tiles of G rows
+    tile_kernel         one tile, all heads: dq, and what the votes in it add to the gradients of head 0
 
-The gradient of F runs the recurrence backwards, dS[k,j] = sum of dF[i,j] over i > k: sums over the row blocks below
-again come from tiles' column sums. dq and what the votes add to head 0's dk are added up by atomics in float32, in an
+The gradient of F runs the recurrence backwards, dS[k,j] = sum of dF[i,j] over i > k: what comes from below a tile is
+dC[n,j] = sum of dF[i,j] over i >= n*G. The sums in dq, in dC and from votes in dk are atomics in float32, added in an
 order that varies: two runs may differ in their last bits, as they may with torch's own flash attention.
 
 Units: S, F and C are kept as sums of q0.k0 without the factor D^-0.5, and exponentials to base 2.
@@ -43,6 +43,12 @@ def load(x, strides, b, h, i, T, D: tl.constexpr, first=0):
 
 
 @triton.jit
+def at(x, b, h, i, H, T, D: tl.constexpr):
+    """Pointers to the rows i of head h of x, one that `like` made."""
+    return x + ((b * T + i[:, None]) * H + h) * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit
 def rows_above(S):
     """For each row of S (R, N), the sum of the rows above it."""
     return tl.cumsum(S, 0) - S
@@ -55,7 +61,7 @@ def columns_before(S):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The kernels. n is a row block, i its rows; m a column block, j its columns; b of B, h of H, all programs' own
+# The kernels. A program has its row block n with rows i, its column block m with columns j, or both
 
 
 @triton.jit
@@ -74,14 +80,15 @@ def votes_kernel(q, k, q_strides, k_strides, C, T, D: tl.constexpr, R: tl.conste
 
 
 @triton.jit
-def forward_kernel(q, k, v, q_strides, k_strides, v_strides, C, scale, y, y_strides, lse, M, tau, H, T,
-                   D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, MEMORY: tl.constexpr):
+def forward_kernel(q, k, v, q_strides, k_strides, v_strides, C, scale, y, lse, M, tau, H, T,
+                   D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+                   MEMORY: tl.constexpr):
     """y of a row block, and the logarithm of its softmax's denominator; M where MEMORY is set."""
     n = tl.num_programs(0) - 1 - tl.program_id(0)               # the longest rows first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     i = n * R + tl.arange(0, R)
     q0, qh = load(q, q_strides, b, 0, i, T, D), load(q, q_strides, b, h, i, T, D)
-    C += (b * (tl.num_programs(0) + 1) + n) * T
+    C += (b * (tl.cdiv(T, G) + 1) + n * (R // G)) * T
     factor, unit = tl.load(scale), LOG2E * D**-0.5
     top = tl.full([R], float('-inf'), tl.float32)               # the largest logit so far, and what depends on it
     total = tl.zeros([R], tl.float32)
@@ -101,23 +108,22 @@ def forward_kernel(q, k, v, q_strides, k_strides, v_strides, C, scale, y, y_stri
             if diagonal:
                 F = tl.where(j[None, :] <= i[:, None], F, float('inf'))                         # nobody sees the future
             kh, vh = load(k, k_strides, b, h, j, T, D), load(v, v_strides, b, h, j, T, D)
-            L = (tl.dot(qh, tl.trans(kh), input_precision=PRECISION) - F) * unit
-            new_top = tl.maximum(top, tl.max(L, 1))
-            P = tl.exp2(L - new_top[:, None])
+            L = tl.dot(qh, tl.trans(kh), input_precision=PRECISION) - F
+            new_top = tl.maximum(top, tl.max(L, 1) * unit)
+            P = tl.exp2(L * unit - new_top[:, None])
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(P, 1)
             acc = tl.dot(P.to(vh.dtype), vh, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
-    offsets = b * y_strides[0] + h * y_strides[1] + i[:, None].to(tl.int64) * y_strides[2] + tl.arange(0, D)[None, :]
-    tl.store(y + offsets, (acc / total[:, None]).to(y.dtype.element_ty), mask=i[:, None] < T)
+    tl.store(at(y, b, h, i, H, T, D), (acc / total[:, None]).to(y.dtype.element_ty), mask=i[:, None] < T)
     tl.store(lse + (b * H + h) * T + i, top + tl.log2(total), mask=i < T)
     if MEMORY:
         tl.store(M + b * T + i, i - masked / tau, mask=(i < T) & (h == 0))
 
 
 @triton.jit
-def columns_kernel(q, k, v, q_strides, k_strides, v_strides, C, scale, lse, dy, dy_strides, delta, dM, tau, dC, dk, dv,
-                   H, T, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+def columns_kernel(q, k, v, dy, q_strides, k_strides, v_strides, dy_strides, C, scale, lse, delta, dM, tau,
+                   dC, dk, dv, H, T, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
                    MEMORY: tl.constexpr):
     """dk and dv of a column block; to dC[n] it adds the column sums of dF. Tiles lie on their sides, (N, R)."""
     m, b, h = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -140,8 +146,8 @@ def columns_kernel(q, k, v, q_strides, k_strides, v_strides, C, scale, lse, dy, 
             F = factor * F
             if diagonal:
                 F = tl.where(j[:, None] <= i[None, :], F, float('inf'))
-            L = (tl.dot(kh, tl.trans(qh), input_precision=PRECISION) - F) * unit
-            P = tl.exp2(L - tl.load(lse + row, mask=i < T, other=float('inf'))[None, :])
+            L = tl.dot(kh, tl.trans(qh), input_precision=PRECISION) - F
+            P = tl.exp2(L * unit - tl.load(lse + row, mask=i < T, other=float('inf'))[None, :])
             dyh = load(dy, dy_strides, b, h, i, T, D)
             dvh = tl.dot(P.to(dyh.dtype), dyh, dvh, input_precision=PRECISION)
             dP = tl.dot(vh, tl.trans(dyh), input_precision=PRECISION)
@@ -150,60 +156,74 @@ def columns_kernel(q, k, v, q_strides, k_strides, v_strides, C, scale, lse, dy, 
             if MEMORY:                                          # dM belongs to no head: head 0 adds it
                 dM_rows = tl.load(dM + b * T + i, mask=(i < T) & (h == 0), other=0.0)[None, :]
                 dL += tl.where(F * D**-0.5 <= tau, dM_rows / tau, 0.0)
-            tl.atomic_add(dC + (b * blocks + n) * T + j, -tl.sum(dL, 1), mask=j < T)
-    offsets = ((b * T + j[:, None]) * H + h) * D + tl.arange(0, D)[None, :]
-    tl.store(dk + offsets, (dkh * D**-0.5).to(dk.dtype.element_ty), mask=j[:, None] < T)
-    tl.store(dv + offsets, dvh.to(dv.dtype.element_ty), mask=j[:, None] < T)
+            tl.atomic_add(dC + (b * (blocks + 1) + n) * T + j, -tl.sum(dL, 1), mask=j < T, sem='relaxed')
+    tl.store(at(dk, b, h, j, H, T, D), (dkh * D**-0.5).to(dk.dtype.element_ty), mask=j[:, None] < T)
+    tl.store(at(dv, b, h, j, H, T, D), dvh.to(dv.dtype.element_ty), mask=j[:, None] < T)
 
 
 @triton.jit
-def rows_kernel(q, k, v, q_strides, k_strides, v_strides, C, scale, lse, dy, dy_strides, delta, dM, tau, after, dq, dk0,
-                dscale, H, T, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-                MEMORY: tl.constexpr):
-    """One tile (R, N): its share of dq, and of dk0 and dscale by the votes. after[n,j]: sum of dF below block n."""
+def tile_kernel(q, k, v, dy, q_strides, k_strides, v_strides, dy_strides, C, scale, lse, delta, dM, tau,
+                dC, dq, dk0, dscale, H, T, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+                PRECISION: tl.constexpr, MEMORY: tl.constexpr):
+    """The share of a tile (R, N) in dq, and by its votes in dk0 and dscale."""
     n, m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if m * N >= (n + 1) * R:
         return
     i, j = n * R + tl.arange(0, R), m * N + tl.arange(0, N)
-    d, seen = tl.arange(0, D)[None, :], j[None, :] <= i[:, None]
     factor, unit = tl.load(scale), LOG2E * D**-0.5
     q0, k0 = load(q, q_strides, b, 0, i, T, D), load(k, k_strides, b, 0, j, T, D, first=1)
     S = tl.maximum(tl.dot(q0, tl.trans(k0), input_precision=PRECISION), 0.0)                    # (R, N)
     S = tl.where(j[None, :] < i[:, None], S, 0.0)
-    F = tl.load(C + (b * (tl.num_programs(0) + 1) + n) * T + j, mask=j < T, other=0.0)[None, :] + rows_above(S)
-    F = tl.where(seen, factor * F, float('inf'))
+    blocks, block = tl.cdiv(T, G), n * (R // G)                 # of G rows: all, and before this tile
+    F = tl.load(C + (b * (blocks + 1) + block) * T + j, mask=j < T, other=0.0)[None, :] + rows_above(S)
+    F = tl.where(j[None, :] <= i[:, None], factor * F, float('inf'))
     dF = tl.zeros([R, N], tl.float32)
     for h in range(H):
         row = (b * H + h) * T + i
         qh, kh = load(q, q_strides, b, h, i, T, D), load(k, k_strides, b, h, j, T, D)
-        L = (tl.dot(qh, tl.trans(kh), input_precision=PRECISION) - F) * unit
-        P = tl.exp2(L - tl.load(lse + row, mask=i < T, other=float('inf'))[:, None])
+        L = tl.dot(qh, tl.trans(kh), input_precision=PRECISION) - F
+        P = tl.exp2(L * unit - tl.load(lse + row, mask=i < T, other=float('inf'))[:, None])
         vh, dyh = load(v, v_strides, b, h, j, T, D), load(dy, dy_strides, b, h, i, T, D)
         dP = tl.dot(dyh, tl.trans(vh), input_precision=PRECISION)
         dL = P * (dP - tl.load(delta + row, mask=i < T, other=0.0)[:, None])
         dF -= dL
         dqh = tl.dot((dL * D**-0.5).to(kh.dtype), kh, input_precision=PRECISION)
-        tl.atomic_add(dq + ((b * T + i[:, None]) * H + h) * D + d, dqh, mask=i[:, None] < T)
+        tl.atomic_add(at(dq, b, h, i, H, T, D), dqh, mask=i[:, None] < T, sem='relaxed')
     if MEMORY:
         dM_rows = tl.load(dM + b * T + i, mask=i < T, other=0.0)[:, None]
         dF -= tl.where(F * D**-0.5 <= tau, dM_rows / tau, 0.0)
-    dS = tl.load(after + (b * tl.num_programs(0) + n) * T + j, mask=j < T, other=0.0)[None, :] \
-        + tl.sum(dF, 0)[None, :] - tl.cumsum(dF, 0)
-    tile = (b * tl.num_programs(0) + n) * tl.num_programs(1) + m
-    tl.store(dscale + tile, tl.sum(dS * S) * D**-0.5)
+    block = tl.minimum(block + R // G, blocks)
+    from_below = tl.load(dC + (b * (blocks + 1) + block) * T + j, mask=j < T, other=0.0)[None, :]
+    dS = from_below + tl.sum(dF, 0)[None, :] - tl.cumsum(dF, 0)
+    tl.atomic_add(dscale, tl.sum(dS * S) * D**-0.5, sem='relaxed')
     dL0 = tl.where(S > 0, dS * (factor * D**-0.5), 0.0).to(q0.dtype)
     dq0, dk0_tile = tl.dot(dL0, k0, input_precision=PRECISION), tl.dot(tl.trans(dL0), q0, input_precision=PRECISION)
-    tl.atomic_add(dq + (b * T + i[:, None]) * H * D + d, dq0, mask=i[:, None] < T)
-    tl.atomic_add(dk0 + (b * T + j[:, None]) * D + d, dk0_tile, mask=j[:, None] < T)
+    tl.atomic_add(at(dq, b, 0, i, H, T, D), dq0, mask=i[:, None] < T, sem='relaxed')
+    tl.atomic_add(at(dk0, b, 0, j, 1, T, D), dk0_tile, mask=j[:, None] < T, sem='relaxed')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What torch sees: two operators, opaque to torch.compile
 
+G = 32      # rows from one boundary to the next; R is a multiple of it
+
 
 def tiles(D, dtype):
-    """R, and for each kernel N and how it runs."""
-    return 64, dict(votes=dict(N=64), forward=dict(N=64), columns=dict(N=64), rows=dict(N=64))
+    """R and N of each kernel, and how it runs: sizes whose loops stay in registers on sm_80 and sm_90."""
+    run, wide = dict(num_warps=4, num_stages=2 if dtype != torch.float32 else 1), D > 64
+    return {votes_kernel: dict(R=G, N=64, **run),
+            forward_kernel: dict(R=64 if wide else 128, N=32, **run),
+            columns_kernel: dict(R=G, N=64, **run | dict(num_warps=8 if wide else 4)),
+            tile_kernel: dict(R=32 if wide else 64, N=64, **run)}
+
+
+def launch(kernel, grid, q, *args, **settings):
+    """Run a kernel on q's device; grid(R, N): how many programs."""
+    tile = tiles(q.size(3), q.dtype)[kernel]
+    # float32 goes through tensor cores where torch's own products may; bfloat16 and float16 always do
+    precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+    with torch.cuda.device_of(q):
+        kernel[grid(tile['R'], tile['N'])](q, *args, D=q.size(3), PRECISION=precision, **tile, **settings)
 
 
 def selective_attention(q, k, v, tau=None, scale=None):
@@ -218,13 +238,14 @@ def like(x, dtype=None):
     return x.new_empty(B, T, H, D, dtype=dtype).transpose(1, 2)
 
 
-def common(q, k, v, C, scale):
-    """The arguments that the kernels share: tensors with their strides, and settings."""
-    D, (R, settings) = q.size(3), tiles(q.size(3), q.dtype)
-    precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
-    args = (q, k, v, q.stride()[:3], k.stride()[:3], v.stride()[:3], C,
-            torch.ones((), device=q.device) if scale is None else scale)
-    return args, R, {name: dict(D=D, R=R, PRECISION=precision, **more) for name, more in settings.items()}
+def with_strides(*tensors):
+    """The tensors, their last dimension in one piece, and then the other strides of each."""
+    tensors = [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+    return *tensors, *(x.stride()[:3] for x in tensors)
+
+
+def scalar(scale, q):
+    return torch.ones((), device=q.device) if scale is None else scale.float()
 
 
 @torch.library.custom_op('selective::attention', mutates_args=())
@@ -232,25 +253,20 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: torch.Te
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, M (empty without tau), and for the backward lse (B, H, T) and C (B, blocks + 1, T)."""
     B, H, T, D = q.shape
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     y, M, lse, C = attention_fake(q, k, v, scale, tau)
-    C.zero_()
-    args, R, settings = common(q, k, v, C, scale)
-    blocks = triton.cdiv(T, R)
-    votes_kernel[blocks, triton.cdiv(T, settings['votes']['N']), B](
-        q, k, q.stride()[:3], k.stride()[:3], C, T, **settings['votes'])
+    q, k, v, *strides = with_strides(q, k, v)
+    launch(votes_kernel, lambda R, N: (triton.cdiv(T, R), triton.cdiv(T, N), B), q, k, *strides[:2], C.zero_(), T)
     torch.cumsum(C, 1, out=C)
-    forward_kernel[blocks, B * H](*args, y, y.stride()[:3], lse, M, tau or 1.0, H, T, MEMORY=tau is not None,
-                                  **settings['forward'])
+    launch(forward_kernel, lambda R, N: (triton.cdiv(T, R), B * H), q, k, v, *strides, C, scalar(scale, q),
+           y, lse, M, tau or 1.0, H, T, G=G, MEMORY=tau is not None)
     return y, M, lse, C
 
 
 @attention.register_fake
 def attention_fake(q, k, v, scale, tau):
-    B, H, T, D = q.shape
-    f = dict(dtype=torch.float32)
+    (B, H, T, D), f = q.shape, dict(dtype=torch.float32)
     return (like(q), q.new_empty(B, T if tau is not None else 0, **f), q.new_empty(B, H, T, **f),
-            q.new_empty(B, -(-T // tiles(D, q.dtype)[0]) + 1, T, **f))
+            q.new_empty(B, (T + G - 1) // G + 1, T, **f))
 
 
 @torch.library.custom_op('selective::attention_backward', mutates_args=())
@@ -260,23 +276,19 @@ def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv and the scalar dscale."""
     B, H, T, D = q.shape
-    q, k, v, dy = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, dy))
-    args, R, settings = common(q, k, v, C, scale)
-    blocks, columns = triton.cdiv(T, R), triton.cdiv(T, settings['rows']['N'])
+    _, dk, dv, dscale = attention_backward_fake(q, k, v, scale, tau, y, lse, C, dy, dM)
     delta = (y.float() * dy).sum(-1)                            # (B, H, T) what the softmax's backward subtracts
     memory = tau is not None and dM is not None
-    args += lse, dy, dy.stride()[:3], delta, dM.contiguous() if memory else lse, tau or 1.0
-    _, dk, dv, _ = attention_backward_fake(q, k, v, scale, tau, y, lse, C, dy, dM)
-    dC = torch.zeros(B, blocks, T, device=q.device)
-    columns_kernel[triton.cdiv(T, settings['columns']['N']), B * H](
-        *args, dC, dk, dv, H, T, MEMORY=memory, **settings['columns'])
-    after = dC.flip(1).cumsum(1).flip(1) - dC                   # sum of dF over the rows of later blocks
-    dq = like(q, torch.float32).zero_()
-    dk0 = torch.zeros(B, T, D, device=q.device)
-    dscale = torch.zeros(B, blocks, columns, device=q.device)
-    rows_kernel[blocks, columns, B](*args, after, dq, dk0, dscale, H, T, MEMORY=memory, **settings['rows'])
+    q, k, v, dy, *strides = with_strides(q, k, v, dy)
+    args = (q, k, v, dy, *strides, C, scalar(scale, q), lse, delta, dM.contiguous() if memory else lse, tau or 1.0)
+    dC = torch.zeros_like(C)
+    launch(columns_kernel, lambda R, N: (triton.cdiv(T, N), B * H), *args, dC, dk, dv, H, T, MEMORY=memory)
+    dC = dC.flip(1).cumsum(1).flip(1)
+    dq, dk0 = like(q, torch.float32).zero_(), torch.zeros(B, T, D, device=q.device)
+    launch(tile_kernel, lambda R, N: (triton.cdiv(T, R), triton.cdiv(T, N), B), *args, dC, dq, dk0, dscale.zero_(),
+           H, T, G=G, MEMORY=memory)
     dk[:, 0] += dk0
-    return dq.to(q.dtype), dk, dv, dscale.sum()
+    return dq.to(q.dtype), dk, dv, dscale
 
 
 @attention_backward.register_fake
