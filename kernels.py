@@ -31,12 +31,16 @@ def _triton(q, k, v, tau=None, scale=None):
     return triton_kernels.selective_attention(q, k, v, tau, scale)
 
 
-@torch.compiler.assume_constant_result                          # torch.compile takes the answer and does not look inside
 def _why_not_triton(device, dtype, D, warn):
     why_not = _try_triton(device, dtype, D)
     if why_not and warn:
         warnings.warn(f"selective attention runs model.py's plain code, not the Triton kernel: {why_not}")
     return why_not
+
+
+# torch.compile shall ask it while tracing and keep the answer. That is torch.compiler.assume_constant_result, which
+# would import the compiler, three seconds at every start, to set no more than this.
+_why_not_triton._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -66,7 +70,7 @@ def _try_triton(device, dtype, D):
             example, weight = torch.randn(4, 1, 2, 144, D, generator=torch.Generator().manual_seed(0)).split([3, 1])
             example, weight = example.to(device, dtype), weight[0].to(device)
             for got, want in zip(run(triton_kernels.selective_attention, dtype), run(plain, torch.float32)):
-                if not (got - want).norm() <= 0.05 * want.norm():       # bfloat16 is off by 0.01; nan is not small either
+                if not (got - want).norm() <= 0.05 * want.norm():       # bfloat16 is off by 0.01; nan fails, too
                     return 'on this device its numbers are not those of model.py'
     except Exception as e:                                      # whatever a compiler, a driver or a GPU may raise
         return f'it fails on this device ({" ".join(f"{type(e).__name__}: {e}".split())[:200]})'
