@@ -12,8 +12,10 @@ import warnings
 import pytest
 import torch
 
+import checkpoint
 import kernels
 import model as m
+import train
 from model import GPT, GPTConfig
 
 try:
@@ -60,7 +62,8 @@ def compare(shape, tau, scale, dtype=torch.float32, tolerance=2e-5):
     leaves = [*qkv] if scale is None else [*qkv, scale]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     y, M = tk.selective_attention(*qkv, tau=tau, scale=scale)
-    expected, expected_M = m.selective_attention(*exact[:3], tau=tau, block=16, scale=exact[3] if scale is not None else None)
+    expected, expected_M = m.selective_attention(*exact[:3], tau=tau, block=16,
+                                                 scale=exact[3] if scale is not None else None)
     assert y.dtype == dtype and y.transpose(1, 2).is_contiguous()
     weight, weight_M = torch.randn_like(expected), torch.randn(shape[0], shape[2], device=DEVICE)
     loss, expected_loss = (y * weight).sum(), (expected * weight).sum()
@@ -124,12 +127,12 @@ def test_gradients_of_one_output_alone():
 def test_operators():
     """What torch.compile is told of the two operators is true: shapes, strides, gradients, no hidden writes."""
     qkv, scale = inputs(1, 2, 34, 16, 0.5)
-    for tau in (None, 1.0):
-        torch.library.opcheck(tk.attention, (*qkv, scale, tau))
-        y, M, lse, C = tk.attention(*(x.detach() for x in qkv), scale.detach(), tau)
-        dM = torch.randn_like(M) if tau else None
-        torch.library.opcheck(tk.attention_backward, (*(x.detach() for x in qkv), scale.detach(), tau, y, lse, C,
-                                                      torch.randn_like(y), dM), test_utils=('test_schema', 'test_faketensor'))
+    torch.library.opcheck(tk.attention, (*qkv, scale, 1.0))
+    torch.library.opcheck(tk.attention, (*qkv, None, None), test_utils=('test_schema', 'test_faketensor'))
+    args = *(x.detach() for x in qkv), scale.detach(), 1.0
+    y, M, lse, C = tk.attention(*args)
+    torch.library.opcheck(tk.attention_backward, (*args, y, lse, C, torch.randn_like(y), torch.randn_like(M)),
+                          test_utils=('test_schema', 'test_faketensor'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def test_operators():
 
 def gpt(kernel, **config):
     torch.manual_seed(0)
-    made = GPT(GPTConfig(**{**dict(block_size=40, vocab_size=17, n_layer=2, n_head=2, n_embd=32, selective=True,
+    made = GPT(GPTConfig(**{**dict(block_size=40, vocab_size=17, n_layer=1, n_head=2, n_embd=32, selective=True,
                                    vote_scale=True, ssa='qv', kernel=kernel), **config})).to(DEVICE)
     with torch.no_grad():
         for p in made.parameters():
@@ -187,7 +190,8 @@ def test_pick():
         assert kernels.pick(torch.zeros(1, 1, 1, 16), 0.0) is kernels.selective_attention
     with pytest.warns(UserWarning, match='plain code.*48 channels'):
         assert kernels.pick(on_gpu(D=48), 0.0) is None
-    for wrong, dropout, word in [(on_gpu(D=48), 0.0, '48 channels'), (on_gpu(torch.float64), 0.0, 'float64'), (q, 0.1, 'dropout')]:
+    for wrong, dropout, word in [(on_gpu(D=48), 0.0, '48 channels'), (on_gpu(torch.float64), 0.0, 'float64'),
+                                 (q, 0.1, 'dropout')]:
         with pytest.raises(ValueError, match=f"kernel='triton'.*{word}"):
             kernels.pick(wrong, dropout, 'triton')
     if tk.INTERPRETED:
@@ -225,12 +229,22 @@ def test_a_kernel_that_fails_is_not_used(broken, monkeypatch):
         assert kernels.pick(on_gpu(), 0.0) is None
 
 
-@pytest.mark.parametrize('capability, names', [(80, 'forward,columns'), (90, 'votes,tile')])
+def test_training(run, dataset, tmp_path):
+    """kernel='triton' in train.py: in one line where it cannot be; and a checkpoint is not bound to it."""
+    args = [dataset, f'--out_dir={tmp_path}', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=2',
+            '--gradient_accumulation_steps=1', '--max_iters=2', '--eval_iters=1', '--selective=True', '--kernel=triton',
+            f'--device={DEVICE}', '--compile=False']
+    assert 'it has no dropout' in run(train, *args, '--dropout=0.1')
+    assert 'step 2/2' in run(train, *args)
+    assert checkpoint.load_model(tmp_path)[0].config.kernel == 'auto'
+
+
+@pytest.mark.parametrize('capability, names', [(80, 'columns,tile'), (90, 'forward')])
 def test_compiles_for_gpus(capability, names):
     """Triton and ptxas take the kernels; a part of what `python -m lab.compiled` shows, as this takes seconds each."""
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     done = subprocess.run([sys.executable, '-m', 'lab.compiled', f'--capabilities={capability}', f'--kernels={names}',
-                           '--head_sizes=32', '--memory=True'], capture_output=True, text=True, env=environment,
+                           '--head_sizes=16', '--memory=True'], capture_output=True, text=True, env=environment,
                           cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
