@@ -17,7 +17,7 @@ def pick(q, dropout, kernel='auto'):
     kernel: 'auto'; 'rows', the plain code; 'triton', triton_kernels.py, or a ValueError that says why not.
     """
     if kernel == 'triton' or kernel == 'auto' and q.is_cuda and dropout == 0:
-        why_not = 'it has no dropout' if dropout else _why_not_triton(q.device, q.dtype, q.size(3), kernel == 'auto')
+        why_not = 'it has no dropout' if dropout else _why_not_triton(q.device, q.dtype, q.size(3), kernel)
         if why_not and kernel == 'triton':
             raise ValueError(f"kernel='triton' cannot run: {why_not}")
         return None if why_not else _triton
@@ -31,9 +31,11 @@ def _triton(q, k, v, tau=None, scale=None):
     return triton_kernels.selective_attention(q, k, v, tau, scale)
 
 
-def _why_not_triton(device, dtype, D, warn):
+def _why_not_triton(device, dtype, D, kernel):
+    if kernel == 'auto' and dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
+        return 'without tensor cores it is slow'                # the plain code is not
     why_not = _try_triton(device, dtype, D)
-    if why_not and warn:
+    if why_not and kernel == 'auto':
         warnings.warn(f"selective attention runs model.py's plain code, not the Triton kernel: {why_not}")
     return why_not
 

@@ -211,17 +211,19 @@ G = 32      # rows from one boundary to the next; R is a multiple of it
 
 def tiles(D, dtype):
     """R and N of each kernel, and how it runs: sizes whose loops stay in registers on sm_80 and sm_90."""
-    run, wide = dict(num_warps=4, num_stages=2 if dtype != torch.float32 else 1), D > 64
+    run = dict(num_warps=4, num_stages=2 if dtype != torch.float32 else 1)
+    width = D * dtype.itemsize                                  # bytes of a row of q
+    N = 64 if width <= 256 else 32
     return {votes_kernel: dict(R=G, N=64, **run),
-            forward_kernel: dict(R=64 if wide else 128, N=32, **run),
-            columns_kernel: dict(R=G, N=64, **run),
-            tile_kernel: dict(R=32 if wide else 64, N=64, **run)}
+            forward_kernel: dict(R=128 if width <= 128 else 64, N=32, **run),
+            columns_kernel: dict(R=G, N=N, **run),
+            tile_kernel: dict(R=64 if width <= 128 else 32, N=N, **run)}
 
 
 def launch(kernel, grid, q, *args, **settings):
     """Run a kernel on q's device; grid(R, N): how many programs."""
     tile = tiles(q.size(3), q.dtype)[kernel]
-    # float32 goes through tensor cores where torch's own products may; bfloat16 and float16 always do
+    # float32 goes through tensor cores where torch's own products may, else it is slow; bfloat16 and float16 always do
     precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
     with torch.cuda.device_of(q):
         kernel[grid(tile['R'], tile['N'])](q, *args, D=q.size(3), PRECISION=precision, **tile, **settings)

@@ -182,8 +182,10 @@ def on_gpu(dtype=torch.float32, D=16, device=DEVICE):
     return types.SimpleNamespace(is_cuda=True, device=torch.device(device), dtype=dtype, size=lambda dim: D)
 
 
-def test_pick():
+def test_pick(monkeypatch):
     q = on_gpu()
+    assert kernels.pick(q, 0.0) is None and kernels.pick(q, 0.0, 'triton') is kernels._triton      # slow, but exact
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert kernels.pick(q, 0.0) is kernels._triton
@@ -212,10 +214,11 @@ def test_a_kernel_that_errs_is_not_used(compiled, broken, monkeypatch):
     with pytest.raises(ValueError, match="its numbers are not those of model.py"):
         kernels.pick(on_gpu(), 0.0, 'triton')
     kernels._try_triton.cache_clear()
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
     expected, model = loss_and_gradients(gpt('rows')), gpt('auto')
     why_not = kernels._why_not_triton
     monkeypatch.setattr(kernels, 'pick', lambda q, dropout, kernel:     # as pick does where q.is_cuda
-                        None if why_not(q.device, q.dtype, q.size(3), True) else kernels._triton)
+                        None if why_not(q.device, q.dtype, q.size(3), 'auto') else kernels._triton)
     forward = torch.compile(model.forward, backend='aot_eager', fullgraph=True) if compiled else None
     with pytest.warns(UserWarning, match='plain code') as said:
         results = loss_and_gradients(model, forward)
@@ -227,7 +230,7 @@ def test_a_kernel_that_errs_is_not_used(compiled, broken, monkeypatch):
 def test_a_kernel_that_fails_is_not_used(broken, monkeypatch):
     monkeypatch.setattr(tk, 'selective_attention', lambda *args, **more: 1 / 0)
     with pytest.warns(UserWarning, match='it fails on this device .ZeroDivisionError'):
-        assert kernels.pick(on_gpu(), 0.0) is None
+        assert kernels.pick(on_gpu(torch.float16), 0.0) is None
 
 
 def test_training(run, dataset, tmp_path):
