@@ -259,7 +259,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: torch.Te
     y, M, lse, C = attention_fake(q, k, v, scale, tau)
     q, k, v, *strides = with_strides(q, k, v)
     launch(votes_kernel, lambda R, N: (triton.cdiv(T, R), triton.cdiv(T, N), B), q, k, *strides[:2], C.zero_(), T)
-    torch.cumsum(C, 1, out=C)
+    C.cumsum_(1)
     launch(forward_kernel, lambda R, N: (triton.cdiv(T, R), B * H), q, k, v, *strides, C, scalar(scale, q),
            y, lse, M, tau or 1.0, H, T, G=G, MEMORY=tau is not None)
     return y, M, lse, C
@@ -280,7 +280,7 @@ def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
     """dq, dk, dv and the scalar dscale."""
     B, H, T, D = q.shape
     _, dk, dv, dscale = attention_backward_fake(q, k, v, scale, tau, y, lse, C, dy, dM)
-    delta = (y.float() * dy).sum(-1)                            # (B, H, T) what the softmax's backward subtracts
+    delta = (y.float() * dy).sum(-1).contiguous()               # (B, H, T) what the softmax's backward subtracts
     memory = tau is not None and dM is not None
     q, k, v, dy, *strides = with_strides(q, k, v, dy)
     args = (q, k, v, dy, *strides, C, scalar(scale, q), lse, delta, dM.contiguous() if memory else lse, tau or 1.0)
