@@ -1,15 +1,82 @@
-"""Selective attention in training on a CPU, at about the cost of standard attention. model.py is complete without it.
+"""Selective attention in training at about the cost of standard attention. model.py is complete without it.
 
-What `model.selective_attention` computes, with a backward written by hand: it keeps F at the boundaries of the
-blocks alone, T^2/block numbers for all heads together, and makes the rest again, block by block, in two buffers of
-H * T * block numbers that every block reuses. Elsewhere, and with dropout, the plain code in model.py runs.
+On a CPU this file computes what `model.selective_attention` computes, with a backward written by hand: it keeps F at
+the boundaries of the blocks alone, T^2/block numbers for all heads together, and makes the rest again, block by block,
+in two buffers of H * T * block numbers that every block reuses. On an NVIDIA GPU triton_kernels.py does the like, if it
+proves there that it can. Elsewhere, and with dropout, the plain code in model.py runs. `pick` chooses.
 """
+import functools
+import warnings
+
 import torch
 
 
-def can_run(q, dropout):
-    """Whether `selective_attention` takes these queries; else model.py's plain code does."""
-    return q.device.type == 'cpu' and q.dtype in (torch.float32, torch.float64) and dropout == 0
+def pick(q, dropout, kernel='auto'):
+    """The function for queries q (B, H, T, D), like `selective_attention` below; None: model.py's plain code.
+
+    kernel: 'auto'; 'rows', the plain code; 'triton', triton_kernels.py, or a ValueError that says why not.
+    """
+    if kernel == 'triton' or kernel == 'auto' and q.is_cuda and dropout == 0:
+        why_not = 'it has no dropout' if dropout else _why_not_triton(q.device, q.dtype, q.size(3), kernel)
+        if why_not and kernel == 'triton':
+            raise ValueError(f"kernel='triton' cannot run: {why_not}")
+        return None if why_not else _triton
+    if kernel == 'auto' and q.device.type == 'cpu' and q.dtype in (torch.float32, torch.float64) and dropout == 0:
+        return selective_attention
+    return None
+
+
+def _triton(q, k, v, tau=None, scale=None):
+    import triton_kernels                                       # here, as Triton comes with torch for CUDA alone
+    return triton_kernels.selective_attention(q, k, v, tau, scale)
+
+
+def _why_not_triton(device, dtype, D, kernel):
+    if kernel == 'auto' and dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
+        return 'without tensor cores it is slow'                # the plain code is not
+    why_not = _try_triton(device, dtype, D)
+    if why_not and kernel == 'auto':
+        warnings.warn(f"selective attention runs model.py's plain code, not the Triton kernel: {why_not}")
+    return why_not
+
+
+# torch.compile shall ask it while tracing and keep the answer. That is torch.compiler.assume_constant_result, which
+# would import the compiler, three seconds at every start, to set no more than this.
+_why_not_triton._dynamo_marked_constant = True
+
+
+@functools.cache
+def _try_triton(device, dtype, D):
+    """'' if triton_kernels.py gives the numbers of model.py for a small example, else what is wrong. Asked once."""
+    try:
+        import triton_kernels
+    except ImportError as e:
+        return f'triton cannot be imported ({e})'
+    from model import selective_attention as plain
+    interpreted = triton_kernels.INTERPRETED
+    if device.type != 'cuda' and not interpreted:
+        return f'it is for GPUs, this is {device.type} (TRITON_INTERPRET=1, set before the start, would run it, slowly)'
+    if D not in triton_kernels.HEAD_SIZES:
+        return f'a head has {D} channels, which is none of {triton_kernels.HEAD_SIZES}'
+    if dtype not in triton_kernels.DTYPES or interpreted and dtype == torch.bfloat16:
+        return f'it does not take {dtype}' + ' in the interpreter' * interpreted
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
+        return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
+
+    def run(attention, dtype):
+        qkv, scale = example.to(dtype).requires_grad_(), torch.tensor(0.5, device=device, requires_grad=True)
+        y, M = attention(*qkv, tau=1.0, scale=scale)
+        return y, M, *torch.autograd.grad((y.float() * weight).sum() + M.sum(), (qkv, scale))
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            example, weight = torch.randn(4, 1, 2, 144, D, generator=torch.Generator().manual_seed(0)).split([3, 1])
+            example, weight = example.to(device, dtype), weight[0].to(device)
+            for got, want in zip(run(triton_kernels.selective_attention, dtype), run(plain, torch.float32)):
+                if not (got - want).norm() <= 0.05 * want.norm():       # bfloat16 is off by 0.01; nan fails, too
+                    return 'on this device its numbers are not those of model.py'
+    except Exception as e:                                      # whatever a compiler, a driver or a GPU may raise
+        return f'it fails on this device ({" ".join(f"{type(e).__name__}: {e}".split())[:200]})'
+    return ''
 
 
 def selective_attention(q, k, v, tau=None, block=None, scale=None):

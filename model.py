@@ -33,7 +33,7 @@ class GPTConfig:
     ssa: str = ''                   # SSA (2411.12892): which of q, k, v get a temperature; 'qv' is the paper's
     ssa_sharing: bool = True        # temperatures read the activations of q, k, v; False: a hidden layer of their own
     gelu: str = 'none'              # GELU of the MLP: 'none', exact, or 'tanh', the approximation that GPT-2 has
-    kernel: str = 'auto'            # selective attention in training: 'auto' or 'rows' (the plain code in model.py)
+    kernel: str = 'auto'            # selective attention in training: 'auto', 'rows' (the plain code here), 'triton'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def selective_attention(q, k, v, dropout=0.0, tau=None, block=128, scale=None):
     """Causal selective attention in blocks of rows: F is a state of T numbers that is carried down the rows.
 
     No T x T tensor is built, and blocks end at the diagonal, so the upper triangle is never computed. Autograd does
-    keep the P of every block, T^2/2 numbers a head in all; kernels.py, which computes the same on a CPU, does not.
+    keep the P of every block, T^2/2 numbers a head in all; the functions that kernels.py picks instead do not.
     q, k, v (B, H, T, D); scale: see `attend`. Returns y (B, H, T, D) and, where tau is given, the memory requirement
     (B, T), else None.
     """
@@ -310,8 +310,8 @@ class CausalSelfAttention(nn.Module):
             y = cache.attend(q, k, v, i, self.config.selective, self.vote_scale)
         elif not self.config.selective:
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        elif self.config.kernel == 'auto' and kernels.can_run(q, dropout):
-            y, M = kernels.selective_attention(q, k, v, memory_tau, scale=self.vote_scale)
+        elif kernel := kernels.pick(q, dropout, self.config.kernel):
+            y, M = kernel(q, k, v, memory_tau, scale=self.vote_scale)
         else:
             y, M = selective_attention(q, k, v, dropout, memory_tau, scale=self.vote_scale)
         y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
@@ -492,5 +492,5 @@ def check_config(c):
         raise ValueError('vote_scale needs selective=True: there are no votes to scale')
     if c.gelu not in ('none', 'tanh'):
         raise ValueError(f"gelu {c.gelu!r}: it is 'none' or 'tanh'")
-    if c.kernel not in ('auto', 'rows'):
-        raise ValueError(f"kernel {c.kernel!r}: it is 'auto' or 'rows'")
+    if c.kernel not in ('auto', 'rows', 'triton'):
+        raise ValueError(f"kernel {c.kernel!r}: it is 'auto', 'rows' or 'triton'")

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as ckpt
 import data
+import kernels
 import pretrained
 import settings
 from model import GPT, GPTConfig, check_config
@@ -156,6 +157,12 @@ def main():
              ckpt.build(base, **model_args) if base else GPT(GPTConfig(**model_args)))
     base = None                             # its memory
     model.to(cfg.device)
+    if cfg.kernel == 'triton' and cfg.selective:
+        try:
+            kernels.pick(torch.empty(1, 1, 1, cfg.n_embd // cfg.n_head, device=cfg.device,
+                                     dtype=getattr(torch, cfg.dtype)), cfg.dropout, 'triton')
+        except ValueError as e:
+            raise UserError(str(e)) from None
     if cfg.freeze:
         for name, p in model.named_parameters():
             p.requires_grad_(ckpt.is_added(name))

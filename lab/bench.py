@@ -64,13 +64,14 @@ def listing(q, k, v):
     keep = (1 - torch.eye(T, device=q.device)) * (torch.arange(T, device=q.device) > 0)
     S = L[:, 0].masked_fill(future, 0).relu() * keep
     F = fn.pad(S[:, :-1], (0, 0, 1, 0)).cumsum(dim=1)           # a vote acts on later rows
-    return (L - F[:, None]).softmax(dim=-1) @ v
+    return (L - F[:, None]).softmax(dim=-1).to(v.dtype) @ v
 
 
-def attentions(device):
+def attentions(q):
+    """What takes queries like q; a fast way is there where kernels.py has one for its device."""
     cases = {'standard': lambda q, k, v: fn.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    if device == 'cpu':
-        cases['selective'] = lambda q, k, v: kernels.selective_attention(q, k, v)[0]
+    if fast := kernels.pick(q, 0.0):
+        cases['selective'] = lambda q, k, v: fast(q, k, v)[0]
     cases['selective, rows'] = lambda q, k, v: m.selective_attention(q, k, v)[0]
     cases['selective, listing'] = listing
     return cases
@@ -78,15 +79,16 @@ def attentions(device):
 
 def attention_cases(shape, T, tokens, device):
     H, B = shape['n_head'], max(1, tokens // T)
-    qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, requires_grad=True)
+    dtype = getattr(torch, ckpt.pick_dtype('auto', device))
+    qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, dtype=dtype, requires_grad=True)
+    heads = lambda: [t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(shape['n_embd'], dim=2)]    # q, k, v
 
     def case(attend):
         def once():
-            q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(shape['n_embd'], dim=2))
-            attend(q, k, v).sum().backward()
+            attend(*heads()).sum().backward()
             qkv.grad = None
         return once
-    return {name: case(attend) for name, attend in attentions(device).items()}
+    return {name: case(attend) for name, attend in attentions(heads()[0]).items()}
 
 
 def step_case(name, shape, T, tokens, device):
@@ -98,12 +100,12 @@ def step_case(name, shape, T, tokens, device):
     dtype = ckpt.pick_dtype('auto', device)
 
     def once():
-        swap = m.kernels.selective_attention
+        swap = kernels.pick
         if name == 'selective, listing':
-            m.kernels.selective_attention = lambda q, k, v, tau, scale: (listing(q, k, v), None)
+            kernels.pick = lambda *_: lambda q, k, v, tau, scale: (listing(q, k, v), None)
         with ckpt.autocast(device, dtype):
             loss = gpt(idx, idx)[1]
-        m.kernels.selective_attention = swap
+        kernels.pick = swap
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -286,18 +288,19 @@ def prefill_part(table, cfg, shape, lengths):
     s = SHAPES[shape]
     H, D = s['n_head'], s['n_embd'] // s['n_head']
     for T in lengths:
-        q, k, v = torch.randn(3, 1, H, T, D, device=cfg.device).unbind()
+        dtype = getattr(torch, ckpt.pick_dtype('auto', cfg.device))
+        q, k, v = torch.randn(3, 1, H, T, D, device=cfg.device, dtype=dtype).unbind()
         K = max(2, T // 64)
 
         def read(budget):
-            cache = m.LayerCache(1, H, budget, D, 'selective', cfg.device, torch.float32)
+            cache = m.LayerCache(1, H, budget, D, 'selective', cfg.device, dtype)
             for a in range(0, T, m.GPT.prefill_rows):
                 rows = slice(a, a + m.GPT.prefill_rows)
                 i = torch.arange(T, device=cfg.device)[rows]
                 cache.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], i, True)
         cases = {'full cache': lambda: read(T), f'budgets of {K}': lambda: read(K)}
-        if cfg.device == 'cpu':
-            cases['all at once, no cache'] = lambda: kernels.selective_attention(q, k, v)
+        if fast := kernels.pick(q, 0.0):
+            cases['all at once, no cache'] = lambda: fast(q, k, v)
         values = times(cases, cfg.rounds, cfg.device)
         table.group('prefill', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms')
 

@@ -1,11 +1,16 @@
 """What several test files share: a small data set, and a way to run a script."""
+import os
 import signal
 import sys
 
 import pytest
+import torch
 
 import prepare_text
 import settings
+
+if not torch.cuda.is_available():       # Triton reads it when it is imported, which any later test may do
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(scope='session')
