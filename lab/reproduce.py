@@ -52,12 +52,20 @@ def dataset(runner, task, **settings):
     return folder
 
 
-def stdlib(runner):
-    """The offline default, made where it is missing; its folder."""
+def stdlib(runner, T):
+    """Flags for the offline default, made where it is missing, at a context of T tokens."""
     folder = os.path.join(runner.cfg.data_dir, 'stdlib')
     if not os.path.isfile(os.path.join(folder, 'meta.json')):
         prepare_text.prepare(prepare_text.Settings(data_dir=runner.cfg.data_dir))
-    return folder
+    return [f'--dataset={folder}', f'--block_size={T}', '--eval_interval=100', '--eval_iters=25']
+
+
+def shakespeare(runner):
+    """Flags for the characters of Shakespeare; None, with a line that says so, where they were not prepared."""
+    folder = os.path.join(runner.cfg.data_dir, 'shakespeare')
+    if os.path.isdir(folder):
+        return [f'--dataset={folder}']
+    print(f'{folder} is missing, its part is left out: config/shakespeare_cpu.py says how to make it', file=sys.stderr)
 
 
 @torch.no_grad()
@@ -98,20 +106,17 @@ def text(r):
     about twice the heads; nanoGPT's character-level Shakespeare recipe with each."""
     models = {**ATTENTIONS, 'standard, 2x heads': 'double_heads'}
     parts, panels = [], {}
-    for name in ('shakespeare', 'stdlib'):
-        if not os.path.isdir(os.path.join(r.cfg.data_dir, name)):
-            if name == 'shakespeare':
-                print('data/shakespeare is missing, this part is left out: see config/shakespeare_cpu.py', file=sys.stderr)
-                continue
-            stdlib(r)
-        runs = panels[name] = r.train(models, 'config/shakespeare_cpu.py', 2000,
-                                      [f'--dataset={os.path.join(r.cfg.data_dir, name)}'])
+    for name, config, steps, extra in (('shakespeare', 'config/shakespeare_cpu.py', 2000, shakespeare(r)),
+                                       ('stdlib', 'config/standard_small.py', 400, stdlib(r, 128))):
+        if not extra:
+            continue
+        runs = panels[name] = r.train(models, config, steps, extra)
         base = statistics.mean(run.val_loss[-1] for run in runs['standard'])
         parts.append(f'**{name}**\n\n' + table(
             ['attention', 'FLAGS', 'validation loss', 'against standard', 'memory requirement', 'minutes'],
             [[name, models[name] and f'`{models[name]}`', spread([run.val_loss[-1] for run in of]),
               f'{statistics.mean(run.val_loss[-1] for run in of) - base:+.4f}',
-              spread([run.memory[-1] for run in of if run.memory], '{:.1%}') if of[0].memory else '', minutes(of)]
+              spread([run.memory[-1] for run in of], '{:.1%}') if of[0].memory else '', minutes(of)]
              for name, of in runs.items()]))
     return '\n\n'.join([*parts, curves(r, panels)])
 
@@ -142,9 +147,9 @@ def spikiness(run, batches=4):
 def ssa(r):
     """2411.12892: SSA is better with under 0.5% new parameters, reaches standard's loss in 1.45x fewer steps (theirs,
     second-hand), and its attention is spikier where it must be; their ablation of q, k, v, position and sharing."""
-    models = {'standard': '', "qv, the paper's": '--ssa=qv', 'q': '--ssa=q', 'v': '--ssa=v', 'k': '--ssa=k', 'qkv': '--ssa=qkv',
+    models = {'standard': '', "qv, the paper's": '--ssa=qv', 'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
               'qv without position': 'no_position --ssa=qv', 'qv without sharing': '--ssa=qv --ssa_sharing=False'}
-    runs = r.train(models, 'config/shakespeare_cpu.py', 2000)
+    runs = r.train(models, 'config/standard_small.py', 400, stdlib(r, 128))
     goal = statistics.mean(run.val_loss[-1] for run in runs['standard'])
     last = runs['standard'][0].steps[-1]
     rows = [[name, models[name] and f'`{models[name]}`', spread([run.val_loss[-1] for run in of]),
@@ -152,7 +157,7 @@ def ssa(r):
              spread([spikiness(run) for run in of], '{:.3f}'), minutes(of)] for name, of in runs.items()]
     return f"""{table(['temperatures', 'FLAGS', 'validation loss', "fewer steps to standard's loss", 'entropy', 'minutes'], rows)}
 
-{curves(r, {'shakespeare': runs})}"""
+{curves(r, {'stdlib, context 128': runs})}"""
 
 
 def retrieval(r):
@@ -162,7 +167,7 @@ def retrieval(r):
     parts, panels = [], {}
     for task, tests in ('passkey', depths), ('denoising', {}):
         trained = dataset(r, task)
-        runs = panels[task] = r.train(ATTENTIONS, 'config/tasks.py', 800, [f'--dataset={trained}'])
+        runs = panels[task] = r.train(ATTENTIONS, 'config/tasks.py', 600, [f'--dataset={trained}'])
         rows = [[name, ATTENTIONS[name] and f'`{ATTENTIONS[name]}`',
                  spread([run.first(lambda _, right: right > 0.9) for run in of], '{:.0f}'),
                  *(spread([accuracy(run, folder) for run in of], '{:.1%}') for folder in (trained, *tests.values())),
@@ -172,18 +177,13 @@ def retrieval(r):
     return '\n\n'.join([*parts, curves(r, panels, 'accuracy', 'accuracy of the tokens')])
 
 
-def small_text(r, T):
-    """Flags for the offline default at a context of T tokens."""
-    return [f'--dataset={stdlib(r)}', f'--block_size={T}', '--eval_iters=50', '--eval_interval=100']
-
-
 def constraints(r):
     """2410.02703 section 3: which of the rules matter, and whose votes."""
     models = {'standard': '', 'selective': '--selective', 'token 0 may be masked': 'first_too --selective',
               'a token may mask itself': 'self_too --selective', 'no ReLU': 'no_relu --selective',
               'votes act at once': 'at_once --selective', 'the last head selects': 'last_head --selective',
               'a selector for every two heads': 'groups --selective'}
-    runs = r.train(models, 'config/standard_small.py', 500, small_text(r, 128))
+    runs = r.train(models, 'config/standard_small.py', 400, stdlib(r, 128))
     rows = [[name, models[name] and f'`{models[name]}`', spread([run.val_loss[-1] for run in of]),
              spread([run.memory[-1] for run in of], '{:.1%}') if of[0].memory else '', minutes(of)]
             for name, of in runs.items()]
@@ -201,7 +201,7 @@ def memory(r):
     models = {'': '--selective', 'memory loss': '--selective --memory_loss=0.1'}
     trained = [(name, T, 'config/tasks.py', steps, [f'--dataset={dataset(r, name)}'], {'': '--selective'})
                for name, T, steps in (('parity', 64, 500), ('variable_assignment', 36, 1500), ('copying', 49, 1000))]
-    trained += [('stdlib', T, 'config/standard_small.py', 500, small_text(r, T), models) for T in (128, 256)]
+    trained.append(('stdlib', 128, 'config/standard_small.py', 400, stdlib(r, 128), models))
     rows = []
     for name, T, config, steps, extra, models in trained:
         for model, of in r.train(models, config, steps, extra).items():
