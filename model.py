@@ -289,8 +289,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # q, k, v of all heads
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = kernels.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # q, k, v of all heads
+        self.c_proj = kernels.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.ssa = nn.ModuleDict({name: Temperature(config, position_aware=name == 'q') for name in config.ssa})
         self.vote_scale = nn.Parameter(torch.zeros(())) if config.vote_scale else None
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -322,8 +322,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = kernels.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = kernels.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.gelu = config.gelu
 
@@ -364,7 +364,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=LayerNorm(config.n_embd, config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = kernels.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight       # weight tying
         for name, p in sorted(self.named_parameters(), key=lambda item: '.ssa.' in item[0]):    # GPT-2's initialisation
             if name.endswith('bias') or name.endswith('.w.weight'):         # w: SSA's output rows

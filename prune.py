@@ -204,7 +204,6 @@ def main():
         raise UserError(f'the loss without pruning, {unpruned:.4f}, is above the target, {target:.4f}: '
                         'nothing can be taken away')
 
-    os.makedirs(cfg.out_dir, exist_ok=True)     # it is missing where init_from names other weights
     path = os.path.join(cfg.out_dir, cfg.to or ('budgets.json' if cfg.policy == 'selective' else
                                                 f'budgets_{cfg.policy}.json'))
     result = {'budgets': list(trials.budgets), 'policy': cfg.policy, 'block_size': size, 'target_loss': target,
@@ -260,9 +259,7 @@ def known_trials(path, result):
 
 
 def write(path, result):
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(result, f)
-    os.replace(path + '.tmp', path)
+    settings.write_file(path, json.dumps(result))
 
 
 if __name__ == '__main__':

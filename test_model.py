@@ -208,6 +208,18 @@ def test_bias_and_own_hidden_layer(bias, ssa_sharing):
     torch.testing.assert_close(gpt(tokens(2, 9), tokens(2, 9))[0], naive_gpt(gpt, tokens(2, 9))[0])
 
 
+@pytest.mark.parametrize('shape', [(1, 1, 24), (24,), (1, 3, 24), (0, 24)])
+@pytest.mark.parametrize('n_out, bias', [(128, True), (192, False), (17, True)])
+def test_linear(shape, n_out, bias):
+    """A layer of kernels.py is nn.Linear, whether it has one row or more."""
+    layer, x = kernels.Linear(24, n_out, bias).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    got, want = layer(x), fn.linear(x, layer.weight, layer.bias)
+    for y in (got, want):
+        y.grads = torch.autograd.grad(y.sin().sum(), inputs)
+    torch.testing.assert_close([got, *got.grads], [want, *want.grads])
+
+
 @pytest.mark.parametrize('kernel', ['auto', 'rows'])
 @pytest.mark.parametrize('more', [dict(vote_scale=True), dict(vote_scale=True, gelu='tanh', bias=True, ssa='qv')])
 def test_vote_scale(kernel, more):

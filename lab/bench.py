@@ -226,11 +226,8 @@ def main():
         for part in parts:
             PARTS[part](table, cfg, shape, lengths)
             table.growth(part, shape)
-    os.makedirs(os.path.dirname(cfg.to) or '.', exist_ok=True)
-    with open(cfg.to + '.tmp', 'w') as f:
-        json.dump({'machine': machine, 'torch': torch.__version__, 'command': ' '.join(sys.argv[1:]),
-                   'rounds': cfg.rounds, 'rows': table.rows}, f, indent=1)
-    os.replace(cfg.to + '.tmp', cfg.to)
+    settings.write_file(cfg.to, json.dumps({'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds,
+                                            'command': ' '.join(sys.argv[1:]), 'rows': table.rows}, indent=1))
     print(cfg.to)
 
 

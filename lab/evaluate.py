@@ -343,13 +343,7 @@ def main():
                 result['tasks'][task] = TASKS[task](subject, items[task], cfg)
             results.append(result)
     print(table(results))
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(cfg.json)), exist_ok=True)
-        with open(cfg.json + '.tmp', 'w', encoding='utf-8') as f:
-            json.dump({'settings': asked, 'results': results}, f, indent=1)
-        os.replace(cfg.json + '.tmp', cfg.json)
-    except OSError as e:
-        raise UserError(f'--json={cfg.json}: {e.strerror}') from None
+    settings.write_file(cfg.json, json.dumps({'settings': asked, 'results': results}, indent=1))
 
 
 if __name__ == '__main__':

@@ -98,14 +98,8 @@ def save_figure(figure, path):
 
 
 def write(path, content):
-    """Write bytes beside and rename, so that a file under its own name is always whole."""
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(path + '.tmp', 'wb') as f:
-            f.write(content)
-        os.replace(path + '.tmp', path)
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e.strerror}') from None
+    """Write bytes, and say so."""
+    settings.write_file(path, content)
     print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
 
 

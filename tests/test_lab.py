@@ -61,3 +61,17 @@ def test_filled_cache_is_what_a_batch_would_read():
 def test_refusals(script, args, words, run):
     with pytest.raises(settings.UserError, match=words):
         run(script, *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings.write_file
+
+
+def test_write_file(tmp_path):
+    path = tmp_path / 'new' / 'file.json'
+    for content in ('{"ö": 1}', b'bytes'):
+        settings.write_file(path, content)
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(settings.UserError, match='cannot write .*new'):
+        settings.write_file(path.parent, 'x')
+    assert [p.name for p in path.parent.iterdir()] == ['file.json'] and len(list(tmp_path.iterdir())) == 1
