@@ -5,9 +5,9 @@ A data set is a folder data/<name> with
     train*.bin, val*.bin    uint16 tokens, one file or many, read as one in the order of their names
     meta.json               {"tokenizer", "vocab_size", "source", "complete", "files": {"train.bin": tokens, ...}}
 
-Each document ends with <|endoftext|>. A data set of questions and answers has two more entries in meta.json:
-"record_len", as all its documents have the same number of tokens, and "answers", the places in a record, counted from
-0, of the tokens that are learned and scored; the rest of the record is only read.
+Each document ends with <|endoftext|>. A data set of questions and answers is made of records instead, all of the same
+number of tokens, and meta.json has two more entries: "record_len" is this number, "answers" are the places in a record,
+counted from 0, of the tokens that are learned and scored; the rest is only read.
 """
 import concurrent.futures
 import contextlib
@@ -161,7 +161,7 @@ def load_dataset(name_or_path, root='data'):
     if not name_or_path or not os.path.isdir(path):
         names = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(root, '*', 'meta.json')))
         raise UserError(f"data set '{name_or_path}' is not in {root}/ (there: {', '.join(names) or 'none'}): "
-                        'make it with prepare_c4.py or prepare_text.py')
+                        'make it with prepare_c4.py, prepare_text.py or lab.tasks')
     return Dataset(path, name_or_path)
 
 

@@ -17,8 +17,10 @@ Others:
     no_position     SSA without the position-aware part of the query temperature (2411.12892 section 3)
     double_heads    standard attention with twice the heads, of the same size, and so twice its parameters
 
-The checkpoint does not know the rule: sample.py and prune.py would apply the published one to it.
+But for no_position, the checkpoint does not know the rule: sample.py and prune.py would apply the published one to it, or
+refuse it (double_heads). To resume, give the same rule again.
 """
+import math
 import sys
 
 import torch
@@ -45,7 +47,7 @@ def attention(rule, q, k, v, dropout=0.0, tau=None, scale=None):
     F = S.cumsum(dim=-2) if rule == 'at_once' else S.cumsum(dim=-2) - S
     L = L - F.repeat_interleave(-(-H // F.size(1)), dim=1)[:, :H]       # each selector's F for its own heads
     P = fn.dropout(L.masked_fill(future, float('-inf')).softmax(dim=-1), dropout, training=dropout > 0)
-    return P.to(v.dtype) @ v, m.memory_requirement(F.mean(dim=1), i, tau) if tau is not None else None
+    return P.to(v.dtype) @ v, m.memory_requirement(F.transpose(0, 1), i, tau).mean(dim=0) if tau is not None else None
 
 
 class DoubleHeads(m.CausalSelfAttention):
@@ -70,8 +72,13 @@ RULES = 'as_published', 'first_too', 'self_too', 'no_relu', 'at_once', 'last_hea
 def change(rule):
     """Change the rule in model.py, for the rest of this process."""
     if rule == 'no_position':
-        temperature = m.Temperature
-        m.Temperature = lambda config, position_aware: temperature(config, False)
+        def temperature(config, position_aware, original=m.Temperature):
+            made = original(config, position_aware)
+            if position_aware:
+                made.alpha.data.fill_(-math.inf)                # sigmoid(alpha) = 0
+                made.alpha.requires_grad_(False)
+            return made
+        m.Temperature = temperature
     elif rule == 'double_heads':
         m.CausalSelfAttention = DoubleHeads
     else:
@@ -88,6 +95,8 @@ def main():
     cfg = settings.parse(train.TrainConfig)
     if not {'no_position': 'q' in cfg.ssa, 'double_heads': not cfg.selective and not cfg.ssa}.get(rule, cfg.selective):
         raise UserError(f'{rule} changes nothing in a model with selective={cfg.selective} and ssa={cfg.ssa!r}')
+    if rule == 'double_heads' and cfg.dropout:
+        raise UserError('double_heads has no dropout')
     change(rule)
     sys.argv.append('--kernel=rows')                            # the code that is changed
     train.main()

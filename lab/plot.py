@@ -26,7 +26,7 @@ class PlotConfig:
 
 # Okabe and Ito's colours, for the colour-blind; line styles and markers tell the runs apart in black and white
 STYLES = [('#0072b2', '-', 'o'), ('#d55e00', '--', 's'), ('#009e73', '-.', '^'), ('#cc79a7', ':', 'D'),
-          ('#56b4e9', '-', 'v'), ('#e69f00', '--', 'P'), ('#000000', '-.', 'X')]
+          ('#56b4e9', '-', 'v'), ('#e69f00', '--', 'P'), ('#000000', '-.', 'X'), ('#999999', ':', '*')]
 
 
 def read_losses(run):

@@ -23,7 +23,7 @@ import model as m
 import prepare_text
 import settings
 from lab import plot, tasks
-from lab.runs import Runner, command, curves, minutes, spread, table
+from lab.runs import Runner, command, curves, last, spread, table
 from settings import UserError
 
 
@@ -31,7 +31,7 @@ from settings import UserError
 class ReproduceConfig:
     claims: list = field(default_factory=list)  # names of the claims, written without dashes
     list: bool = False                  # print the claims and how long each takes
-    quick: bool = False                 # a smaller version of each in at most three minutes
+    quick: bool = False                 # a smaller version of each, in minutes
     seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, …
     workers: int = os.cpu_count()       # runs at a time
     out_dir: str = 'out/reproduce'      # folder of the runs
@@ -40,36 +40,39 @@ class ReproduceConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The claims
+# Data, and what is measured after training
 
 
-def dataset(runner, task, **settings):
-    """A synthetic data set, made where it is missing; its folder. settings: what differs from the task's own."""
-    name = '_'.join([task, *(f'{key}_{value}' for key, value in settings.items())])
-    folder = os.path.join(runner.cfg.data_dir, name)
+def task_data(runner, task, **changed):
+    """A synthetic data set, made where it is missing; its folder. changed: what differs from the task's own settings."""
+    cfg = tasks.TaskConfig(tasks=[task], name='_'.join([task, *(f'{key}_{value}' for key, value in changed.items())]),
+                           data_dir=runner.cfg.data_dir, **changed)
+    folder = os.path.join(cfg.data_dir, cfg.name)
     if not os.path.isfile(os.path.join(folder, 'meta.json')):
-        tasks.make(task, tasks.TaskConfig(tasks=[task], name=name, data_dir=runner.cfg.data_dir, **settings))
+        tasks.make(task, cfg)
+    elif data.read_meta(folder)['source'] != tasks.described(task, cfg):
+        raise UserError(f'{folder} was made with other settings: delete it, or give another --data_dir')
     return folder
 
 
 def stdlib(runner, T):
-    """Flags for the offline default, made where it is missing, at a context of T tokens."""
+    """Flags for the offline default, made where it is missing, at a context of T tokens and a size that is quick."""
     folder = os.path.join(runner.cfg.data_dir, 'stdlib')
     if not os.path.isfile(os.path.join(folder, 'meta.json')):
         prepare_text.prepare(prepare_text.Settings(data_dir=runner.cfg.data_dir))
-    return [f'--dataset={folder}', f'--block_size={T}', '--eval_interval=100', '--eval_iters=25']
+    return [f'--dataset={folder}', f'--block_size={T}', '--n_layer=2', '--n_embd=64', '--eval_interval=50', '--eval_iters=25']
 
 
 def shakespeare(runner):
     """Flags for the characters of Shakespeare; None, with a line that says so, where they were not prepared."""
     folder = os.path.join(runner.cfg.data_dir, 'shakespeare')
-    if os.path.isdir(folder):
+    if os.path.isfile(os.path.join(folder, 'meta.json')):
         return [f'--dataset={folder}']
     print(f'{folder} is missing, its part is left out: config/shakespeare_cpu.py says how to make it', file=sys.stderr)
 
 
 @torch.no_grad()
-def accuracy(run, folder, batches=8):
+def records_right(run, folder, batches=8):
     """The fraction of validation records of a data set whose answers are all right."""
     model, _ = ckpt.load_model(run.folder)
     questions, right = data.Dataset(folder, folder), []
@@ -79,26 +82,86 @@ def accuracy(run, folder, batches=8):
     return statistics.mean(right)
 
 
+@torch.no_grad()
+def entropy(run, batches=4):
+    """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest that it could have,
+    mean over rows, heads and layers. 0: one key gets everything; 1: all the same."""
+    model, checkpoint = ckpt.load_model(run.folder)
+    text, entropies, attention = data.load_dataset(checkpoint['dataset']), [], m.fn.scaled_dot_product_attention
+
+    def recorded(q, k, v, **kwargs):
+        T = q.size(2)
+        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+        L = (q @ k.transpose(-2, -1) * q.size(-1)**-0.5).masked_fill(hidden, float('-inf'))
+        entropy = -(L.softmax(dim=-1) * L.log_softmax(dim=-1).masked_fill(hidden, 0)).sum(dim=-1)       # (B, H, T)
+        entropies.append((entropy[..., 1:] / torch.arange(2, T + 1).log()).mean().item())
+        return attention(q, k, v, **kwargs)
+    m.fn.scaled_dot_product_attention = recorded
+    try:
+        for n in range(batches):
+            model(text.batch('val', n, 16, model.config.block_size)[0])
+    finally:
+        m.fn.scaled_dot_product_attention = attention
+    return statistics.mean(entropies)
+
+
+def prune(runner, runs, policies=('selective', 'oldest', 'random')):
+    """Have prune.py look for budgets within 0.01 nats of each run's own loss, with each policy, where it has not yet."""
+    def search(path, run, policy):
+        if not finished(path):
+            command(['prune.py', f'--out_dir={run.folder}', '--tolerance=0.01', f'--policy={policy}', '--device=cpu',
+                     f'--to={os.path.basename(path)}'])
+
+    def finished(path):
+        if os.path.isfile(path):
+            with open(path, encoding='utf-8') as f:
+                return json.load(f)['held_out']                 # filled in at the end of a search
+    runner.each(search, [(budgets_of(run, policy), run, policy) for run in runs for policy in policies])
+
+
+def budgets_of(run, policy):
+    return os.path.join(run.folder, f'budgets_{policy}.json')
+
+
+def saving(policy):
+    """A column of `table`: how many times less memory the budgets take."""
+    def column(runs):
+        found = []
+        for run in runs:
+            with open(budgets_of(run, policy), encoding='utf-8') as f:
+                found.append(json.load(f)['curve'][-1]['saving'])
+        return spread(found, '{:.1f}x')
+    return column
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The claims. Each takes a Runner and returns the text of its section
+
 ATTENTIONS = {'standard': '', 'selective': '--selective', 'SSA': '--ssa=qv', 'selective + SSA': '--selective --ssa=qv'}
+
+
+def right_in(folders):
+    """Columns of `table` from {header: folder of a data set}."""
+    return {header: lambda runs, folder=folder: spread([records_right(run, folder) for run in runs], '{:.1%}')
+            for header, folder in folders.items()}
+
+
+def steps_to(figure, goal):
+    return lambda runs: spread([run.crossing(figure, goal) for run in runs], '{:.0f}')
 
 
 def variable_assignment(r):
     """2410.02703 section 2: selective attention solves variable assignment and generalises; standard does not."""
-    trained = dataset(r, 'variable_assignment')
-    others = {f'{n} variables': dataset(r, 'variable_assignment', variables=n, records=2000, seed=1) for n in (2, 6, 12)}
+    trained = task_data(r, 'variable_assignment')
+    others = {f'{n} variables': task_data(r, 'variable_assignment', variables=n, records=2000, seed=1) for n in (2, 6, 12)}
     runs = r.train(ATTENTIONS, 'config/tasks.py', 1500, [f'--dataset={trained}'])
-    picture = curves(r, {'3 variables, as trained': runs}, 'accuracy', 'accuracy of the answers')
-    rows = [[name, ATTENTIONS[name] and f'`{ATTENTIONS[name]}`',
-             spread([run.first(lambda _, right: right > 0.9) for run in of], '{:.0f}'),
-             spread([run.accuracy[-1] for run in of], '{:.1%}'),
-             *(spread([accuracy(run, folder) for run in of], '{:.1%}') for folder in others.values()), minutes(of)]
-            for name, of in runs.items()]
-    return f"""Trained on records of 3 variables; the columns on the right are of other numbers of variables, all answers of a record
-right.
+    return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; the columns on the right are
+of other numbers of variables, and there all six answers of a record must be right.
 
-{table(['attention', 'FLAGS', 'step of 90%', 'accuracy', *others, 'minutes'], rows)}
+{table('attention', ATTENTIONS, runs, {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
+                                       **right_in({'records of 3 right': trained, **others})})}
 
-{picture}"""
+{curves(r, {'3 variables, as trained': runs}, 'accuracy', 'accuracy of the answers')}"""
 
 
 def text(r):
@@ -107,41 +170,14 @@ def text(r):
     models = {**ATTENTIONS, 'standard, 2x heads': 'double_heads'}
     parts, panels = [], {}
     for name, config, steps, extra in (('shakespeare', 'config/shakespeare_cpu.py', 2000, shakespeare(r)),
-                                       ('stdlib', 'config/standard_small.py', 400, stdlib(r, 128))):
-        if not extra:
-            continue
-        runs = panels[name] = r.train(models, config, steps, extra)
-        base = statistics.mean(run.val_loss[-1] for run in runs['standard'])
-        parts.append(f'**{name}**\n\n' + table(
-            ['attention', 'FLAGS', 'validation loss', 'against standard', 'memory requirement', 'minutes'],
-            [[name, models[name] and f'`{models[name]}`', spread([run.val_loss[-1] for run in of]),
-              f'{statistics.mean(run.val_loss[-1] for run in of) - base:+.4f}',
-              spread([run.memory[-1] for run in of], '{:.1%}') if of[0].memory else '', minutes(of)]
-             for name, of in runs.items()]))
+                                       ('stdlib', 'config/base_small.py', 800, stdlib(r, 128))):
+        if extra:
+            runs = panels[name] = r.train(models, config, steps, extra)
+            base = statistics.mean(run.val_loss[-1] for run in runs['standard'])
+            columns = {'validation loss': last('val_loss'), 'memory requirement': last('memory', '{:.1%}'),
+                       'against standard': lambda runs: f'{statistics.mean(run.val_loss[-1] for run in runs) - base:+.4f}'}
+            parts.append(f"**{name}**\n\n{table('attention', models, runs, columns)}")
     return '\n\n'.join([*parts, curves(r, panels)])
-
-
-@torch.no_grad()
-def spikiness(run, batches=4):
-    """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest it could have,
-    mean over rows, heads and layers. 0: one key gets everything; 1: all the same."""
-    model, checkpoint = ckpt.load_model(run.folder)
-    entropies, attention = [], m.fn.scaled_dot_product_attention
-
-    def recorded(q, k, v, **kwargs):
-        T = q.size(2)
-        L = (q @ k.transpose(-2, -1) * q.size(-1)**-0.5).masked_fill(torch.ones(T, T).triu(1) > 0, float('-inf'))
-        H = -(L.softmax(dim=-1) * L.log_softmax(dim=-1).masked_fill(L == float('-inf'), 0)).sum(dim=-1)
-        entropies.append((H / torch.arange(1, T + 1).log().clamp(min=1e-9))[..., 1:].mean().item())
-        return attention(q, k, v, **kwargs)
-    m.fn.scaled_dot_product_attention = recorded
-    try:
-        for n in range(batches):
-            dataset = data.load_dataset(checkpoint['dataset'])
-            model(dataset.batch('val', n, 16, model.config.block_size)[0])
-    finally:
-        m.fn.scaled_dot_product_attention = attention
-    return statistics.mean(entropies)
 
 
 def ssa(r):
@@ -149,31 +185,24 @@ def ssa(r):
     second-hand), and its attention is spikier where it must be; their ablation of q, k, v, position and sharing."""
     models = {'standard': '', "qv, the paper's": '--ssa=qv', 'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
               'qv without position': 'no_position --ssa=qv', 'qv without sharing': '--ssa=qv --ssa_sharing=False'}
-    runs = r.train(models, 'config/standard_small.py', 400, stdlib(r, 128))
+    runs = r.train(models, 'config/base_small.py', 800, stdlib(r, 128))
     goal = statistics.mean(run.val_loss[-1] for run in runs['standard'])
-    last = runs['standard'][0].steps[-1]
-    rows = [[name, models[name] and f'`{models[name]}`', spread([run.val_loss[-1] for run in of]),
-             spread([last / s if (s := run.first(lambda loss, _: loss <= goal)) else None for run in of], '{:.2f}x'),
-             spread([spikiness(run) for run in of], '{:.3f}'), minutes(of)] for name, of in runs.items()]
-    return f"""{table(['temperatures', 'FLAGS', 'validation loss', "fewer steps to standard's loss", 'entropy', 'minutes'], rows)}
-
-{curves(r, {'stdlib, context 128': runs})}"""
+    columns = {'validation loss': last('val_loss'), "steps to standard's loss": steps_to('val_loss', goal),
+               'entropy of attention': lambda runs: spread([entropy(run) for run in runs], '{:.3f}')}
+    return f"{table('temperatures', models, runs, columns)}\n\n{curves(r, {'stdlib, context 128': runs})}"
 
 
 def retrieval(r):
     """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA (theirs, of a pre-trained
     model); and denoising, the setting by which they motivate the temperature of the values."""
-    depths = {f'depth {d:g}': dataset(r, 'passkey', depth=d, records=2000, seed=1) for d in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    depths = {f'depth {d:g}': task_data(r, 'passkey', depth=d, records=2000, seed=1) for d in (0.0, 0.25, 0.5, 0.75, 1.0)}
     parts, panels = [], {}
     for task, tests in ('passkey', depths), ('denoising', {}):
-        trained = dataset(r, task)
+        trained = task_data(r, task)
         runs = panels[task] = r.train(ATTENTIONS, 'config/tasks.py', 600, [f'--dataset={trained}'])
-        rows = [[name, ATTENTIONS[name] and f'`{ATTENTIONS[name]}`',
-                 spread([run.first(lambda _, right: right > 0.9) for run in of], '{:.0f}'),
-                 *(spread([accuracy(run, folder) for run in of], '{:.1%}') for folder in (trained, *tests.values())),
-                 minutes(of)] for name, of in runs.items()]
-        parts.append(f'**{task}**\n\n' + table(['attention', 'FLAGS', 'step of 90% of the tokens', 'records right', *tests,
-                                                'minutes'], rows))
+        columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
+                   **right_in({'records right': trained, **tests})}
+        parts.append(f"**{task}**\n\n{table('attention', ATTENTIONS, runs, columns)}")
     return '\n\n'.join([*parts, curves(r, panels, 'accuracy', 'accuracy of the tokens')])
 
 
@@ -183,56 +212,63 @@ def constraints(r):
               'a token may mask itself': 'self_too --selective', 'no ReLU': 'no_relu --selective',
               'votes act at once': 'at_once --selective', 'the last head selects': 'last_head --selective',
               'a selector for every two heads': 'groups --selective'}
-    runs = r.train(models, 'config/standard_small.py', 400, stdlib(r, 128))
-    rows = [[name, models[name] and f'`{models[name]}`', spread([run.val_loss[-1] for run in of]),
-             spread([run.memory[-1] for run in of], '{:.1%}') if of[0].memory else '', minutes(of)]
-            for name, of in runs.items()]
-    return f"""A word in FLAGS is a rule of `python -m lab.ablate`, which then takes train.py's place.
-
-{table(['rule', 'FLAGS', 'validation loss', 'memory requirement', 'minutes'], rows)}
-
-{curves(r, {'stdlib, context 128': runs})}"""
+    runs = r.train(models, 'config/base_small.py', 800, stdlib(r, 128))
+    columns = {'validation loss': last('val_loss'), 'memory requirement': last('memory', '{:.1%}')}
+    return f"{table('rule', models, runs, columns)}\n\n{curves(r, {'stdlib, context 128': runs})}"
 
 
 def memory(r):
     """2410.02703 section 7: 16x, 25x, 47x less memory at contexts of 512, 1,024 and 2,048 for the loss of standard
     attention (theirs); here for 0.01 nats over the model's own loss, where it matters what is kept. Parity and copying
     bound it from both sides."""
-    models = {'': '--selective', 'memory loss': '--selective --memory_loss=0.1'}
-    trained = [(name, T, 'config/tasks.py', steps, [f'--dataset={dataset(r, name)}'], {'': '--selective'})
-               for name, T, steps in (('parity', 64, 500), ('variable_assignment', 36, 1500), ('copying', 49, 1000))]
-    trained.append(('stdlib', 128, 'config/standard_small.py', 400, stdlib(r, 128), models))
-    rows = []
-    for name, T, config, steps, extra, models in trained:
-        for model, of in r.train(models, config, steps, extra).items():
-            rows.append([name, T, model, spread([run.val_loss[-1] for run in of]), minutes(of),
-                         *(spread([saving(run, policy) for run in of], '{:.1f}x')
-                           for policy in ('selective', 'oldest', 'random'))])
-    return table(['data', 'context', '', 'validation loss', 'minutes', 'by F', 'newest', 'random'], rows)
+    selective = {'selective': '--selective'}
+    trained = [(f'{task}, {context} tokens', selective, 'config/tasks.py', steps, [f'--dataset={task_data(r, task)}'])
+               for task, context, steps in (('parity', 64, 500), ('variable_assignment', 36, 1500), ('copying', 49, 1000))]
+    trained.append(('stdlib, 128 tokens', {**selective, 'with the memory loss': '--selective --memory_loss=0.1'},
+                    'config/base_small.py', 800, stdlib(r, 128)))
+    parts = []
+    for name, models, config, steps, extra in trained:
+        runs = r.train(models, config, steps, extra)
+        prune(r, sum(runs.values(), []))
+        columns = {'validation loss': last('val_loss'), 'by F': saving('selective'), 'newest': saving('oldest'),
+                   'random': saving('random')}
+        parts.append(f"**{name}**\n\n{table('model', models, runs, columns)}")
+    r.commands.append('python prune.py --out_dir=RUN --tolerance=0.01 --policy=POLICY --device=cpu')
+    return '\n\n'.join(parts)
 
 
-def saving(run, policy):
-    """How many times less memory prune.py finds for 0.01 nats."""
-    path = os.path.join(run.folder, f'budgets_{policy}.json')
-    if not os.path.isfile(path):
-        command(['prune.py', f'--out_dir={run.folder}', '--tolerance=0.01', f'--policy={policy}', '--device=cpu',
-                 f'--to={os.path.basename(path)}'])
-    with open(path, encoding='utf-8') as f:
-        return json.load(f)['curve'][-1]['saving']
+CLAIMS = {variable_assignment: 15, text: 45, ssa: 15, constraints: 20, memory: 20, retrieval: 25}   # minutes on two cores
 
 
-CLAIMS = {variable_assignment: 10, text: 15, ssa: 10, constraints: 15, memory: 20, retrieval: 20}     # minutes on two cores
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def section(text, claim, body):
-    """text with the section of the claim replaced, or put at the end."""
+def section(page, claim, body):
+    """The page with the section of the claim replaced, or put at the end."""
     begin, end = f'<!-- lab.reproduce {claim} -->', f'<!-- end of {claim} -->'
-    before, found, rest = text.partition(begin)
+    before, found, rest = page.partition(begin)
     if not found:
-        return f'{text.rstrip()}\n\n{begin}\n{body}\n{end}\n'
+        return f'{page.rstrip()}\n\n{begin}\n{body}\n{end}\n'
     if end not in rest:
         raise UserError(f"the marker '{end}' is missing: put it back where the section ends")
     return f'{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}'
+
+
+def read(page):
+    try:
+        with open(page, encoding='utf-8') as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f'--to={page}: {e.strerror}') from None
+
+
+def footer(runner):
+    """How the figures of a section were made."""
+    cfg = runner.cfg
+    return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}`: the seeds 1 to {runner.seeds}, "
+            f'{cfg.workers} runs at a time of one thread each (OMP_NUM_THREADS=1), {platform.machine()}, torch '
+            f'{torch.__version__}. A word in FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of `python '
+            'train.py`. The runs:\n\n' + '\n'.join(f'    {c}' for c in dict.fromkeys(runner.commands)))
 
 
 def main():
@@ -247,19 +283,16 @@ def main():
         raise UserError(f"{unknown[0] + ' is no claim' if unknown else 'which claims?'}: {', '.join(claims)}")
     if cfg.seeds < 1 or cfg.workers < 1:
         raise UserError('seeds and workers are at least 1')
-    plot.import_pyplot()                    # before an hour's work, not after it
+    plot.import_pyplot()                                        # what can be wrong is known before the work
+    for name in cfg.claims:
+        cfg.quick or section(read(cfg.to), name, '')
     for name in cfg.claims:
         runner = Runner(cfg, name)
-        body = claims[name](runner)
-        machine = f'{platform.machine()}, {cfg.workers} runs at a time of one thread each, torch {torch.__version__}'
-        body = f'{body}\n\n`python -m lab.reproduce {name}`: {runner.seeds} seeds (1 to {runner.seeds}), {machine}. The runs:\n\n' + \
-            '\n'.join(f'    {c}' for c in runner.commands)
+        body = f'{claims[name](runner)}\n\n{footer(runner)}'
         if cfg.quick:
             print(body)
-            continue
-        with open(cfg.to, encoding='utf-8') as f:
-            whole = section(f.read(), name, body)
-        plot.write(cfg.to, whole.encode())
+        else:
+            plot.write(cfg.to, section(read(cfg.to), name, body))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Runs of train.py with several seeds, and what they logged as tables and pictures: what lab/reproduce.py is made of."""
 import concurrent.futures
+import dataclasses
 import os
-import re
 import shlex
 import statistics
 import subprocess
@@ -10,13 +10,18 @@ import time
 from dataclasses import dataclass
 
 import checkpoint as ckpt
+import settings
+import train
 from lab import plot
 from settings import UserError
+
+# settings of a run that do not change what it learns, or that train.py fills in
+FREE = ('out_dir', 'init_from', 'device', 'dtype', 'kernel', 'vocab_size')
 
 
 @dataclass
 class Run:
-    """What a finished run has logged. steps, and at each of them the figures of an evaluation."""
+    """What a finished run has logged: steps, and at each of them the figures of an evaluation."""
     folder: str
     steps: list
     val_loss: list
@@ -24,10 +29,12 @@ class Run:
     memory: list
     seconds: float
 
-    def first(self, reached):
-        """The first step at which reached(validation loss, accuracy), or None."""
-        accuracy = self.accuracy or self.val_loss
-        return next((s for s, *figures in zip(self.steps, self.val_loss, accuracy) if reached(*figures)), None)
+    def crossing(self, figure, goal):
+        """The step at which the loss falls to the goal, or another figure rises to it, between evaluations; or None."""
+        points = list(zip(self.steps, getattr(self, figure)))
+        for (s, a), (t, b) in zip(points, points[1:]):
+            if a > goal >= b if figure == 'val_loss' else a < goal <= b:
+                return s + (t - s) * (a - goal) / (a - b)
 
 
 def read_run(folder, max_iters):
@@ -36,8 +43,9 @@ def read_run(folder, max_iters):
     evaluations = [line for line in log if 'val_loss' in line]
     if not evaluations or evaluations[-1]['iter'] < max_iters:
         return None
+    clock = [line['seconds'] for line in log if 'seconds' in line] + [0.0]      # a resumed run starts it again
     return Run(folder, *([e[name] for e in evaluations if name in e] for name in ('iter', 'val_loss', 'accuracy', 'memory')),
-               seconds=max((line['seconds'] for line in log if 'seconds' in line), default=0.0))
+               seconds=sum(before for before, after in zip(clock, clock[1:]) if after < before))
 
 
 class Runner:
@@ -54,39 +62,47 @@ class Runner:
         extra: flags of all of them.
         """
         steps, jobs = max(20, steps // 8) if self.cfg.quick else steps, []
-        self.commands.append(f"python train.py {' '.join([config, *extra])} --max_iters={steps} FLAGS --seed=SEED")
+        always = [*extra, f'--max_iters={steps}', *([f'--warmup_iters={steps // 10}'] if self.cfg.quick else [])]
+        self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED --device=cpu")
         for seed in range(1, self.seeds + 1):
             for name, flags in models.items():
                 words = [flag for flag in flags.split() if not flag.startswith('--')]
-                args = [config, *extra, *(flag for flag in flags.split() if flag.startswith('--')), f'--max_iters={steps}',
-                        f'--seed={seed}']
-                folder = os.path.join(self.folder, re.sub(r'[^\w=.]+', '-', ' '.join([*words, *args])))
-                jobs.append((name, folder, [*(['-m', 'lab.ablate', *words] if words else ['train.py']), *args]))
-        runs = {}
-        with concurrent.futures.ThreadPoolExecutor(self.cfg.workers) as pool:
-            futures = {pool.submit(self.one, folder, args, steps): folder for _, folder, args in jobs}
-            for n, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-                folder = futures[future]
-                try:
-                    runs[folder] = future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-                print(f'{self.claim}: {n} of {len(jobs)} runs, {(time.time() - self.started) / 60:.1f} minutes | '
-                      f'{folder} | validation loss {runs[folder].val_loss[-1]:.4f}', file=sys.stderr, flush=True)
-        return {name: [runs[folder] for n, folder, _ in jobs if n == name] for name in models}
+                args = [config, *(flag for flag in flags.split() if flag.startswith('--')), *always, f'--seed={seed}']
+                stem = '-'.join([*words, *(os.path.basename(arg.lstrip('-')) for arg in args)])
+                jobs.append((os.path.join(self.folder, stem), words, args, steps))
+        runs = self.each(self.one, jobs)
+        return {name: runs[n::len(models)] for n, name in enumerate(models)}
 
-    def one(self, folder, args, steps):
-        run = read_run(folder, steps)
-        if run is None:
-            resume = ['--init_from=resume'] if os.path.isfile(os.path.join(folder, 'ckpt.pt')) else []
-            command([*args, *resume, f'--out_dir={folder}', '--device=cpu'])
-            run = read_run(folder, steps)
-        return run
+    def each(self, function, jobs):
+        """[function(*job) for job in jobs], several at a time. After an error or Ctrl-C no other one starts."""
+        with concurrent.futures.ThreadPoolExecutor(self.cfg.workers) as pool:
+            futures = [pool.submit(function, *job) for job in jobs]
+            try:
+                for n, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                    future.result()
+                    print(f'{self.claim}: {n} of {len(jobs)}, {(time.time() - self.started) / 60:.1f} minutes | '
+                          f'{jobs[futures.index(future)][0]}', file=sys.stderr, flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)      # what runs saves and stops
+                raise
+        return [future.result() for future in futures]
+
+    def one(self, folder, words, args, steps):
+        """The Run of one command, which is given what there is of it already."""
+        resume = []
+        if os.path.isfile(os.path.join(folder, 'ckpt.pt')):
+            resume, made = ['--init_from=resume'], ckpt.load(folder)['config']
+            for key, value in dataclasses.asdict(settings.parse(train.TrainConfig, args)).items():
+                if key not in FREE and made.get(key) != value:
+                    raise UserError(f'{folder} was trained with {key}={made.get(key)!r}, not {value!r}: delete it')
+        if read_run(folder, steps) is None:
+            command([*(['-m', 'lab.ablate', *words] if words else ['train.py']), *args, *resume, f'--out_dir={folder}',
+                     '--device=cpu'])
+        return read_run(folder, steps)
 
 
 def command(args):
-    """Run python with these arguments on one thread, in the project's folder; UserError with its last line if it fails."""
+    """Run python with these arguments, on one thread; UserError with the last line that it printed if it fails."""
     result = subprocess.run([sys.executable, *args], env={**os.environ, 'OMP_NUM_THREADS': '1'},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
@@ -95,25 +111,31 @@ def command(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sections
+# Tables and pictures
 
 
 def spread(values, form='{:.4f}'):
-    """Mean and sample standard deviation, as text."""
-    values = [v for v in values if v is not None]
-    if not values:
+    """Mean and sample standard deviation as text; a None is a seed that never got there, and is counted."""
+    there = [v for v in values if v is not None]
+    if not there:
         return 'never'
-    text = form.format(statistics.mean(values))
-    return text if len(values) == 1 else f'{text} ± {form.format(statistics.stdev(values))}'
+    text = form.format(statistics.mean(there))
+    text += f' ± {form.format(statistics.stdev(there))}' if len(there) > 1 else ''
+    return text if len(there) == len(values) else f'{text} ({len(there)} of {len(values)} seeds)'
 
 
-def table(header, rows):
-    lines = [' | '.join(map(str, row)) for row in (header, ['---'] * len(header), *rows)]
-    return '\n'.join(f'| {line} |' for line in lines)
+def last(figure, form='{:.4f}'):
+    """A column of `table`: the figure at the end of each run."""
+    return lambda runs: spread([getattr(run, figure)[-1] for run in runs], form) if getattr(runs[0], figure) else ''
 
 
-def minutes(runs):
-    return f'{statistics.mean(run.seconds for run in runs) / 60:.1f}'
+def table(first, models, runs, columns):
+    """Markdown: a row for each model, with its flags, its columns {header: function of [Run]} and its minutes."""
+    columns = {**columns, 'minutes': lambda runs: f'{statistics.mean(run.seconds for run in runs) / 60:.1f}'}
+    rows = [[first, 'FLAGS', *columns], ['---'] * (len(columns) + 2)]
+    rows += [[name, flags and f'`{flags}`', *(column(runs[name]) for column in columns.values())]
+             for name, flags in models.items()]
+    return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per token'):
@@ -131,8 +153,9 @@ def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per 
         ax.set(xlabel='step', ylabel=ylabel, title=title)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
-    folder = runner.folder if runner.cfg.quick else os.path.join(os.path.dirname(runner.cfg.to), 'results')
-    plot.save_figure(picture, os.path.join(folder, f'{runner.claim}.png'))
-    return f'![{runner.claim}](results/{runner.claim}.png)'
-
-
+    link = os.path.join('results', f'{runner.claim}.png')       # as RESULTS.md, which lies beside the folder, has it
+    path = os.path.join(os.path.dirname(runner.cfg.to), link)
+    if runner.cfg.quick:
+        link = path = os.path.join(runner.folder, f'{runner.claim}.png')
+    plot.save_figure(picture, path)
+    return f'![{runner.claim}]({link})'

@@ -1,13 +1,14 @@
 """Synthetic tasks on which attention can be understood: data sets of questions, which train.py takes by name.
 
     python -m lab.tasks variable_assignment
-    python train.py config/tasks.py --selective --dataset=variable_assignment --out_dir=out/variables
+    python train.py config/tasks.py --selective --out_dir=out/variables
     python -m lab.tasks variable_assignment --variables=8 --name=variable_assignment_8      # to test on
 
 Each record is a line of text with a question at its end, or several on the way. The loss and the accuracy that train.py
 reports look at the answers alone. All records of a data set are equally long, and the answers are at the same places;
 a token is a byte. What the records of each task look like is in its docstring below.
 """
+import contextlib
 import dataclasses
 import os
 import re
@@ -96,7 +97,7 @@ def passkey(rng, cfg):
     return [' '.join(words).rjust(6 * cfg.length + 6) + ' [', key]      # words have 5 letters at most
 
 
-# and the length of their records
+# name: what makes a record, --length where it is not given
 TASKS = {'variable_assignment': (variable_assignment, 24), 'parity': (parity, 32), 'copying': (copying, 24),
          'denoising': (denoising, 48), 'passkey': (passkey, 10)}
 
@@ -119,14 +120,25 @@ def check(cfg):
             raise UserError(f'letters is {cfg.letters}: from 1 to length, which is {length}')
 
 
+def described(task, cfg):
+    """What meta.json says of a data set: the task and its settings."""
+    length, values = cfg.length or TASKS[task][1], dataclasses.asdict(cfg)
+    names = ['records', 'seed', *{'variable_assignment': ['variables', 'every'], 'denoising': ['letters'],
+                                  'passkey': ['depth']}.get(task, [])]
+    return f'lab.tasks {task}, length {length}, ' + ', '.join(f'{name} {values[name]}' for name in names)
+
+
 def make(task, cfg):
     """Write the data set of one task; returns its folder."""
     question, length = TASKS[task]
+    source = described(task, cfg)
     cfg = dataclasses.replace(cfg, length=cfg.length or length)
     tokenizer = data.get_tokenizer('bytes')
-    folder, files = data.output_folder(cfg.data_dir, cfg.name or task, '(train|val).bin'), {}
+    folder, files = data.output_folder(cfg.data_dir, cfg.name or task, r'(train|val)\.bin'), {}
+    with contextlib.suppress(FileNotFoundError):            # without it, what a stop leaves is known to be unfinished
+        os.remove(os.path.join(folder, 'meta.json'))
     for number, (split, records) in enumerate((('train', cfg.records), ('val', cfg.records // 20))):
-        rng = np.random.default_rng([cfg.seed, number])
+        rng = np.random.default_rng([cfg.seed % 2**64, number])
         with data.TokenFile(os.path.join(folder, f'{split}.bin')) as out:
             for _ in range(records):
                 # a token in front, as the first one can never be masked; then what is read and what is asked, in turns
@@ -135,9 +147,8 @@ def make(task, cfg):
         files[f'{split}.bin'] = out.count
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     answers = [place for a, b in zip(ends[0::2], ends[1::2]) for place in range(a, b)]
-    source = f'lab.tasks {task}, length {cfg.length}, seed {cfg.seed}'
     data.write_meta(folder, tokenizer, source, True, files, record_len=ends[-1], answers=answers)
-    print(f"{folder}: {cfg.records:,} records of {ends[-1]} tokens to train, {len(answers)} of each an answer; one of them:")
+    print(f'{folder}: {cfg.records:,} records of {ends[-1]} tokens to train, {len(answers)} of each an answer; one of them:')
     print(readable(''.join(pieces).strip()))
     return folder
 

@@ -72,7 +72,7 @@ def test_trained_by_the_rule(run, unchanged, dataset, tmp_path, rule, flags):
         assert saved['transformer.h.0.attn.c_attn.weight'].shape == (96, 16)
         assert saved['transformer.h.0.attn.c_proj.weight'].shape == (16, 32)
     if rule == 'no_position':
-        assert not any('alpha' in name for name in saved)
+        assert (saved['transformer.h.0.attn.ssa.q.alpha'] == -torch.inf).all()
 
 
 @pytest.mark.parametrize('args, words', [
@@ -95,6 +95,7 @@ def test_section():
 def test_spread():
     assert runs.spread([1.0, 2.0, 3.0], '{:.1f}') == '2.0 ± 1.0'
     assert runs.spread([0.5], '{:.0%}') == '50%' and runs.spread([None, None]) == 'never'
+    assert runs.spread([1.0, None], '{:.0f}') == '1 (1 of 2 seeds)'
 
 
 @pytest.fixture
@@ -103,7 +104,8 @@ def claim(monkeypatch, dataset, tmp_path):
     def small(r):
         """A small claim."""
         models = r.train({'standard': '', 'no ReLU': 'no_relu --selective'}, 'config/base_small.py', 8, [*TINY, dataset])
-        return reproduce.table(['model', 'loss'], [[n, runs.spread([run.val_loss[-1] for run in of])] for n, of in models.items()]) \
+        flags = {'standard': '', 'no ReLU': 'no_relu --selective'}
+        return reproduce.table('model', flags, models, {'loss': runs.last('val_loss'), 'memory': runs.last('memory', '{:.0%}')}) \
             + '\n' + runs.curves(r, {'small': models})
     ran, command = [], runs.command
     monkeypatch.setattr(runs, 'command', lambda args: (ran.append(args), command(args)))
@@ -116,8 +118,9 @@ def test_a_claim(run, claim, tmp_path):
     args = ['small', '--seeds=2', f'--out_dir={tmp_path}/runs', f'--to={tmp_path}/page.md']
     print(run(reproduce, *args))
     page = (tmp_path / 'page.md').read_text()
-    rows = re.findall(r'\| (standard|no ReLU) \| (\d\.\d{4}) ± (\d\.\d{4}) \|', page)
-    assert len(rows) == 2 and page.startswith('# Results\n\nsome words\n') and 'seeds (1 to 2)' in page
+    rows = re.findall(r'\| (standard|no ReLU) \| .* \| (\d\.\d{4}) ± (\d\.\d{4}) \| (|.*%.*) \| 0\.\d \|', page)
+    assert [row[0] for row in rows] == ['standard', 'no ReLU'] and [bool(row[3]) for row in rows] == [False, True]
+    assert page.startswith('# Results\n\nsome words\n') and 'the seeds 1 to 2' in page
     assert 'python train.py config/base_small.py' in page and '--max_iters=8' in page
     assert (tmp_path / 'results/small.png').read_bytes().startswith(b'\x89PNG')
     assert len(claim) == 4 and len(os.listdir(tmp_path / 'runs')) == 4
@@ -125,10 +128,14 @@ def test_a_claim(run, claim, tmp_path):
     run(reproduce, *args)                                       # nothing is trained again, and the page is the same
     assert len(claim) == 4 and (tmp_path / 'page.md').read_text() == page
 
-    folder = next(path for path in (tmp_path / 'runs').iterdir() if path.name.startswith('config'))
+    folder = next(path for path in (tmp_path / 'runs').iterdir() if path.name.startswith('base_small'))
     log = (folder / 'log.jsonl').read_text().splitlines(keepends=True)
     (folder / 'log.jsonl').write_text(''.join(log[:-1]))        # as if stopped before its last evaluation
     assert runs.read_run(str(folder), 8) is None and runs.read_run(str(folder), 4).steps == [0, 4]
+    saved = reproduce.ckpt.load(folder)
+    saved['config']['learning_rate'] = 1.0
+    reproduce.ckpt.save(folder, saved)
+    assert 'learning_rate=1.0' in run(reproduce, *args)         # it was changed since
 
 
 def test_quick_writes_no_page(run, claim, tmp_path):
@@ -149,19 +156,63 @@ def broken(r):
     r.train({'standard': ''}, 'config/base_small.py', 8, ['--dataset=nowhere'])
 
 
-def test_accuracy_and_spikiness(run, tmp_path):
+def test_records_right_and_entropy(run, tmp_path):
     tasks_args = ['copying', f'--data_dir={tmp_path}', '--records=700', '--length=2']
     run(tasks, *tasks_args)
     run(train, *TINY, f'--dataset={tmp_path}/copying', '--max_iters=1', f'--out_dir={tmp_path}/out', '--ssa=qv')
     trained = runs.read_run(str(tmp_path / 'out'), 1)
-    assert 0 <= reproduce.accuracy(trained, f'{tmp_path}/copying', batches=1) < 0.5
-    spread_out = reproduce.spikiness(trained, batches=1)
+    assert 0 <= reproduce.records_right(trained, f'{tmp_path}/copying', batches=1) < 0.5
+    spread_out = reproduce.entropy(trained, batches=1)
     assert 0.95 < spread_out <= 1                               # a fresh model looks everywhere
     gpt, saved = reproduce.ckpt.load_model(str(tmp_path / 'out'))
     with torch.no_grad():
         saved['model']['transformer.h.0.attn.c_attn.weight'][:32] *= 1e4
     torch.save(saved, tmp_path / 'out/ckpt.pt')
-    assert reproduce.spikiness(trained, batches=1) < 0.2
+    assert reproduce.entropy(trained, batches=1) < 0.2
+
+
+def test_a_run_that_was_resumed(tmp_path):
+    lines = [{'config': {}}, {'iter': 0, 'val_loss': 5.0, 'accuracy': 0.1}, *({'iter': n, 'loss': 1.0, 'seconds': s}
+             for n, s in enumerate([1.0, 7.0, 2.0, 4.0])), {'iter': 4, 'val_loss': 3.0, 'accuracy': 0.5}, {'iter': 8, 'val_loss': 2.0, 'accuracy': 0.9}]
+    (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    read = runs.read_run(str(tmp_path), 8)
+    assert read.seconds == 11 and read.memory == []
+    assert (read.crossing('val_loss', 4.0), read.crossing('val_loss', 2.0), read.crossing('val_loss', 1.0)) == (2, 8, None)
+    assert read.crossing('accuracy', 0.3) == pytest.approx(2) and read.crossing('accuracy', 0.95) is None
+
+
+def test_ctrl_c_starts_no_other_run(claim, tmp_path):
+    runner, started = runs.Runner(reproduce.ReproduceConfig(workers=1), 'small'), []
+
+    def work(name):
+        started.append(name)
+        if name == 'b':
+            raise KeyboardInterrupt
+        return name.upper()
+    assert runner.each(work, ['a', 'c']) == ['A', 'C']
+    with pytest.raises(KeyboardInterrupt):
+        runner.each(work, ['b', *'defghijklmnop'])
+    assert len(started) < 8
+
+
+def test_data_sets_are_what_their_settings_say(run, tmp_path):
+    runner = runs.Runner(reproduce.ReproduceConfig(data_dir=str(tmp_path)), 'small')
+    folder = reproduce.task_data(runner, 'copying', records=40)
+    assert reproduce.task_data(runner, 'copying', records=40) == folder
+    run(tasks, 'copying', f'--data_dir={tmp_path}', '--records=40', f'--name={os.path.basename(folder)}', '--length=3')
+    with pytest.raises(settings.UserError, match='other settings'):
+        reproduce.task_data(runner, 'copying', records=40)
+
+
+def test_a_search_that_stopped_is_gone_on_with(claim, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(reproduce, 'command', ran.append)
+    runner, one = runs.Runner(reproduce.ReproduceConfig(), 'small'), runs.Run(str(tmp_path), [], [], [], [], 0.0)
+    for policy, held_out in ('selective', {'pruned': 1.0}), ('oldest', {}):
+        (tmp_path / f'budgets_{policy}.json').write_text(json.dumps({'held_out': held_out, 'curve': [{'saving': 4.0}]}))
+    reproduce.prune(runner, [one])
+    assert sorted(args[3] for args in ran) == ['--policy=oldest', '--policy=random']
+    assert reproduce.saving('selective')([one]) == '4.0x'
 
 
 def test_list_and_refusals(run):
@@ -169,3 +220,4 @@ def test_list_and_refusals(run):
     assert all(claim.__name__ in out for claim in reproduce.CLAIMS)
     assert 'which claims' in run(reproduce) and 'nothing is no claim' in run(reproduce, 'nothing')
     assert 'at least 1' in run(reproduce, 'text', '--seeds=0')
+    assert '--to=nowhere.md: No such file' in run(reproduce, 'text', '--to=nowhere.md')
