@@ -33,7 +33,8 @@ class Linear(nn.Linear):
 def pick(q, dropout, kernel='auto'):
     """The function for queries q (B, H, T, D), like `selective_attention` below; None: model.py's plain code.
 
-    kernel: 'auto'; 'rows', the plain code; 'triton', triton_kernels.py, or a ValueError that says why not.
+    kernel: 'auto', the fastest that is sure to run; 'rows', the plain code; 'triton', triton_kernels.py, or a ValueError
+    that says why not.
     """
     if kernel == 'triton' or kernel == 'auto' and q.is_cuda and dropout == 0:
         why_not = 'it has no dropout' if dropout else _why_not_triton(q.device, q.dtype, q.size(3), kernel)

@@ -4,8 +4,9 @@
     python -m lab.compiled --capabilities=80,90,120 --head_sizes=16,32,64,128 --dtype=float32
 
 One line for each kernel: its tile, registers of a thread, bytes of shared memory, bytes of a thread's stack (what did
-not fit into registers), and, for the loop over the tiles off the diagonal, its instructions in one warp, how many of
-them are tensor core products (on sm_80 all of 16 x 8 x 16; on sm_90 they are larger), and how many go to the stack.
+not fit into registers), and, for its inner loop (over the tiles off the diagonal, in `tile` over the heads), its
+instructions in one warp, how many of them are tensor core products (on sm_80 all of 16 x 8 x 16; on sm_90 they are
+larger), and how many go to the stack.
 """
 import collections
 import os
@@ -100,6 +101,11 @@ def main():
         raise UserError('with TRITON_INTERPRET set nothing is compiled: unset it')
     if cfg.dtype not in TYPES:
         raise UserError(f'dtype {cfg.dtype!r}: it is one of {", ".join(TYPES)}')
+    for name, allowed in (('capabilities', None), ('head_sizes', triton_kernels.HEAD_SIZES),
+                          ('kernels', ('votes', 'forward', 'columns', 'tile'))):
+        for word in getattr(cfg, name).split(','):
+            if not (word.isdigit() if allowed is None else word in map(str, allowed)):
+                raise UserError(f"--{name}: {word!r} is not {'a number' if allowed is None else f'one of {allowed}'}")
     print(f"{'kernel':8} {'sm':>4} {'D':>4} {'R':>4} {'N':>4} {'registers':>10} {'shared':>8} {'stack':>6} "
           f"{'loop':>6} {'products':>9} {'stack use':>10}")
     for capability in cfg.capabilities.split(','):
