@@ -28,8 +28,8 @@ def x_transformers():
     try:
         import x_transformers
         return x_transformers
-    except ImportError:
-        print('x-transformers is not installed and left out: pip install x-transformers')
+    except ImportError as e:
+        print(f'x-transformers is left out, pip install x-transformers: {e}')
 
 
 class XTransformers(torch.nn.Module):
