@@ -19,6 +19,7 @@ import pickle
 
 import torch
 
+import settings
 from model import GPT, GPTConfig
 from settings import UserError
 
@@ -154,9 +155,8 @@ class Log:
         path = os.path.join(cfg.out_dir, 'log.jsonl')
         kept = [line for line in read_log(cfg.out_dir) if line['iter'] < start
                 or line['iter'] == start and 'val_loss' in line] if start and os.path.isfile(path) else []
-        with open(path + '.tmp', 'w') as f:
-            f.writelines(json.dumps(line) + '\n' for line in [{'config': dataclasses.asdict(cfg)}, *kept])
-        os.replace(path + '.tmp', path)
+        lines = [{'config': dataclasses.asdict(cfg)}, *kept]
+        settings.write_file(path, ''.join(json.dumps(line) + '\n' for line in lines))
         self.file = open(path, 'a', buffering=1)
 
     def write(self, **figures):

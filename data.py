@@ -23,7 +23,7 @@ import time
 import numpy as np
 import tiktoken
 
-from settings import UserError
+from settings import UserError, write_file
 
 END_OF_TEXT = '<|endoftext|>'
 TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
@@ -276,11 +276,7 @@ def write_meta(path, tokenizer, source, complete, files, **records):
     """
     meta = {'tokenizer': tokenizer.name, 'vocab_size': tokenizer.n_vocab, 'source': source, 'complete': complete,
             'files': dict(sorted(files.items())), **records}
-    file = os.path.join(path, 'meta.json')
-    temporary = f'{file}.{secrets.token_hex(4)}.tmp'
-    with open(temporary, 'w', encoding='utf-8') as f:
-        json.dump(meta, f, indent=1)
-    os.replace(temporary, file)
+    write_file(os.path.join(path, 'meta.json'), json.dumps(meta, indent=1))
 
 
 class Progress:

@@ -7,6 +7,7 @@
     attention   attention alone, forward and backward          step      a whole training step
     memory      peak memory of a training step                 decode    one token from a KV cache
     prefill     attention while a prompt is read               generate  1,000 tokens: cache, budgets, nanoGPT's way
+    profile     the operators that attention alone consists of (only when asked for)
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, ...), after a round to warm up. Peak memory
 is that of a process of its own on a CPU, and torch's on CUDA. The lines `growth` give the exponent p of time or memory
@@ -31,6 +32,7 @@ import checkpoint as ckpt
 import kernels
 import model as m
 import settings
+from lab.peers import XTransformers, listing, x_transformers
 from settings import UserError
 
 SHAPES = {'small': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257),
@@ -56,17 +58,6 @@ class BenchConfig:
 # What is compared
 
 
-def listing(q, k, v):
-    """Selective attention as the paper lists it and people write it: T x T tensors, all kept for the backward."""
-    T, D = q.shape[2:]
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    L = (q @ k.transpose(-2, -1) * D**-0.5).masked_fill(future, -math.inf)
-    keep = (1 - torch.eye(T, device=q.device)) * (torch.arange(T, device=q.device) > 0)
-    S = L[:, 0].masked_fill(future, 0).relu() * keep
-    F = fn.pad(S[:, :-1], (0, 0, 1, 0)).cumsum(dim=1)           # a vote acts on later rows
-    return (L - F[:, None]).softmax(dim=-1).to(v.dtype) @ v
-
-
 def attentions(q):
     """What takes queries like q; a fast way is there where kernels.py has one for its device."""
     cases = {'standard': lambda q, k, v: fn.scaled_dot_product_attention(q, k, v, is_causal=True)}
@@ -74,6 +65,9 @@ def attentions(q):
         cases['selective'] = lambda q, k, v: fast(q, k, v)[0]
     cases['selective, rows'] = lambda q, k, v: m.selective_attention(q, k, v)[0]
     cases['selective, listing'] = listing
+    if x_transformers():
+        attend = x_transformers().attend.Attend(causal=True, selective=True)
+        cases['selective, x-transformers'] = lambda q, k, v: attend(q, k, v)[0]
     return cases
 
 
@@ -94,7 +88,9 @@ def attention_cases(shape, T, tokens, device):
 def step_case(name, shape, T, tokens, device):
     """A training step: forward, backward, optimizer."""
     torch.manual_seed(0)
-    gpt = m.GPT(m.GPTConfig(block_size=T, **shape, **MODELS.get(name, dict(selective=True)))).to(device)
+    gpt = XTransformers(T, **shape) if name == 'selective, x-transformers' else \
+        m.GPT(m.GPTConfig(block_size=T, **shape, **MODELS.get(name, dict(selective=True))))
+    gpt.to(device)
     optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
     idx = torch.randint(shape['vocab_size'], (max(1, tokens // T), T), device=device)
     dtype = ckpt.pick_dtype('auto', device)
@@ -225,7 +221,8 @@ def main():
     for shape in shapes:
         for part in parts:
             PARTS[part](table, cfg, shape, lengths)
-            table.growth(part, shape)
+            if part != 'profile':
+                table.growth(part, shape)
     settings.write_file(cfg.to, json.dumps({'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds,
                                             'command': ' '.join(sys.argv[1:]), 'rows': table.rows}, indent=1))
     print(cfg.to)
@@ -243,8 +240,8 @@ def attention_part(table, cfg, shape, lengths):
 
 
 def step_part(table, cfg, shape, lengths):
+    names = [*MODELS, 'selective, listing', *['selective, x-transformers'] * bool(x_transformers())]
     for T in lengths:
-        names = [*MODELS, 'selective, listing']
         cases = {name: step_case(name, SHAPES[shape], T, cfg.tokens, cfg.device) for name in names}
         values = times(cases, cfg.rounds, cfg.device)
         table.group('step', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
@@ -330,8 +327,24 @@ def generate_part(table, cfg, shape, lengths):
                 ['generate', shape, T, B, cfg.device, how]) / 2**20 for name, how in ways.items()}, 'MiB')
 
 
+def profile_part(table, cfg, shape, lengths):
+    """The operators of standard attention and of ours, in percent of the whole; the ratio is to all of standard's."""
+    for T in lengths:
+        for name, once in list(attention_cases(SHAPES[shape], T, cfg.tokens, cfg.device).items())[:2]:
+            once()
+            with torch.profiler.profile() as profile:
+                for _ in range(cfg.rounds):
+                    once()
+            ops = {op.key.removeprefix('aten::')[-29:]: op.self_cpu_time_total for op in profile.key_averages()}
+            total = sum(ops.values())
+            standard = total if name == 'standard' else standard
+            for op in sorted(ops, key=ops.get, reverse=True)[:8]:
+                table.add(part='profile', shape=shape, T=T, case=f'{name[:3]}: {op}', unit='%',
+                          value=100 * ops[op] / total, ratio=ops[op] / standard)
+
+
 PARTS = {'attention': attention_part, 'step': step_part, 'memory': memory_part, 'decode': decode_part,
-         'prefill': prefill_part, 'generate': generate_part}
+         'prefill': prefill_part, 'generate': generate_part, 'profile': profile_part}
 
 if __name__ == '__main__':
     settings.run(main)

@@ -20,19 +20,21 @@ def run(monkeypatch):
 
 
 def test_bench_compares_the_same_thing():
-    """The listing that bench.py sets beside ours computes what ours computes."""
+    """What bench.py sets beside ours computes what ours computes; x-transformers, too, where it is installed."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 40, 8, dtype=torch.float64).unbind()
-    torch.testing.assert_close(bench.listing(q, k, v).double(), kernels.selective_attention(q, k, v)[0], atol=1e-5, rtol=1e-5)
+    for name, attend in list(bench.attentions(q).items())[1:]:
+        torch.testing.assert_close(attend(q, k, v).double(), kernels.selective_attention(q, k, v)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_bench_table(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'peak_memory', lambda case: 1)
     monkeypatch.setitem(bench.SHAPES, 'small', dict(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
-    run(bench, '--what=attention,step,decode,prefill,generate', '--shapes=small', '--lengths=40,80', '--tokens=80',
+    run(bench, '--what=attention,step,decode,prefill,generate,profile', '--shapes=small', '--lengths=40,80', '--tokens=80',
         '--rounds=1', '--device=cpu', f'--to={tmp_path / "bench.json"}')
     rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
-    assert {row['part'] for row in rows} == {'attention', 'step', 'decode1', 'decode32', 'prefill', 'generate1', 'generate32'}
+    assert {row['part'] for row in rows} == {'attention', 'step', 'decode1', 'decode32', 'prefill', 'generate1', 'generate32',
+                                             'profile'}
     assert {row['T'] for row in rows} == {40, 80, 'growth'}
     assert all(np.isfinite(row['value']) for row in rows)
     sizes = {row['case']: row['value'] for row in rows if row['part'] == 'decode1' and row['T'] == 80 and row['unit'] == 'MiB'}
