@@ -13,6 +13,7 @@ import kernels
 import model as m
 from model import GPT, GPTConfig, KVCache
 
+torch.set_num_threads(1)      # these tensors are tiny: threads would wait for each other, no more
 FLAGS = list(itertools.product([False, True], ['', 'qv', 'k', 'qkv']))     # selective, ssa
 TINY = dict(block_size=24, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
 

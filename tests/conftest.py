@@ -4,6 +4,8 @@ import signal
 import sys
 
 import pytest
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests' tensors are tiny: threads would wait for each other, no more
 import torch
 
 import prepare_text
