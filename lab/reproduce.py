@@ -109,8 +109,8 @@ def prune(runner, runs, policies=('selective', 'oldest', 'random')):
     """Have prune.py look for budgets within 0.01 nats of each run's own loss, with each policy, where it has not yet."""
     def search(path, run, policy):
         if not finished(path):
-            command(['prune.py', f'--out_dir={run.folder}', '--tolerance=0.01', f'--policy={policy}', '--device=cpu',
-                     f'--to={os.path.basename(path)}'])
+            command(['prune.py', f'--out_dir={run.folder}', '--tolerance=0.01', f'--policy={policy}', '--windows=256',
+                     '--device=cpu', f'--to={os.path.basename(path)}'])
 
     def finished(path):
         if os.path.isfile(path):
@@ -228,7 +228,7 @@ def memory(r):
         columns = {'validation loss': last('val_loss'), 'by F': saving('selective'), 'newest': saving('oldest'),
                    'random': saving('random')}
         parts.append(f"**{task}**, {context} tokens\n\n{table('model', models, runs, columns)}")
-    r.commands.append('python prune.py --out_dir=RUN --tolerance=0.01 --policy=POLICY --device=cpu')
+    r.commands.append('python prune.py --out_dir=RUN --tolerance=0.01 --policy=POLICY --windows=256 --device=cpu')
     return '\n\n'.join(parts)
 
 

@@ -145,10 +145,12 @@ def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per 
     for ax, (title, models) in zip(axes[0], groups.items()):
         for n, (name, runs) in enumerate(models.items()):
             colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
-            columns = [getattr(run, figure) for run in runs]
+            # a loss from an eighth of the steps on: what comes before would leave no room for the differences
+            skip = sum(step < runs[0].steps[-1] / 8 for step in runs[0].steps) if figure == 'val_loss' else 0
+            steps, columns = runs[0].steps[skip:], [getattr(run, figure)[skip:] for run in runs]
             for column in columns:
-                ax.plot(runs[0].steps, column, color=colour, alpha=0.25, linewidth=1)
-            ax.plot(runs[0].steps, [statistics.mean(values) for values in zip(*columns)], color=colour, linestyle=line,
+                ax.plot(steps, column, color=colour, alpha=0.25, linewidth=1)
+            ax.plot(steps, [statistics.mean(values) for values in zip(*columns)], color=colour, linestyle=line,
                     marker=marker, markersize=3, label=name)
         ax.set(xlabel='step', ylabel=ylabel, title=title)
         ax.legend(fontsize=8)
