@@ -2,7 +2,7 @@
 
     python -m lab.reproduce --list
     python -m lab.reproduce variable_assignment text        about the times that --list gives
-    python -m lab.reproduce variable_assignment --quick     an eighth of the steps, one seed; printed, not written
+    python -m lab.reproduce variable_assignment --quick     a quarter of the steps, one seed; printed, not written
 
 Runs are python train.py, or python -m lab.ablate, in processes of one thread each. What is done already is not done
 again, and a run that was stopped goes on. A claim writes its section of RESULTS.md, between two markers, and a picture

@@ -61,7 +61,7 @@ class Runner:
 
         extra: flags of all of them.
         """
-        steps, jobs = max(20, steps // 8) if self.cfg.quick else steps, []
+        steps, jobs = max(20, steps // 4) if self.cfg.quick else steps, []
         always = [*extra, f'--max_iters={steps}', *([f'--warmup_iters={steps // 10}'] if self.cfg.quick else [])]
         self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED --device=cpu")
         for seed in range(1, self.seeds + 1):
