@@ -7,7 +7,6 @@ arXiv 2411.12892. Names and shapes of the parameters are those of GPT-2 and nano
 In shapes: B batch, T tokens, C = n_embd channels, H heads, D = C/H channels of a head, V vocabulary;
 R rows (queries) of a block, N columns (keys) that they may look at. Row i is a query, column j a key.
 """
-import inspect
 import math
 from dataclasses import dataclass
 

@@ -16,7 +16,6 @@ import torch
 import checkpoint as ckpt
 import data
 import model as m
-import settings
 from lab import evaluate
 from settings import UserError
 from test_prepare_c4 import Handler, Server

@@ -9,7 +9,7 @@ import torch
 import model as m
 import settings
 import train
-from lab import ablate, plot, reproduce, runs, tasks
+from lab import ablate, reproduce, runs, tasks
 
 TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_size=4', '--eval_interval=4', '--eval_iters=1',
         '--gradient_accumulation_steps=1', '--device=cpu']
