@@ -28,9 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as fn
 
 import model as m
-import settings
+from support import settings
 import train
-from settings import UserError
+from support.settings import UserError
 
 
 def attention(rule, q, k, v, dropout=0.0, tau=None, scale=None):

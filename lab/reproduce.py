@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
 import model as m
 import prepare_text
-import settings
+from support import settings
 from lab import plot, tasks
 from lab.runs import Runner, command, curves, last, spread, table
-from settings import UserError
+from support.settings import UserError
 
 
 @dataclass

@@ -9,11 +9,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-import checkpoint as ckpt
-import settings
+from support import checkpoint as ckpt
+from support import settings
 import train
 from lab import plot
-from settings import UserError
+from support.settings import UserError
 
 # settings of a run that do not change what it learns, or that train.py fills in
 FREE = ('out_dir', 'init_from', 'device', 'dtype', 'kernel', 'vocab_size')
