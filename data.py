@@ -47,6 +47,15 @@ def get_tokenizer(name):
                         'or set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes') from None
 
 
+def encode_prompt(text, tokenizer, bos):
+    """The tokens of a prompt, as a list; with bos, <|endoftext|> stands in front, as in the windows of training.
+
+    An empty text becomes <|endoftext|>, because the end of a text is the start of the next.
+    """
+    ids = tokenizer.encode_ordinary(text)
+    return [tokenizer.eot_token, *ids] if bos or not ids else ids
+
+
 def within(seconds, function, *args):
     """function(*args), or TimeoutError after so many seconds.
 

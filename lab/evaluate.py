@@ -33,16 +33,14 @@ from dataclasses import dataclass
 
 import torch
 
-from support import checkpoint as ckpt
 import data
-from support import pretrained
-from support import settings
 from model import KVCache, check_budgets
+from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 
 @dataclass
-class Settings(pretrained.Settings):
+class Settings(pretrained.PretrainedConfig):
     out_dir: str = 'out/selective_small'    # folders of ckpt.pt, or what init_from names (gpt2, a folder), with commas
     tasks: str = 'wikitext,lambada,hellaswag,passkey'   # which
     budgets: str = ''                       # tokens that a layer may keep: a number, 4,9,16,8 or a budgets.json; 'none'
@@ -73,7 +71,7 @@ class Subject:
     def logits(self, x):
         """x (B, T) int64 -> logits (B, T, V), under the budgets."""
         model, dtype = self.model, self.cfg.dtype
-        with ckpt.autocast(self.cfg.device, dtype):
+        with devices.autocast(self.cfg.device, dtype):
             if self.budgets is None:
                 return model(x, x)[0]
             policy = 'selective' if model.config.selective else 'oldest'
@@ -295,8 +293,8 @@ def check(cfg):
         raise UserError('--depths are from 0 to 1')
     if min(cfg.batch_size, cfg.passkeys) < 1 or min(cfg.limit, cfg.stride) < 0:
         raise UserError('batch_size and passkeys must be at least 1, limit and stride at least 0')
-    cfg.device = ckpt.pick_device(cfg.device)
-    cfg.dtype = ckpt.pick_dtype(cfg.dtype, cfg.device)
+    cfg.device = devices.pick_device(cfg.device)
+    cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
 
 
 def subjects(name, cfg):
@@ -343,7 +341,7 @@ def main():
                 result['tasks'][task] = TASKS[task](subject, items[task], cfg)
             results.append(result)
     print(table(results))
-    settings.write_file(cfg.json, json.dumps({'settings': asked, 'results': results}, indent=1))
+    files.write_file(cfg.json, json.dumps({'settings': asked, 'results': results}, indent=1))
 
 
 if __name__ == '__main__':

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from support import checkpoint as ckpt
 import data
-from support import settings
+from support import checkpoint as ckpt, settings
 from support.settings import UserError
 
 

@@ -1,6 +1,7 @@
-"""Where a model runs: devices, dtypes, threads, and the processes of torchrun."""
+"""Where a model runs: devices, dtypes, threads, signals, and the processes of torchrun."""
 import contextlib
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -43,6 +44,31 @@ def threads_for_generation(model):
     """
     if model.config.n_embd < 512:
         torch.set_num_threads(1)
+
+
+def mfu(model, tokens_per_second):
+    """Model FLOPs utilisation: operations of forward and backward, by the PaLM paper's appendix B, over the GPU's peak.
+
+    The peak is that of dense bfloat16, by NVIDIA's datasheets; an A100's where the GPU is unknown.
+    """
+    c, name = model.config, torch.cuda.get_device_name()
+    operations = 6 * model.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+    peak = 989e12 if any(chip in name for chip in ('H100', 'H200', 'GH200')) else 312e12
+    return tokens_per_second * operations / peak
+
+
+def catch_signals(say):
+    """Ctrl-C and SIGTERM end a run after its step: returns a list, empty until one comes. A second one ends it at once."""
+    caught = []
+
+    def on_signal(number, _):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        say('\nfinishing the step …')
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return caught
 
 
 class Processes:
