@@ -147,7 +147,7 @@ class Dataset:
         if bos:
             windows = np.pad(windows, ((0, 0), (1, 0)), constant_values=self.vocab_size - 1)
         windows = torch.from_numpy(windows.astype(np.int64))
-        x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        x, y = windows[:, :-1].contiguous(), windows[:, 1:].clone()
         if self.record_len:
             y[:, sorted(set(range(length - 1)) - {place - 1 for place in self.answers})] = -1
         return x, y

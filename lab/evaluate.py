@@ -40,7 +40,7 @@ from support.settings import UserError
 
 
 @dataclass
-class Settings(pretrained.PretrainedConfig):
+class EvaluateConfig(pretrained.PretrainedConfig):
     out_dir: str = 'out/selective_small'    # folders of ckpt.pt, or what init_from names (gpt2, a folder), with commas
     tasks: str = 'wikitext,lambada,hellaswag,passkey'   # which
     budgets: str = ''                       # tokens that a layer may keep: a number, 4,9,16,8 or a budgets.json; 'none'
@@ -65,7 +65,7 @@ class Subject:
     model: torch.nn.Module
     tokenizer: object
     budgets: list
-    cfg: Settings
+    cfg: EvaluateConfig
 
     @torch.no_grad()
     def logits(self, x):
@@ -76,7 +76,7 @@ class Subject:
                 return model(x, x)[0]
             policy = 'selective' if model.config.selective else 'oldest'
             cache = KVCache(model, len(x), self.budgets, policy, getattr(torch, dtype))
-            return torch.cat([model(rows, rows, cache=cache)[0] for rows in x.split(model.prefill_rows, dim=1)], dim=1)
+            return torch.cat([model(rows, rows, cache=cache)[0] for rows in x.split(64, dim=1)], dim=1)
 
     def score(self, requests):
         """For each (tokens, n): the log-probability of the last n tokens, given those before them, in nats, and
@@ -283,7 +283,7 @@ def numbers(name, text, kind):
 
 
 def check(cfg):
-    """Settings as the tasks use them; UserError for those that cannot be."""
+    """Settings as the tasks use them; UserError for invalid ones."""
     cfg.tasks, cfg.out_dir = cfg.tasks.split(','), cfg.out_dir.split(',')
     for task in cfg.tasks:
         if task not in TASKS:
@@ -329,7 +329,7 @@ def table(results):
 
 
 def main():
-    cfg = settings.parse(Settings)
+    cfg = settings.parse(EvaluateConfig)
     asked = dataclasses.asdict(cfg)
     check(cfg)
     items, results = {task: read_items(task, cfg) for task in cfg.tasks}, []
