@@ -65,7 +65,7 @@ class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
     memory_loss: float = 0.0            # its weight, epsilon; the paper's is 0.1; 0: off
     memory_tau: float = 1.0             # the F at which a token counts as wholly masked
     # machine
-    kernel: str = 'auto'                # of selective attention: 'auto', 'none' (model.py's code), 'listing', 'cpu', 'gpu'
+    kernel: str = 'auto'                # of selective attention: 'auto', 'none' (model.py), 'listing' (T x T), 'cpu', 'gpu'
     device: str = 'auto'                # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is
     dtype: str = 'auto'                 # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 where a GPU has it
     compile: bool = True                # torch.compile, where it helps: on CUDA
@@ -77,25 +77,21 @@ def check(cfg, world):
         check_config(dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 1))     # 0: known with the data
     except ValueError as e:
         raise UserError(str(e)) from None
-    for name in 'max_iters eval_interval eval_iters log_interval batch_size gradient_accumulation_steps'.split():
-        if getattr(cfg, name) < 1:
-            raise UserError(f'{name} is {getattr(cfg, name)}; it must be at least 1')
-    for name in 'learning_rate', 'memory_tau':
-        if getattr(cfg, name) <= 0:
-            raise UserError(f'{name} is {getattr(cfg, name)}; it must be above 0')
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
-    if cfg.kernel not in kernels.KERNELS:
-        raise UserError(f"kernel {cfg.kernel!r}: it is one of {', '.join(kernels.KERNELS)}")
-    if cfg.freeze not in ('', 'base'):
-        raise UserError(f"freeze {cfg.freeze!r}: it is 'base' or ''")
-    if cfg.freeze and not (cfg.ssa or cfg.vote_scale):
-        raise UserError("freeze='base' leaves nothing to train: set ssa or vote_scale")
-    if cfg.gradient_accumulation_steps % world:
-        raise UserError(f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} cannot be shared out '
-                        f'among {world} processes')
-    if cfg.memory_loss and not cfg.selective:
-        raise UserError('memory_loss needs selective=True: standard attention masks nothing')
+    counts = 'max_iters eval_interval eval_iters log_interval batch_size gradient_accumulation_steps'.split()
+    for wrong, why in [
+            *((getattr(cfg, name) < 1, f'{name} is {getattr(cfg, name)}; it must be at least 1') for name in counts),
+            *((getattr(cfg, name) <= 0, f'{name} is {getattr(cfg, name)}; it must be above 0')
+              for name in ('learning_rate', 'ssa_lr', 'memory_tau')),
+            (cfg.kernel not in kernels.KERNELS, f"kernel {cfg.kernel!r}: it is one of {', '.join(kernels.KERNELS)}"),
+            (cfg.freeze not in ('', 'base'), f"freeze {cfg.freeze!r}: it is 'base' or ''"),
+            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' leaves nothing to train: set ssa, vote_scale"),
+            (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
+             f'cannot be shared out among {world} processes'),
+            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: nothing else masks')]:
+        if wrong:
+            raise UserError(why)
 
 
 def schedule(cfg, iter_num):
@@ -111,14 +107,13 @@ def schedule(cfg, iter_num):
 
 def find_start(cfg, processes):
     """The checkpoint that the run begins with, of out_dir or of a pretrained model; None: it begins from scratch."""
-    if cfg.init_from == 'scratch':
-        if os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')):
-            raise UserError(f'{cfg.out_dir} has a checkpoint: resume it with --init_from=resume, delete the folder, or '
-                            'give another --out_dir')
-        return None
     if cfg.init_from == 'resume':
         return ckpt.load(cfg.out_dir)
-    return processes.after_master(pretrained.load, cfg.init_from, cfg)      # the master downloads it
+    if os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')) and not cfg.eval_only:
+        raise UserError(f'{cfg.out_dir} has a checkpoint: resume it with --init_from=resume, delete the folder, or '
+                        'give another --out_dir')
+    if cfg.init_from != 'scratch':
+        return processes.after_master(pretrained.load, cfg.init_from, cfg)      # the master downloads it
 
 
 def take_settings(cfg, start):
@@ -153,10 +148,7 @@ def take_settings(cfg, start):
 
 
 def open_data(cfg, processes, tokenizer):
-    """The data set of the run. Prepares the default one, which needs no network, where it is missing.
-
-    tokenizer: that of the model's checkpoint, or None.
-    """
+    """The data set of the run; tokenizer: the checkpoint's, or None. Prepares 'stdlib' where missing, off the network."""
     def opened():
         if cfg.dataset == 'stdlib' and not os.path.exists('data/stdlib'):
             prepare_text.prepare(prepare_text.TextConfig())
@@ -195,8 +187,8 @@ def get_batch(cfg, dataset, split, index):
 
 @torch.no_grad()
 def evaluate(cfg, model, dataset, processes):
-    """Figures on the validation set: val_loss, the plain cross-entropy; memory, what a selective model needs of it;
-    accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token."""
+    """Figures on the validation set: val_loss, the plain cross-entropy; memory, the fraction of the context that
+    selection needs; accuracy, where the data set asks questions: the fraction of answers that are the likeliest token."""
     model.eval()
     names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len)
     totals, batches = [0.0] * len(names), range(processes.rank, cfg.eval_iters, processes.world)
@@ -262,8 +254,8 @@ def main():
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)
     attention = ' + '.join(['selective'] * cfg.selective + [f'SSA {cfg.ssa}'] * bool(cfg.ssa)) or 'standard'
     say(f'{cfg.out_dir}: {attention} attention, {raw_model.num_params() / 1e6:.2f}M parameters, {processes.world} x '
-        f'{cfg.device} {cfg.dtype}; data {cfg.dataset} ({dataset.tokens("train"):,} tokens of {dataset.tokenizer_name}); '
-        f'{tokens_per_step:,} tokens a step')
+        f'{cfg.device} {cfg.dtype}; data {cfg.dataset} ({dataset.tokens("train"):,} tokens of '
+        f'{dataset.tokenizer_name}); {tokens_per_step:,} tokens a step')
     say(kernel)
     if cfg.eval_only:
         say(f'step {iter_num}{shown(evaluate(cfg, raw_model, dataset, processes))}')
