@@ -79,13 +79,13 @@ def check(cfg, world):
         raise UserError(str(e)) from None
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
-    if cfg.freeze and not (cfg.ssa or cfg.vote_scale):
-        raise UserError("freeze='base' leaves nothing to train: set ssa or vote_scale")
-    if cfg.gradient_accumulation_steps % world:
-        raise UserError(f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} cannot be shared out '
-                        f'among {world} processes')
-    if cfg.memory_loss and not cfg.selective:
-        raise UserError('memory_loss needs selective=True: standard attention masks nothing')
+    for wrong, why in [
+            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' leaves nothing to train: set ssa, vote_scale"),
+            (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
+             f'cannot be shared out among {world} processes'),
+            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: nothing else masks')]:
+        if wrong:
+            raise UserError(why)
 
 
 def schedule(cfg, iter_num):
