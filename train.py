@@ -181,9 +181,11 @@ def get_batch(cfg, dataset, split, index):
 
 @torch.no_grad()
 def evaluate(cfg, model, dataset, processes):
-    """Figures on the validation set: val_loss, the plain cross-entropy; memory, the fraction of the context that
-    selection needs; accuracy, where the data set asks questions: the fraction of answers that are the likeliest token."""
+    """Figures on the validation set: val_loss, the plain cross-entropy; memory, what a selective model needs of it;
+    accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token; live, with
+    kernels/cpu.py: the share of attention that it computed, as the rest is provably masked."""
     model.eval()
+    kernels.live_share()                    # from here on
     names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len)
     totals, batches = [0.0] * len(names), range(processes.rank, cfg.eval_iters, processes.world)
     for n in batches:
@@ -194,6 +196,9 @@ def evaluate(cfg, model, dataset, processes):
             figures.append((logits.argmax(dim=-1) == y)[y >= 0].float().mean())
         totals = [total + figure.item() for total, figure in zip(totals, figures)]
     model.train()
+    live = kernels.live_share()
+    if live is not None:
+        names, totals = [*names, 'live'], [*totals, live * len(batches)]
     *totals, count = processes.mean(*totals, len(batches))
     return {name: total / count for name, total in zip(names, totals)}
 
