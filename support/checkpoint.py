@@ -53,8 +53,8 @@ def load(out_dir, device='cpu'):
 
 
 def is_added(name):
-    """Whether a parameter of this name is one that SSA or selection adds to GPT-2."""
-    return '.ssa.' in name or name.endswith('.vote_scale')
+    """Whether GPT-2 has no parameter of this name: SSA, selection or a variant has added it."""
+    return not re.search(r'\.(wte|wpe|c_attn|c_proj|c_fc|ln_1|ln_2|ln_f)\.|^lm_head\.', name)
 
 
 def starts_with_bos(checkpoint):
