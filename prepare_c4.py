@@ -6,9 +6,9 @@
 
 Every shard that is downloaded becomes one file, data/c4/train_00000.bin and so on; each document ends with
 <|endoftext|>. Stop it at any moment and run it again: finished shards are kept, the unfinished one is done
-again, and the files come out as if it had never stopped. A file that holds only the beginning of its shard has
-a .cut file beside it, so that asking for more later makes it anew. Every run makes the validation files that
-are missing. Memory does not grow: one shard at a time streams through.
+again, and the files are the same as those of an uninterrupted run. A file that holds only the beginning of its
+shard has a .cut file beside it, and is made again when you ask for more. Every run makes the validation files
+that are missing. One shard at a time streams through, so memory stays small.
 """
 import collections
 import concurrent.futures

@@ -113,7 +113,7 @@ def find_start(cfg, processes):
 def take_settings(cfg, start):
     """Set what the checkpoint decides: for eval_only all of the model and the data, else what cannot change in a run.
 
-    Yields lines that say what is not as the settings have it.
+    Yields a line for each setting that is overruled, and for another data set than before.
     """
     args = ckpt.model_args(start)
     if cfg.eval_only:

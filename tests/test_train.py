@@ -287,6 +287,24 @@ def test_impossible_runs(wrong, words):
         train.check(train.TrainConfig(**wrong), world=2)
 
 
+@pytest.mark.parametrize('script', ['train', 'sample', 'prune'])
+def test_threads_wait_without_spinning(script):
+    """OpenMP reads OMP_WAIT_POLICY once, when torch is imported; by then it must be set."""
+    code = f"""
+import builtins, os
+real, seen = builtins.__import__, []
+def spy(name, *args, **more):
+    if name == 'torch':
+        seen.append(os.environ.get('OMP_WAIT_POLICY'))
+    return real(name, *args, **more)
+builtins.__import__ = spy
+import {script}
+print(seen[0])
+"""
+    env = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True).stdout == 'PASSIVE\n'
+
+
 def test_help_lists_every_setting():
     out = settings.help_text(train.TrainConfig)
     for name in train.TrainConfig.__dataclass_fields__:
