@@ -194,7 +194,7 @@ def test_ssa_has_its_own_learning_rate(dataset, tmp_path, run, monkeypatch):
     assert len(rates) == 1 and rates[0][2] == pytest.approx(50 * rates[0][0]) and rates[0][0] == rates[0][1]
     gpt = ckpt.build(before)
     optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
-    ckpt.load_optimizer(optimizer, gpt, before)
+    ckpt.load_optimizer(optimizer, torch.amp.GradScaler(enabled=False), gpt, before)
     same = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     same.load_state_dict(before['optimizer'])
     for name, p in gpt.named_parameters():
