@@ -49,7 +49,7 @@ def load(out_dir, device='cpu'):
     """The checkpoint of out_dir as a dictionary. Raises UserError if it is missing or damaged."""
     path = os.path.join(out_dir, 'ckpt.pt')
     if not os.path.isfile(path):
-        raise UserError(f'{path} does not exist: train first, or give another --out_dir')
+        raise UserError(f'{path} does not exist: train first, or name another folder')
     try:
         with zipfile.ZipFile(path) as f:        # torch.save writes checksums of all entries, torch.load ignores them
             if wrong := f.testzip():

@@ -77,7 +77,8 @@ def test_two_processes_train_as_one(dataset, tmp_path, run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, run):
-    out = run(train, dataset, *SMALL, '--max_iters=30', f'--out_dir={tmp_path}', '--learning_rate=1000', '--grad_clip=0')
+    out = run(train, dataset, *SMALL, '--max_iters=30', f'--out_dir={tmp_path}', '--learning_rate=1000',
+              '--weight_decay=1000')
     assert 'is not finite' in out and 'ckpt.pt has step 0' in out
     assert all(p.isfinite().all() for p in ckpt.load(tmp_path)['model'].values())
 
