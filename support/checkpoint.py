@@ -26,9 +26,10 @@ from support import files, settings
 from support.settings import UserError
 
 NUMBER = (None, range(2**63))
-CHECKPOINT = {'model': {str: torch.Tensor}, 'optimizer': dict, 'scaler': dict, 'model_args': dict, 'config': dict,
-              'iter_num': range(2**63), 'val_loss': (None, float), 'val_iter': NUMBER, 'pretrained': (None, str),
-              'dataset': (None, str), 'tokenizer': str, 'data?': (None, str)}
+CHECKPOINT = {'model': {str: torch.Tensor}, 'optimizer?': dict, 'scaler?': dict, 'model_args': dict, 'config?': dict,
+              'iter_num?': range(2**63), 'val_loss?': (None, float), 'val_iter?': NUMBER, 'pretrained?': (None, str),
+              'dataset?': (None, str), 'tokenizer': str, 'data?': (None, str)}
+ABSENT = {'config': {}, 'iter_num': 0, 'val_loss': None, 'val_iter': None, 'pretrained': None, 'dataset': None}
 # settings that a resumed run may change: in silence those of the machine, with a word those of the pace
 MACHINE = 'out_dir init_from eval_only resume_changed dataset device compile kernel base_url cache_dir'.split()
 PACE = 'max_iters lr_decay_iters eval_interval eval_iters log_interval dtype'.split()
@@ -62,18 +63,18 @@ def load(out_dir, device='cpu'):
             raise
         why = str(e).splitlines()[0][:100] if type(e) is ValueError else type(e).__name__
         raise UserError(f'{path} is damaged, or not a checkpoint of train.py ({why})') from None
-    return checkpoint
+    return {**ABSENT, **checkpoint}
 
 
 def check_resume(checkpoint, cfg):
     """Raises UserError where cfg would make another run of the checkpoint's; returns in one line what differs, or ''."""
     args, was = model_args(checkpoint), checkpoint['config']
+    if missing := {'optimizer', 'scaler'} - set(checkpoint):
+        raise UserError(f'{cfg.out_dir}/ckpt.pt has no {min(missing)}: it can be read, not resumed')
     for name, value in args.items():
         if name != 'dropout' and getattr(cfg, name) != value:
             raise UserError(f'{cfg.out_dir}/ckpt.pt has {name}={value!r}, this run {getattr(cfg, name)!r}: resume with '
                             f'--{name}={value}')
-    if checkpoint['iter_num'] >= cfg.max_iters:
-        raise UserError(f'{cfg.out_dir} is done, {checkpoint["iter_num"]} of {cfg.max_iters} steps: raise --max_iters')
     now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MACHINE}
     told = {name: f'{name}={value!r} (was {was[name]!r})' for name, value in now.items()
             if was.get(name, value) != value}
@@ -81,6 +82,8 @@ def check_resume(checkpoint, cfg):
     if other and not cfg.resume_changed:
         raise UserError(f'{cfg.out_dir} would become another run by {other}: resume it as it was, or with '
                         '--resume_changed')
+    if checkpoint['iter_num'] >= cfg.max_iters:
+        raise UserError(f'{cfg.out_dir} is done, {checkpoint["iter_num"]} of {cfg.max_iters} steps: raise --max_iters')
     return f"resumed with {', '.join(told.values())}" if told else ''
 
 

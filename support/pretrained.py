@@ -73,7 +73,7 @@ def load(name, cfg):
         expected = GPT(GPTConfig(**args)).state_dict()
     wrong = [key for key, x in expected.items() if key not in state or state[key].shape != x.shape]
     if wrong:
-        raise UserError(f'{path} is not the model of its config.json ({wrong[0]} differs): delete it')
+        raise UserError(f'{path} does not fit model.py as config.json describes it ({wrong[0]}): delete it')
     return {'model': state, 'model_args': args, 'pretrained': name, 'config': {}, 'iter_num': 0, 'val_loss': None,
             'val_iter': None, 'dataset': None, 'tokenizer': 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'}
 
