@@ -2,9 +2,12 @@
 import os
 import signal
 import sys
+import tempfile
 
 import pytest
 
+_hub = tempfile.TemporaryDirectory()        # for transformers and datasets; kept as long as this process
+os.environ.update(HF_HOME=_hub.name, HF_HUB_OFFLINE='1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests' tensors are tiny: threads would wait for each other, no more
 import torch
 

@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
-from model import KVCache
+from model import KVCache, stream
 from support import checkpoint as ckpt
 from support.settings import UserError
 
@@ -101,8 +101,8 @@ class Model(TemplateLM):
         with ckpt.autocast(self._device, self.dtype):
             if self.budgets is None:
                 return self.model(x, x)[0]
-            cache, rows = self.cache(len(x)), self.model.prefill_rows
-            return torch.cat([self.model(part, part, cache=cache)[0] for part in x.split(rows, dim=1)], dim=1)
+            cache = self.cache(len(x))
+            return torch.cat([self.model(rows, rows, cache=cache)[0] for rows in x.split(64, dim=1)], dim=1)
 
     def check(self, *tokens):
         if max(t.max() for t in tokens) >= self.model.config.vocab_size:
@@ -146,7 +146,7 @@ class Model(TemplateLM):
         tokens, texts = [[] for _ in contexts], [''] * len(contexts)
         done = [False] * len(contexts)
         with ckpt.autocast(self._device, self.dtype):
-            for new in self.model.stream(ids.to(self._device), n, temperature, top_k, cache=self.cache(len(ids))):
+            for new in stream(self.model, ids.to(self._device), n, temperature, top_k, cache=self.cache(len(ids))):
                 for b, token in enumerate(new[:, 0].tolist()):
                     if not done[b]:
                         if token < self.tokenizer.n_vocab and token != self.eot_token_id:

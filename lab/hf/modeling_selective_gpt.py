@@ -9,12 +9,13 @@ budgets='none' keeps every token. Texts of a batch may be padded on the left; ea
 import dataclasses
 
 import torch
+import torch.nn.functional as fn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .model import GPT, GPTConfig, KVCache, check_budgets
+from .model import GPT, GPTConfig, KVCache, check_budgets, prefill
 
 
 class SelectiveGPTConfig(PretrainedConfig):
@@ -26,7 +27,7 @@ class SelectiveGPTConfig(PretrainedConfig):
     def __init__(self, **kwargs):
         for field in dataclasses.fields(GPTConfig):
             setattr(self, field.name, kwargs.pop(field.name, field.default))
-        super().__init__(**kwargs)
+        super().__init__(**{'tie_word_embeddings': True, **kwargs})
 
     def gpt_config(self):
         return GPTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(GPTConfig)})
@@ -124,23 +125,20 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
             parts = [ids] if len(memory.caches) == 1 else ids.split(1)
         logits = [self._read(part, memory, n, last) for n, part in enumerate(parts)]
         memory.seen += T
-        if len(logits) > 1:                                     # zeros where there is padding
-            logits = [torch.nn.functional.pad(x, (0, 0, max(map(len, x[0:1])) and (1 if last else T) - x.size(1), 0))
-                      for x in logits]
-        return torch.cat(logits)
+        return torch.cat([fn.pad(x, (0, 0, (1 if last else T) - x.size(1), 0)) for x in logits])    # zeros for padding
 
     def _read(self, new, memory, n, last):
         """Logits of the tokens `new`, which continue text n of the memory."""
-        size, cache = self.config.block_size, memory.caches[n]
+        size, cache, ends = self.config.block_size, memory.caches[n], not self.config.rope
         text = torch.cat([memory.texts[n], new], dim=1)
         seen = int(cache.position) if cache is not None else 0
-        if cache is None or seen + new.size(1) > size:          # as GPT.stream does
-            new = text[:, -size:] if cache is None else text[:, -max(1, size // 2):]
+        if cache is None or ends and seen + new.size(1) > size:         # the window slides as in model.py's `stream`
+            new = text if not ends else text[:, -size:] if cache is None else text[:, -max(1, size // 2):]
             cache = KVCache(self.gpt, len(new), memory.budgets, memory.policy)
         memory.texts[n], memory.caches[n] = text[:, -size:], cache
         if last:
-            return self.gpt.prefill(new, cache)
-        return torch.cat([self.gpt(rows, rows, cache=cache)[0] for rows in new.split(self.gpt.prefill_rows, dim=1)], dim=1)
+            return prefill(self.gpt, new, cache)
+        return torch.cat([self.gpt(rows, rows, cache=cache)[0] for rows in new.split(64, dim=1)], dim=1)
 
     def generate(self, inputs=None, generation_config=None, budgets=None, policy=None, **kwargs):
         """transformers' generate, in a cache of at most `budgets` tokens a layer: a number or a list of one for each."""
@@ -157,9 +155,9 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
 def padding(mask):
     """How many columns of padding each text has on its left (B,); None if no text has any."""
-    if mask is None or mask[:, 0].all():
+    if mask is None or mask.all():
         return None
-    left = mask.int().argmax(dim=1)
-    if (mask.size(1) - left != mask.sum(dim=1)).any():
-        raise ValueError('the attention mask must be 1 from the first token of each text to its last')
-    return left
+    left, T = mask.int().argmax(dim=1), torch.arange(mask.size(1), device=mask.device)
+    if (mask.bool() != (left[:, None] <= T) & (T < (left + mask.sum(dim=1))[:, None])).any():
+        raise ValueError('the attention mask must be 1 from the first token of each text to its last, 0 elsewhere')
+    return left if left.any() else None
