@@ -28,8 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as fn
 
 import model as m
-from support import settings
 import train
+from support import settings
 from support.settings import UserError
 
 

@@ -28,11 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as fn
 
-from support import checkpoint as ckpt
 from kernels import cpu as kernels
 import model as m
-from support import settings
 from lab.peers import XTransformers, listing, x_transformers
+from support import checkpoint as ckpt, devices, files, settings
 from support.settings import UserError
 
 SHAPES = {'small': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257),
@@ -73,7 +72,7 @@ def attentions(q):
 
 def attention_cases(shape, T, tokens, device):
     H, B = shape['n_head'], max(1, tokens // T)
-    dtype = getattr(torch, ckpt.pick_dtype('auto', device))
+    dtype = getattr(torch, devices.pick_dtype('auto', device))
     qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, dtype=dtype, requires_grad=True)
     heads = lambda: [t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(shape['n_embd'], dim=2)]    # q, k, v
 
@@ -93,13 +92,13 @@ def step_case(name, shape, T, tokens, device):
     gpt.to(device)
     optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
     idx = torch.randint(shape['vocab_size'], (max(1, tokens // T), T), device=device)
-    dtype = ckpt.pick_dtype('auto', device)
+    dtype = devices.pick_dtype('auto', device)
 
     def once():
         swap = kernels.pick
         if name == 'selective, listing':
             kernels.pick = lambda *_: lambda q, k, v, tau, scale: (listing(q, k, v), None)
-        with ckpt.autocast(device, dtype):
+        with devices.autocast(device, dtype):
             loss = gpt(idx, idx)[1]
         kernels.pick = swap
         loss.backward()
@@ -212,7 +211,7 @@ def main():
         raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}")
     if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
         raise UserError(f'--shapes is among {", ".join(SHAPES)}, --lengths are whole numbers like 256,512')
-    cfg.device = ckpt.pick_device(cfg.device)
+    cfg.device = devices.pick_device(cfg.device)
     machine = torch.cuda.get_device_name() if 'cuda' in cfg.device else \
         f'{platform.machine()}, {torch.get_num_threads()} threads'
     print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
@@ -223,7 +222,7 @@ def main():
             PARTS[part](table, cfg, shape, lengths)
             if part != 'profile':
                 table.growth(part, shape)
-    settings.write_file(cfg.to, json.dumps({'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds,
+    files.write_file(cfg.to, json.dumps({'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds,
                                             'command': ' '.join(sys.argv[1:]), 'rows': table.rows}, indent=1))
     print(cfg.to)
 
@@ -282,7 +281,7 @@ def prefill_part(table, cfg, shape, lengths):
     s = SHAPES[shape]
     H, D = s['n_head'], s['n_embd'] // s['n_head']
     for T in lengths:
-        dtype = getattr(torch, ckpt.pick_dtype('auto', cfg.device))
+        dtype = getattr(torch, devices.pick_dtype('auto', cfg.device))
         q, k, v = torch.randn(3, 1, H, T, D, device=cfg.device, dtype=dtype).unbind()
         K = max(2, T // 64)
 

@@ -23,19 +23,20 @@ import sys
 from dataclasses import dataclass
 
 import requests
+import torch
 
 import data
+import kernels
 import model
 from model import check_budgets
-from support import checkpoint as ckpt
-from support import pretrained, settings
+from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 OURS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'harness')      # our own task files
 
 
 @dataclass
-class EvaluateConfig(pretrained.Settings):
+class EvaluateConfig(pretrained.PretrainedConfig):
     # what
     out_dir: str = 'out/selective_small'        # folders of ckpt.pt, gpt2, gpt2-medium, … or folders, with commas
     tasks: str = 'passkey'                      # names of tasks or groups of the harness, with commas; 'list': all
@@ -128,8 +129,9 @@ def subjects(name, cfg):
     from lab.harness.model import Model
     init_from = 'resume' if os.path.isfile(os.path.join(name, 'ckpt.pt')) else name
     gpt, checkpoint = pretrained.load_model(init_from, name, cfg, cfg.device)
+    kernels.install(gpt, dtype=getattr(torch, cfg.dtype))
     budgets = ckpt.read_budgets(cfg.budgets, name, gpt)
-    rest = dict(tokenizer=data.get_tokenizer(checkpoint['tokenizer']), bos=checkpoint['config'].get('bos', False),
+    rest = dict(tokenizer=data.get_tokenizer(checkpoint['tokenizer']), bos=ckpt.starts_with_bos(checkpoint),
                 batch_size=cfg.batch_size, device=cfg.device, dtype=cfg.dtype)
     yield Model(name, gpt, **rest)
     if budgets is not None:
@@ -177,8 +179,8 @@ def check(cfg):
             os.remove(cfg.json)
     except OSError as e:
         raise UserError(f'cannot write {e.filename}: {e.strerror}') from None
-    cfg.device = ckpt.pick_device(cfg.device)
-    cfg.dtype = ckpt.pick_dtype(cfg.dtype, cfg.device)
+    cfg.device = devices.pick_device(cfg.device)
+    cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
 
 
 def main():
@@ -212,7 +214,7 @@ def main():
                         results[-1][key].update(value)
                     results[-1]['cut'] = lm.cut
                     content = {'settings': asked, 'lm_eval': lm_eval.__version__, 'results': results}
-                    settings.write_file(cfg.json, json.dumps(content, indent=1))
+                    files.write_file(cfg.json, json.dumps(content, indent=1))
         except UserError as e:
             report(e)
     if results:

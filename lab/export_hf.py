@@ -16,8 +16,7 @@ import torch
 
 import data
 import model as m
-from support import checkpoint as ckpt
-from support import settings
+from support import checkpoint as ckpt, files, settings
 from support.settings import UserError
 
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'hf', 'modeling_selective_gpt.py')
@@ -38,29 +37,28 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     except ImportError:
         raise UserError('this needs the package safetensors: pip install safetensors') from None
     c, tokenizer = model.config, data.get_tokenizer(checkpoint['tokenizer'])
-    bos = checkpoint['config'].get('bos', False)
+    bos = ckpt.starts_with_bos(checkpoint)
     eot = min(tokenizer.eot_token, c.vocab_size - 1)        # a GPT-2 of other tokens may have a smaller vocabulary
-    special = {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': eot, 'dtype': 'float32'}
     plain = not (c.selective or c.ssa or c.rope or c.qk_norm)
     tensors, config = gpt2(model) if plain else ours(model)
-    generation = {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': eot}
-    if budgets is not None and not plain:
-        generation.update(budgets=budgets, policy=policy)
-    files = {'model.safetensors': safetensors.torch.save(tensors, metadata={'format': 'pt'}),
-             'tokenizer.json': json.dumps(tokenizer_json(tokenizer, bos), ensure_ascii=False),
-             'tokenizer_config.json': json.dumps({
-                 'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size, 'padding_side': 'left',
-                 **{f'{kind}_token': data.END_OF_TEXT for kind in ('bos', 'eos', 'pad')}}, indent=1),
-             'generation_config.json': json.dumps(generation, indent=1),
-             'README.md': card(model, checkpoint, os.path.basename(os.path.abspath(folder)), plain, generation)}
+    special = {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': eot}
+    generation = {**special, 'budgets': budgets, 'policy': policy} if budgets is not None and not plain else special
+    content = {
+        'model.safetensors': safetensors.torch.save(tensors, metadata={'format': 'pt'}),
+        'tokenizer.json': json.dumps(tokenizer_json(tokenizer, bos), ensure_ascii=False),
+        'tokenizer_config.json': json.dumps({
+            'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size, 'padding_side': 'left',
+            **{f'{kind}_token': data.END_OF_TEXT for kind in ('bos', 'eos', 'pad')}}, indent=1),
+        'generation_config.json': json.dumps(generation, indent=1),
+        'README.md': card(model, checkpoint, os.path.basename(os.path.abspath(folder)), plain, generation)}
     if not plain:
         for path in m.__file__, CODE:
             with open(path, encoding='utf-8') as f:
-                files[os.path.basename(path)] = f.read()
-    files['config.json'] = json.dumps({**config, **special}, indent=1)      # last: without it the folder is no model
-    for name, content in files.items():
-        settings.write_file(os.path.join(folder, name), content)
-    return sorted(files)
+                content[os.path.basename(path)] = f.read()
+    content['config.json'] = json.dumps({**config, **special, 'dtype': 'float32'}, indent=1)   # last: without it the folder is no model
+    for name, x in content.items():
+        files.write_file(os.path.join(folder, name), x)
+    return sorted(content)
 
 
 def gpt2(model):
@@ -149,7 +147,7 @@ def card(model, checkpoint, name, plain, generation):
     if 'budgets' in generation:
         lines += [f'| budgets of generation | {generation["budgets"]} tokens a layer, policy {generation["policy"]} |']
     trust = '' if plain else ', trust_remote_code=True'
-    lines += ['', 'Every text begins with `<|endoftext|>`; the tokenizer adds it.'] * bool(run.get('bos'))
+    lines += ['', 'Every text begins with `<|endoftext|>`; the tokenizer adds it.'] * ckpt.starts_with_bos(checkpoint)
     lines += ['', '```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer',
               f"tokenizer = AutoTokenizer.from_pretrained('{name}'{trust})",
               f"model = AutoModelForCausalLM.from_pretrained('{name}'{trust})",

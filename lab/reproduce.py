@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from support import checkpoint as ckpt
 import data
 import model as m
 import prepare_text
-from support import settings
 from lab import plot, tasks
 from lab.runs import Runner, command, curves, last, spread, table
+from support import checkpoint as ckpt, settings
 from support.settings import UserError
 
 
@@ -59,7 +58,7 @@ def stdlib(runner, T):
     """Flags for the offline default, made where it is missing, at a context of T tokens and a size that is quick."""
     folder = os.path.join(runner.cfg.data_dir, 'stdlib')
     if not os.path.isfile(os.path.join(folder, 'meta.json')):
-        prepare_text.prepare(prepare_text.Settings(data_dir=runner.cfg.data_dir))
+        prepare_text.prepare(prepare_text.TextConfig(data_dir=runner.cfg.data_dir))
     return [f'--dataset={folder}', f'--block_size={T}', '--n_layer=2', '--n_embd=64', '--eval_interval=50', '--eval_iters=25']
 
 

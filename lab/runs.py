@@ -9,10 +9,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-from support import checkpoint as ckpt
-from support import settings
 import train
 from lab import plot
+from support import checkpoint as ckpt, settings
 from support.settings import UserError
 
 # settings of a run that do not change what it learns, or that train.py fills in

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from support import checkpoint as ckpt
 import data
-from support import settings
 from lab.plot import import_pyplot, save_figure, write
 from model import KVCache, attend, memory_requirement
+from support import checkpoint as ckpt, devices, settings
 from support.settings import UserError
 
 
@@ -248,7 +247,7 @@ def main():
         raise UserError(f'memory_tau is {cfg.memory_tau}; it must be above 0')
     if cfg.png:
         import_pyplot()                                     # fail before the work
-    device = ckpt.pick_device(cfg.device)
+    device = devices.pick_device(cfg.device)
     model, checkpoint = ckpt.load_model(cfg.out_dir, device)
     c = model.config
     if not c.selective and not c.ssa:

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import checkpoint as ckpt
 import model
 import sample
-from support import settings
 import train
+from support import checkpoint as ckpt, settings
 
 ROOT = Path(__file__).parent.parent
 SMALL = ['--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--batch_size=4', '--device=cpu',

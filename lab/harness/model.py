@@ -12,7 +12,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
 from model import KVCache, stream
-from support import checkpoint as ckpt
+from support import devices
 from support.settings import UserError
 
 IGNORED = {'top_p': (1, None), 'num_beams': (1, None)}      # settings of generation that change nothing at these values
@@ -98,7 +98,7 @@ class Model(TemplateLM):
 
     def logits(self, x):
         """x (B, T) -> logits (B, T, V), under the budgets if there are any."""
-        with ckpt.autocast(self._device, self.dtype):
+        with devices.autocast(self._device, self.dtype):
             if self.budgets is None:
                 return self.model(x, x)[0]
             cache = self.cache(len(x))
@@ -145,7 +145,7 @@ class Model(TemplateLM):
         self.check(ids)
         tokens, texts = [[] for _ in contexts], [''] * len(contexts)
         done = [False] * len(contexts)
-        with ckpt.autocast(self._device, self.dtype):
+        with devices.autocast(self._device, self.dtype):
             for new in stream(self.model, ids.to(self._device), n, temperature, top_k, cache=self.cache(len(ids))):
                 for b, token in enumerate(new[:, 0].tolist()):
                     if not done[b]:
