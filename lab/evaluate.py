@@ -4,7 +4,7 @@
     python -m lab.evaluate --tasks=list | grep arc
     python -m lab.evaluate --out_dir=out/a,out/b,gpt2 --tasks=wikitext,lambada_openai,hellaswag,piqa,arc_easy
     python -m lab.evaluate --out_dir=out/a --tasks=passkey,passkey_4000 --budgets=64 --limit=10
-    python -m lab.evaluate --out_dir=out/a --tasks=mine --include_path=my_tasks     my_tasks/mine.yaml reads a local file
+    python -m lab.evaluate --out_dir=out/a --tasks=mine --include_path=my_tasks         # my_tasks/mine.yaml, local data
 
 The harness has the tasks, downloads their data and computes the scores; its own model types give the same ones. It runs
 in float32, so compare with --dtype=float32. With budgets, texts are read under the rules of context pruning; a model
@@ -109,7 +109,8 @@ def evaluate(lm_eval, lm, loaded, cfg):
         cached = lm_eval.api.model.CachingLM(lm, os.path.join(cfg.answers, identity(lm) + '.db'))
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            results = lm_eval.evaluate(lm=cached, task_dict=loaded, limit=cfg.limit or None, bootstrap_iters=100, log_samples=False)
+            results = lm_eval.evaluate(lm=cached, task_dict=loaded, limit=cfg.limit or None, bootstrap_iters=100,
+                                       log_samples=False)
         finally:
             if cfg.answers:
                 cached.dbdict.close()

@@ -55,7 +55,8 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         for path in m.__file__, CODE:
             with open(path, encoding='utf-8') as f:
                 content[os.path.basename(path)] = f.read()
-    content['config.json'] = json.dumps({**config, **special, 'dtype': 'float32'}, indent=1)   # last: without it the folder is no model
+    # last, because without it the folder is not a model
+    content['config.json'] = json.dumps({**config, **special, 'dtype': 'float32'}, indent=1)
     for name, x in content.items():
         files.write_file(os.path.join(folder, name), x)
     return sorted(content)
@@ -127,6 +128,10 @@ def parts(token, ranks):
 
 # ----------------------------------------------------------------------------- model card
 
+RUN = ('batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr', 'weight_decay', 'memory_loss', 'freeze',
+       'seed')      # settings of train.py that the card names
+
+
 def card(model, checkpoint, name, plain, generation):
     """README.md of the folder: what the checkpoint knows about itself, and how to load it."""
     c, run = model.config, checkpoint['config']
@@ -135,14 +140,14 @@ def card(model, checkpoint, name, plain, generation):
         (f'SSA on {", ".join(c.ssa)} ([arXiv 2411.12892](https://arxiv.org/abs/2411.12892))', c.ssa)] if has]
     loss = checkpoint['val_loss']
     lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', f'# {name}', '',
-             f'A GPT of {model.num_params(non_embedding=False):,} parameters with {" and ".join(methods) or "standard attention"}.',
-             '', '| | |', '|---|---|', f'| data | {checkpoint["dataset"]} |',
+             f'A GPT with {" and ".join(methods) or "standard attention"}, '
+             f'{model.num_params(non_embedding=False):,} parameters.', '', '| | |', '|---|---|',
+             f'| data | {checkpoint["dataset"]} |',
              f'| tokenizer | {checkpoint["tokenizer"]}, {c.vocab_size:,} tokens |',
              f'| steps | {checkpoint["iter_num"]:,} |',
              f'| validation loss | {"unknown" if loss is None else f"{loss:.4f} nats a token"} |']
     lines += [f'| weights at the start | {checkpoint["pretrained"]} |'] * bool(checkpoint['pretrained'])
-    lines += [f'| {key} | {run[key]} |' for key in ('batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr',
-                                                    'weight_decay', 'memory_loss', 'freeze', 'seed') if run.get(key)]
+    lines += [f'| {key} | {run[key]} |' for key in RUN if run.get(key)]
     lines += [f'| {key} | {value} |' for key, value in dataclasses.asdict(c).items() if key != 'vocab_size']
     if 'budgets' in generation:
         lines += [f'| budgets of generation | {generation["budgets"]} tokens a layer, policy {generation["policy"]} |']
@@ -154,8 +159,8 @@ def card(model, checkpoint, name, plain, generation):
               "prompt = tokenizer('Once', return_tensors='pt')",
               f"print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))", '```']
     if not plain:
-        lines += ['', '`model.generate(..., budgets=32)` keeps 32 tokens in each layer, a list one number for each layer; '
-                  "`budgets='none'` keeps all."]
+        lines += ['', '`model.generate(..., budgets=32)` keeps 32 tokens in each layer; a list has a number for each '
+                  "layer, `budgets='none'` keeps all."]
     return '\n'.join(lines) + '\n'
 
 

@@ -21,8 +21,8 @@ IGNORED = {'top_p': (1, None), 'num_beams': (1, None)}      # settings of genera
 class Model(TemplateLM):
     """Answers the harness's three kinds of requests.
 
-    bos: begin every window with <|endoftext|>, as the model was trained. budgets: None, or tokens that each layer keeps;
-    a model without selective attention then drops the oldest, which is local attention.
+    bos: begin every window with <|endoftext|>, as in training. budgets: None, or tokens that each layer keeps; a model
+    without selective attention then drops the oldest, which is local attention.
     `cut` counts the requests whose text was longer than block_size and lost its beginning.
     """
 
@@ -94,7 +94,7 @@ class Model(TemplateLM):
         logits, y = self.logits(x)[scored].float(), y[scored]           # (all n, V), (all n)
         likely = logits.argmax(dim=-1) == y
         log_p = logits.log_softmax(dim=-1).gather(1, y[:, None])[:, 0].double()
-        return ([part.sum().item() for part in log_p.split(counts)], [part.all().item() for part in likely.split(counts)])
+        return [part.sum().item() for part in log_p.split(counts)], [part.all().item() for part in likely.split(counts)]
 
     def logits(self, x):
         """x (B, T) -> logits (B, T, V), under the budgets if there are any."""

@@ -1,7 +1,7 @@
-"""Passkey retrieval as a task of lm-evaluation-harness: a number in the middle of repeated sentences, asked for at the end.
+"""Passkey retrieval as a task of lm-evaluation-harness: a number among repeated sentences, asked for at the end.
 
-The wording is that of Mohtashami and Jaggi (arXiv 2305.16300). `length` counts characters, so that models with different
-tokenizers read the same text. The answer is right when every token of it is the most likely one.
+The wording is that of Mohtashami and Jaggi (arXiv 2305.16300). `length` counts characters, so models with different
+tokenizers read the same text. The answer is right when each of its tokens is the most likely one.
 """
 import random
 

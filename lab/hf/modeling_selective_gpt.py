@@ -95,8 +95,8 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self._all(input_ids, attention_mask)
         else:
             logits = self._continue(input_ids, attention_mask, memory, last=logits_to_keep == 1)
-        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
-            logits = logits[:, logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)]
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = logits[:, keep]                                # the slice of 0 is all of them
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -141,7 +141,7 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat([self.gpt(rows, rows, cache=cache)[0] for rows in new.split(64, dim=1)], dim=1)
 
     def generate(self, inputs=None, generation_config=None, budgets=None, policy=None, **kwargs):
-        """transformers' generate, in a cache of at most `budgets` tokens a layer: a number or a list of one for each."""
+        """transformers' generate, with at most `budgets` tokens remembered in each layer: a number, or one for each."""
         configs = [c for c in (generation_config, self.generation_config) if c is not None]
         first = lambda name: next((v for c in configs if (v := getattr(c, name, None)) is not None), None)
         budgets = first('budgets') if budgets is None else budgets
