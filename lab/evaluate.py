@@ -103,7 +103,7 @@ def load_task(manager, name, num_fewshot):
 
 
 def evaluate(lm_eval, lm, loaded, cfg):
-    """The harness's results of one task: {'results': {task: {'acc,none': …}}, 'versions': …, 'n-samples': …}."""
+    """What the harness finds: {'results': {task: {'acc,none': …}}, 'n-samples': …, …}, and how many texts were cut."""
     cached = lm
     if cfg.answers:
         cached = lm_eval.api.model.CachingLM(lm, os.path.join(cfg.answers, identity(lm) + '.db'))
@@ -114,7 +114,8 @@ def evaluate(lm_eval, lm, loaded, cfg):
         finally:
             if cfg.answers:
                 cached.dbdict.close()
-    return {key: results[key] for key in ('results', 'versions', 'n-shot', 'n-samples')}
+    cut = {name: sum(map(lm.loses_beginning, task.instances)) for name, task in loaded['tasks'].items()}
+    return {'cut': cut, **{key: results[key] for key in ('results', 'versions', 'n-shot', 'n-samples')}}
 
 
 def identity(lm):
@@ -156,8 +157,9 @@ def table(results):
                     text += f' ±{error:.4f}' if isinstance(error, float) and error < 1e5 else ''
                     row = f'{task} {metric}' + (f' ({how})' if how != 'none' else '')
                     rows.setdefault(row, {})[result['name']] = text
-        if result['cut']:
-            rows.setdefault('texts that lost their beginning', {})[result['name']] = str(result['cut'])
+        for task, count in result['cut'].items():
+            if count:
+                rows.setdefault(f'{task}: texts that lost their beginning', {})[result['name']] = str(count)
     names = [result['name'] for result in results]
     first = max(map(len, rows), default=0)
     widths = [max(len(text) for text in (name, *(cells.get(name, '') for cells in rows.values()))) for name in names]
@@ -208,12 +210,11 @@ def main():
         try:
             for lm in subjects(name, cfg):
                 results.append({'name': lm.name, 'budgets': lm.budgets, 'results': {}, 'versions': {}, 'n-shot': {},
-                                'n-samples': {}, 'cut': 0})
+                                'n-samples': {}, 'cut': {}})
                 for task, loaded in tasks.items():
                     print(f'{lm.name}: {task} …', file=sys.stderr, flush=True)
                     for key, value in evaluate(lm_eval, lm, loaded, cfg).items():
                         results[-1][key].update(value)
-                    results[-1]['cut'] = lm.cut
                     content = {'settings': asked, 'lm_eval': lm_eval.__version__, 'results': results}
                     files.write_file(cfg.json, json.dumps(content, indent=1))
         except UserError as e:

@@ -23,7 +23,6 @@ class Model(TemplateLM):
 
     bos: begin every window with <|endoftext|>, as in training. budgets: None, or tokens that each layer keeps; a model
     without selective attention then drops the oldest, which is local attention.
-    `cut` counts the requests whose text was longer than block_size and lost its beginning.
     """
 
     def __init__(self, name, model, tokenizer, bos=False, budgets=None, batch_size=8, device='cpu', dtype='float32'):
@@ -31,7 +30,7 @@ class Model(TemplateLM):
         self.name, self.model, self.tokenizer, self.bos, self.budgets = name, model, tokenizer, bos, budgets
         self.batch_size, self._device, self.dtype = batch_size, device, dtype
         self.policy = 'selective' if model.config.selective else 'oldest'
-        self.size, self.cut = model.config.block_size, 0
+        self.size = model.config.block_size
 
     @property
     def eot_token_id(self):
@@ -43,6 +42,14 @@ class Model(TemplateLM):
 
     def cache(self, batch_size):
         return KVCache(self.model, batch_size, self.budgets, self.policy, getattr(torch, self.dtype))
+
+    def loses_beginning(self, request):
+        """Whether a request of the harness has more text than the model reads at once. (Rolling windows lose nothing.)"""
+        if request.request_type == 'generate_until':
+            context, settings = request.args
+            return len(self.tok_encode(context)) > self.room(normalize_gen_kwargs(settings)['max_gen_toks'])
+        return request.request_type == 'loglikelihood' and \
+            len(self.tok_encode(''.join(request.args))) - 1 + self.bos > self.size
 
     # ------------------------------------------------------------------------- log-probabilities
 
@@ -73,7 +80,6 @@ class Model(TemplateLM):
         those before them are the newest that fit. A model trained with BOS reads it at the start of each window."""
         text, size = [*(context or [self.eot_token_id]), *continuation], self.size
         first = self.bos and text[0] == self.eot_token_id
-        self.cut += len(continuation) <= size < len(text) - 1 - first + self.bos
         for start in range(len(text) - len(continuation), len(text), size):
             end = min(start + size, len(text))
             read = text[first:end]
@@ -127,20 +133,21 @@ class Model(TemplateLM):
                 self.cache_hook.add_partial('generate_until', requests[r].args, text)
         return texts
 
+    def room(self, n):
+        """How many tokens of a context are read where n are to be written."""
+        return max(1, (self.size - n if n < self.size else self.size // 2) - self.bos)  # past block_size the window slides
+
     def write(self, contexts, settings):
         """Texts after contexts that have the same number of tokens."""
         given = normalize_gen_kwargs(settings)
         stop, n = handle_stop_sequences(given.pop('until'), eos=None), given.pop('max_gen_toks')
-        temperature, top_k = given.pop('temperature', 0.0) if given.pop('do_sample') else 0.0, given.pop('top_k', None)
+        temperature, top_k = given.pop('temperature', 0.0) * given.pop('do_sample'), given.pop('top_k', None)
         for key, value in given.items():
             if value not in IGNORED.get(key, ()):
                 raise UserError(f'{self.name}: the task wants generation with {key}={value!r}, which it does not have')
-        room = self.size - n if n < self.size else self.size // 2       # as the window slides in generation
         ids = torch.tensor([self.tok_encode(context) for context in contexts], dtype=torch.long)
         prefix = torch.full((len(ids), 1), self.eot_token_id)
-        room = max(room - self.bos, 1)
-        self.cut += len(ids) * (ids.size(1) > room)
-        ids = ids[:, -room:]
+        ids = ids[:, -self.room(n):]
         ids = torch.cat([prefix, ids], dim=1) if self.bos or not ids.size(1) else ids
         self.check(ids)
         tokens, texts = [[] for _ in contexts], [''] * len(contexts)

@@ -16,7 +16,7 @@ DEPTHS = (0, 25, 50, 75, 100)       # percent of the filler that comes before th
 
 
 def docs(length=1000, keys=20, seed=1337, **_):
-    """The data set: `keys` numbers at each depth, in prompts of exactly `length` characters (330 at least)."""
+    """The data set: `keys` numbers at each depth, in prompts of exactly `length` characters (250 at least)."""
     rng, items = random.Random(seed), []
     for depth in DEPTHS:
         for _ in range(keys):
