@@ -38,8 +38,8 @@ BATCH_BYTES = 1 << 18  # text that a process tokenizes at a time; small, so that
 @dataclass
 class C4Config:
     # how much
-    tokens: int = 10_000_000        # training tokens, up to the end of a document; 0 = all of --shards
-    val_tokens: int = 500_000       # validation tokens, likewise; 0 = all of C4's validation set
+    tokens: int = 10_000_000        # training tokens, up to the end of a document; 0 = all of --shards [0 to 1e13]
+    val_tokens: int = 500_000       # validation tokens, likewise; 0 = all of C4's validation set [0 to 1e13]
     shards: str = '0:1024'          # training shards to take from, first:end; give each machine a range of its own
     # where
     base_url: str = 'https://huggingface.co/datasets/allenai/c4/resolve/main/en'  # folder of the shards
@@ -47,10 +47,10 @@ class C4Config:
     name: str = 'c4'                # the data set's name
     # how
     tokenizer: str = 'gpt2'         # gpt2 or bytes
-    processes: int = 0              # processes that tokenize; 0 = one per core, at most 16
-    retries: int = 8                # failures in a row of one download before giving up
-    backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60
-    timeout: float = 30.0           # seconds without a byte that count as a failure
+    processes: int = 0              # processes that tokenize; 0 = one per core, at most 16 [0 to 1000]
+    retries: int = 8                # failures in a row of one download before giving up [0 to 1000]
+    backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60 [0 to 3600]
+    timeout: float = 30.0           # seconds without a byte that count as a failure [above 0 to 3600]
 
 
 def prepare(cfg):
@@ -61,11 +61,6 @@ def prepare(cfg):
     """
     folder = output_folder(cfg.data_dir, cfg.name, r'(train|val)_\d{5}\.bin')
     shards = parse_range(cfg.shards)
-    for key in 'tokens', 'val_tokens', 'processes', 'retries', 'backoff', 'timeout':
-        if getattr(cfg, key) < 0:
-            raise UserError(f'--{key}={getattr(cfg, key)}: it cannot be negative')
-    if cfg.timeout == 0:
-        raise UserError('--timeout=0: nothing answers at once, 30 is usual')
     made_with = old_meta(folder).get('tokenizer', cfg.tokenizer)
     if made_with != cfg.tokenizer:
         raise UserError(f"{folder} was made with the tokenizer '{made_with}': choose another --name, or delete it")

@@ -2,7 +2,7 @@
 
     python -m lab.ablate no_relu config/selective_small.py --out_dir=out/no_relu
 
-Rules of selective attention (2410.02703 section 3), with the papers' equations as full T x T matrices:
+Rules of selective attention (2410.02703 section 3):
 
     as_published    nothing is changed: what the others are compared with
     first_too       token 0 may be masked, too
@@ -17,9 +17,10 @@ Others:
     no_position     SSA without the position-aware part of the query temperature (2411.12892 section 3)
     double_heads    standard attention with twice the heads, of the same size, and so twice its parameters
 
-But for no_position, the checkpoint does not know the rule: sample.py and prune.py would apply the published one to it, or
-refuse it (double_heads). To resume, give the same rule again.
+A checkpoint does not know the rule, except for no_position: sample.py and prune.py apply the published rule to it, or refuse
+it (double_heads). To resume, give the same rule again.
 """
+import inspect
 import math
 import sys
 
@@ -32,22 +33,20 @@ import train
 from support import settings
 from support.settings import UserError
 
+EDITS = {       # a rule as an edit of `attend` in model.py: what stands there, and what takes its place
+    'as_published': ('', ''),
+    'first_too': ('(0 < j) & (j < i)', 'j < i'),
+    'self_too': ('(0 < j) & (j < i)', '(0 < j) & (j <= i)'),
+    'at_once': ('(L - F[:, None, :-1])', '(L - F[:, None, 1:])'),
+    'last_head': ('vote(L[:, 0]', 'vote(L[:, -1]')}
+RULES = *EDITS, 'no_relu', 'groups', 'no_position', 'double_heads'
 
-def attention(rule, q, k, v, dropout=0.0, tau=None, scale=None):
-    """As `model.selective_attention`, with one rule changed. The memory requirement of several selectors is their mean."""
-    H, T, D = q.shape[1:]
-    i = torch.arange(T, device=q.device)
-    future, oneself = i > i[:, None], i == i[:, None]           # (T, T)
-    L = (q @ k.transpose(-2, -1) * D**-0.5).float()             # (B, H, T, T)
-    S = L[:, {'groups': slice(0, H, 2), 'last_head': slice(H - 1, H)}.get(rule, slice(0, 1))]   # (B, selectors, T, T)
-    S = S if rule == 'no_relu' else S.relu()
-    S = S.masked_fill(future if rule == 'self_too' else future | oneself, 0)
-    S = S if rule == 'first_too' else S * (i > 0)
-    S = S if scale is None else S * scale
-    F = S.cumsum(dim=-2) if rule == 'at_once' else S.cumsum(dim=-2) - S
-    L = L - F.repeat_interleave(-(-H // F.size(1)), dim=1)[:, :H]       # each selector's F for its own heads
-    P = fn.dropout(L.masked_fill(future, float('-inf')).softmax(dim=-1), dropout, training=dropout > 0)
-    return P.to(v.dtype) @ v, m.memory_requirement(F.transpose(0, 1), i, tau).mean(dim=0) if tau is not None else None
+
+def groups(q, k, v, vote, dropout=0.0, memory_tau=None):
+    """As `model.selective_attention`, for two heads at a time. M is the mean of the selectors."""
+    ys, Ms = zip(*(m.selective_attention(*(x[:, h:h + 2] for x in (q, k, v)), vote, dropout, memory_tau)
+                   for h in range(0, q.size(1), 2)))
+    return torch.cat(ys, dim=1), torch.stack(Ms).mean(dim=0) if memory_tau is not None else None
 
 
 class DoubleHeads(m.CausalSelfAttention):
@@ -59,30 +58,42 @@ class DoubleHeads(m.CausalSelfAttention):
         self.c_attn = nn.Linear(C, 6 * C, bias=config.bias)
         self.c_proj = nn.Linear(2 * C, C, bias=config.bias)
 
-    def forward(self, x, i, cache=None, memory_tau=None):
+    def forward(self, x, pos, cache=None, memory_tau=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, 2 * self.config.n_head, -1).permute(2, 0, 3, 1, 4)     # (B, 2H, T, D)
-        y = fn.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = self.c_attn(x).view(B, T, 3, 2 * self.config.n_head, -1).unbind(dim=2)        # (B, T, 2H, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope:
+            q, k = m.rotate(q, pos), m.rotate(k, pos)
+        y = fn.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, 2 * C)), None
 
 
-RULES = 'as_published', 'first_too', 'self_too', 'no_relu', 'at_once', 'last_head', 'groups', 'no_position', 'double_heads'
+def without_position(config, position_aware, original=m.Temperature):
+    """A Temperature whose position-aware part is 0 and stays 0."""
+    made = original(config, position_aware)
+    if position_aware:
+        made.alpha.data.fill_(-math.inf)                        # sigmoid(alpha) = 0
+        made.alpha.requires_grad_(False)
+    return made
 
 
 def change(rule):
     """Change the rule in model.py, for the rest of this process."""
-    if rule == 'no_position':
-        def temperature(config, position_aware, original=m.Temperature):
-            made = original(config, position_aware)
-            if position_aware:
-                made.alpha.data.fill_(-math.inf)                # sigmoid(alpha) = 0
-                made.alpha.requires_grad_(False)
-            return made
-        m.Temperature = temperature
-    elif rule == 'double_heads':
-        m.CausalSelfAttention = DoubleHeads
+    if rule in EDITS:
+        old, new = EDITS[rule]
+        source = inspect.getsource(m.attend)
+        if old not in source:
+            raise UserError(f'{rule} changes {old!r} in model.attend, which has been edited')
+        exec(source.replace(old, new), vars(m))                 # kernels.install notices, and model.py's code trains
+    elif rule == 'no_relu':
+        m.CausalSelfAttention.vote = lambda self, L0: L0
+    elif rule == 'groups':
+        m.CausalSelfAttention.attention = staticmethod(groups)
+        sys.argv.append('--kernel=none')                        # which leaves `attention` as it is
+    elif rule == 'no_position':
+        m.Temperature = without_position
     else:
-        m.selective_attention = lambda *args, **kwargs: attention(rule, *args, **kwargs)
+        m.CausalSelfAttention = DoubleHeads
 
 
 def main():
@@ -97,8 +108,9 @@ def main():
         raise UserError(f'{rule} changes nothing in a model with selective={cfg.selective} and ssa={cfg.ssa!r}')
     if rule == 'double_heads' and cfg.dropout:
         raise UserError('double_heads has no dropout')
+    if rule == 'no_relu' and cfg.vote_scale:
+        raise UserError('no_relu has no vote_scale')
     change(rule)
-    sys.argv.append('--kernel=rows')                            # the code that is changed
     train.main()
 
 

@@ -45,11 +45,11 @@ class EvaluateConfig(pretrained.PretrainedConfig):
     include_path: str = ''                      # folder with more task files (.yaml)
     json: str = 'out/evaluate.json'             # where the figures go
     answers: str = 'out/evaluate_answers'       # folder of the harness's cache of answers; '': none
-    limit: int = 0                              # items of each task; 0: all
-    num_fewshot: int = -1                       # examples before each item; -1: what the task says
-    batch_size: int = 8                         # texts at a time
+    limit: int = 0                              # items of each task; 0: all [0 to 1e9]
+    num_fewshot: int = -1                       # examples before each item; -1: what the task says [-1 to 1000]
+    batch_size: int = 8                         # texts at a time [1 to 100_000]
     device: str = 'auto'                        # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
-    dtype: str = 'auto'                         # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 where a GPU has it
+    dtype: str = 'auto'                         # bfloat16 where a GPU has it ['auto', 'float32', 'bfloat16', 'float16']
 
 # ----------------------------------------------------------------------------- the harness
 
@@ -103,7 +103,7 @@ def load_task(manager, name, num_fewshot):
 
 
 def evaluate(lm_eval, lm, loaded, cfg):
-    """What the harness finds: {'results': {task: {'acc,none': …}}, 'n-samples': …, …}, and how many texts were cut."""
+    """What the harness finds: {'results': {task: {'acc,none': …}}, 'n-samples': …, …}; and 'cut', a count of texts."""
     cached = lm
     if cfg.answers:
         cached = lm_eval.api.model.CachingLM(lm, os.path.join(cfg.answers, identity(lm) + '.db'))
@@ -170,9 +170,7 @@ def table(results):
 
 
 def check(cfg):
-    """UserError for settings that are wrong, and for a file that cannot be written."""
-    if cfg.batch_size < 1 or cfg.limit < 0:
-        raise UserError('batch_size must be at least 1, limit at least 0')
+    """The device and dtype to use. Raises UserError if they are not there, or the results cannot be written."""
     try:
         for path in cfg.json, cfg.answers and os.path.join(cfg.answers, 'x'):
             os.makedirs(os.path.dirname(path) or '.', exist_ok=True)

@@ -27,7 +27,7 @@ class ExportConfig:
     out_dir: str = 'out/selective_small'    # folder of ckpt.pt
     folder: str = ''                        # where the files go; '': <out_dir>/hf
     budgets: str = ''                       # for generation: a number, 4,9,16,8 or a budgets.json; '': its own; 'none'
-    policy: str = 'selective'               # what generation drops at the budget: 'selective', 'oldest' or 'random'
+    policy: str = 'selective'               # what generation drops at the budget ['selective', 'oldest', 'random']
 
 
 def export(model, checkpoint, folder, budgets=None, policy='selective'):

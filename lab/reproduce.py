@@ -31,8 +31,8 @@ class ReproduceConfig:
     claims: list = field(default_factory=list)  # names of the claims, written without dashes
     list: bool = False                  # print the claims and how long each takes
     quick: bool = False                 # a smaller version of each, in minutes
-    seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, …
-    workers: int = os.cpu_count()       # runs at a time
+    seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, … [1 to 100]
+    workers: int = os.cpu_count()       # runs at a time [1 to 1000]
     out_dir: str = 'out/reproduce'      # folder of the runs
     data_dir: str = 'data'              # where the data sets are, or are made
     to: str = 'RESULTS.md'              # its sections are written here, pictures into results/ beside it
@@ -285,8 +285,6 @@ def main():
     unknown = sorted(set(cfg.claims) - set(claims))
     if unknown or not cfg.claims:
         raise UserError(f"{unknown[0] + ' is no claim' if unknown else 'which claims?'}: {', '.join(claims)}")
-    if cfg.seeds < 1 or cfg.workers < 1:
-        raise UserError('seeds and workers are at least 1')
     plot.import_pyplot()                                        # what can be wrong is known before the work
     for name in cfg.claims:
         cfg.quick or section(read(cfg.to), name, '')

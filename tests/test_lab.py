@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import cpu as kernels
+import kernels
 from lab import bench
 from support import files, settings
 

@@ -219,5 +219,5 @@ def test_list_and_refusals(run):
     out = run(reproduce, '--list')
     assert all(claim.__name__ in out for claim in reproduce.CLAIMS)
     assert 'which claims' in run(reproduce) and 'nothing is no claim' in run(reproduce, 'nothing')
-    assert 'at least 1' in run(reproduce, 'text', '--seeds=0')
+    assert 'not in the range 1 to 100' in run(reproduce, 'text', '--seeds=0')
     assert '--to=nowhere.md: No such file' in run(reproduce, 'text', '--to=nowhere.md')

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 
-from kernels import cpu as kernels
+import kernels
 import model as m
 import train
 from model import GPT, GPTConfig

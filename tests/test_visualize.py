@@ -26,7 +26,7 @@ from test_model import make, naive_gpt, tokens
 @pytest.mark.parametrize('tau', [1.0, 0.6])
 def test_F_votes_and_M(T, ssa, tau):
     gpt, idx = make(selective=True, ssa=ssa), tokens(1, T + 1)
-    reading = read(gpt, idx[:, :T], tau=tau)
+    reading = read(gpt, idx[:, :T], memory_tau=tau)
     for l, F in enumerate(naive_gpt(gpt, idx)[1]):          # one token more shows what the last row votes
         F = F[0].detach()
         np.testing.assert_allclose(reading.F[l], F[:T, :T], atol=1e-9)

@@ -44,7 +44,7 @@ class Model(TemplateLM):
         return KVCache(self.model, batch_size, self.budgets, self.policy, getattr(torch, self.dtype))
 
     def loses_beginning(self, request):
-        """Whether a request of the harness has more text than the model reads at once. (Rolling windows lose nothing.)"""
+        """Whether a request of the harness has more text than the model reads at once. Rolling ones lose nothing."""
         if request.request_type == 'generate_until':
             context, settings = request.args
             return len(self.tok_encode(context)) > self.room(normalize_gen_kwargs(settings)['max_gen_toks'])
@@ -135,7 +135,8 @@ class Model(TemplateLM):
 
     def room(self, n):
         """How many tokens of a context are read where n are to be written."""
-        return max(1, (self.size - n if n < self.size else self.size // 2) - self.bos)  # past block_size the window slides
+        room = self.size - n if n < self.size else self.size // 2       # past block_size the window slides by half
+        return max(1, room - self.bos)
 
     def write(self, contexts, settings):
         """Texts after contexts that have the same number of tokens."""
