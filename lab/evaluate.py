@@ -135,13 +135,14 @@ def subjects(name, cfg):
     budgets = ckpt.read_budgets(cfg.budgets, name, gpt)
     rest = dict(tokenizer=data.get_tokenizer(checkpoint['tokenizer']), bos=ckpt.starts_with_bos(checkpoint),
                 batch_size=cfg.batch_size, device=cfg.device, dtype=cfg.dtype)
-    yield Model(name, gpt, **rest)
-    if budgets is not None:
-        try:
-            budgets = check_budgets(gpt.config, budgets, 'selective' if gpt.config.selective else 'oldest')
-        except ValueError as e:
-            raise UserError(f'--budgets: {name}: {e}') from None
-        yield Model(f'{name} @{sum(budgets)}', gpt, budgets=budgets, **rest)
+    whole = Model(name, gpt, **rest)
+    if budgets is None:
+        return [whole]
+    try:
+        budgets = check_budgets(gpt.config, budgets, whole.policy)
+    except ValueError as e:
+        raise UserError(f'--budgets: {name}: {e}') from None
+    return [whole, Model(f'{name} @{sum(budgets)}', gpt, budgets=budgets, **rest)]
 
 
 def table(results):
@@ -194,16 +195,11 @@ def main():
         return print(*manager.all_tasks, sep='\n')
     check(cfg)
     tasks, results, failed = {}, [], []
-
-    def report(error):
-        failed.append(error)
-        print(error, file=sys.stderr, flush=True)
-
     for name in names:
         try:
             tasks[name] = load_task(manager, name, cfg.num_fewshot)
         except UserError as e:
-            report(e)
+            failed.append(str(e))
     for name in cfg.out_dir.split(',') if tasks else []:
         try:
             for lm in subjects(name, cfg):
@@ -216,11 +212,11 @@ def main():
                     content = {'settings': asked, 'lm_eval': lm_eval.__version__, 'results': results}
                     files.write_file(cfg.json, json.dumps(content, indent=1))
         except UserError as e:
-            report(e)
+            failed.append(str(e))
     if results:
         print(table(results))
     if failed:
-        raise UserError(f'{len(failed)} of the tasks or models above failed' if results else failed[-1])
+        raise UserError('; '.join(failed))
 
 
 if __name__ == '__main__':
