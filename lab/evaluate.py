@@ -200,6 +200,7 @@ def main():
             tasks[name] = load_task(manager, name, cfg.num_fewshot)
         except UserError as e:
             failed.append(str(e))
+            print(f'without it: {e}', file=sys.stderr)
     for name in cfg.out_dir.split(',') if tasks else []:
         try:
             for lm in subjects(name, cfg):
