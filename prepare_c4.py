@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import TokenFile, get_tokenizer, output_folder, read_meta, write_meta
-from support import settings
+from data import TokenFile, get_tokenizer, known_meta, output_folder, write_meta
+from support import files, settings
 from support.download import Progress, Server
 from support.settings import UserError
 
@@ -61,23 +61,30 @@ def prepare(cfg):
     """
     folder = output_folder(cfg.data_dir, cfg.name, r'(train|val)_\d{5}\.bin')
     shards = parse_range(cfg.shards)
-    made_with = old_meta(folder).get('tokenizer', cfg.tokenizer)
+    made_with = known_meta(folder).get('tokenizer', cfg.tokenizer)
     if made_with != cfg.tokenizer:
         raise UserError(f"{folder} was made with the tokenizer '{made_with}': choose another --name, or delete it")
-    workers, server = Workers(cfg), Server(cfg.base_url, cfg.retries, cfg.backoff, cfg.timeout)
+    server = Server(cfg.base_url, cfg.retries, cfg.backoff, cfg.timeout)
+    with files.locked(folder, shared=True):         # several processes may fill it, each with other shards
+        meta = fill(folder, cfg, shards, server)
+    train, val = (sum(n for file, n in meta['files'].items() if file.startswith(split)) for split in ('train', 'val'))
+    print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
+    return cfg.name
+
+
+def fill(folder, cfg, shards, server):
+    """Make the files that are missing; returns what meta.json then holds."""
+    workers = Workers(cfg)
     try:
         make_split(folder, 'val', range(VAL_SHARDS), cfg.val_tokens or math.inf, server, workers)
         make_split(folder, 'train', shards, cfg.tokens or math.inf, server, workers)
-        meta = update_meta(folder, workers.tokenizer, complete=True)
+        return update_meta(folder, workers.tokenizer, complete=True)
     except OSError as e:
         raise UserError(f'{e.filename or folder}: {e.strerror}') from None
     except concurrent.futures.BrokenExecutor:
         raise UserError('a tokenizing process died, perhaps for lack of memory: try fewer --processes') from None
     finally:
         workers.close()
-    train, val = (sum(n for file, n in meta['files'].items() if file.startswith(split)) for split in ('train', 'val'))
-    print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
-    return cfg.name
 
 
 def parse_range(text):
@@ -140,14 +147,6 @@ def make_shard(path, name, wanted, server, workers, show):
     return out.count
 
 
-def old_meta(folder):
-    """The meta.json of the folder, {} if there is none or it is damaged: it can be made anew from the files."""
-    try:
-        return read_meta(folder)
-    except UserError:
-        return {}
-
-
 def update_meta(folder, tokenizer, complete=False):
     """Write meta.json for the files that are there; complete once any run has done all that it was asked.
 
@@ -155,7 +154,7 @@ def update_meta(folder, tokenizer, complete=False):
     writes last has seen the files of all.
     """
     while True:
-        old = old_meta(folder)
+        old = known_meta(folder)
         files = {file: os.path.getsize(os.path.join(folder, file)) // 2
                  for file in os.listdir(folder) if file.endswith('.bin')}
         if old.get('files') == files and old['complete'] >= complete:

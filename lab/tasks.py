@@ -8,7 +8,6 @@ Each record is a line of text with a question at its end, or several on the way.
 reports look at the answers alone. All records of a data set are equally long, and the answers are at the same places;
 a token is a byte. What the records of each task look like is in its docstring below.
 """
-import contextlib
 import dataclasses
 import os
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import data
-from support import settings
+from support import files, settings
 from support.settings import UserError
 
 
@@ -130,20 +129,19 @@ def make(task, cfg):
     source = described(task, cfg)
     cfg = dataclasses.replace(cfg, length=cfg.length or length)
     tokenizer = data.get_tokenizer('bytes')
-    folder, files = data.output_folder(cfg.data_dir, cfg.name or task, r'(train|val)\.bin'), {}
-    with contextlib.suppress(FileNotFoundError):            # without it, what a stop leaves is known to be unfinished
-        os.remove(os.path.join(folder, 'meta.json'))
-    for number, (split, records) in enumerate((('train', cfg.records), ('val', cfg.records // 20))):
-        rng = np.random.default_rng([cfg.seed % 2**64, number])
-        with data.TokenFile(os.path.join(folder, f'{split}.bin')) as out:
-            for _ in range(records):
-                # a token in front, as the first one can never be masked; then what is read and what is asked, in turns
-                pieces = ['\n', ''] + question(rng, cfg)
-                out.write(np.frombuffer(''.join(pieces).encode('latin-1'), np.uint8))
-        files[f'{split}.bin'] = out.count
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    answers = [place for a, b in zip(ends[0::2], ends[1::2]) for place in range(a, b)]
-    data.write_meta(folder, tokenizer, source, True, files, record_len=ends[-1], answers=answers)
+    folder, counts = data.output_folder(cfg.data_dir, cfg.name or task, records=True), {}
+    with files.replacing_folder(folder) as new:
+        for number, (split, records) in enumerate((('train', cfg.records), ('val', cfg.records // 20))):
+            rng = np.random.default_rng([cfg.seed % 2**64, number])
+            with data.TokenFile(os.path.join(new, f'{split}.bin')) as out:
+                for _ in range(records):
+                    # a token in front, as the first can never be masked; then what is read and what is asked, in turns
+                    pieces = ['\n', ''] + question(rng, cfg)
+                    out.write(np.frombuffer(''.join(pieces).encode('latin-1'), np.uint8))
+            counts[f'{split}.bin'] = out.count
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        answers = [place for a, b in zip(ends[0::2], ends[1::2]) for place in range(a, b)]
+        data.write_meta(new, tokenizer, source, True, counts, record_len=ends[-1], answers=answers)
     print(f'{folder}: {cfg.records:,} records of {ends[-1]} tokens to train, {len(answers)} of each an answer; one of them:')
     print(readable(''.join(pieces).strip()))
     return folder

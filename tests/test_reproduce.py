@@ -38,21 +38,24 @@ def naive(rule, q, k, v):
     return y
 
 
-@pytest.mark.parametrize('rule', ablate.RULES[:7])
-@pytest.mark.parametrize('H', [1, 3, 4])
-def test_rules(rule, H):
-    q, k, v = torch.randn(3, 2, H, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
-    y, M = ablate.attention(rule, q, k, v, tau=1.0)
-    torch.testing.assert_close(y, naive(rule, q, k, v), atol=1e-6, rtol=1e-6)
-    if rule == 'as_published':
-        torch.testing.assert_close((y, M), m.selective_attention(q, k, v, tau=1.0), atol=1e-6, rtol=1e-6, check_dtype=False)
-
-
 @pytest.fixture
 def unchanged(monkeypatch):
     """model.py as it was, when the test is over."""
-    for name in ('selective_attention', 'Temperature', 'CausalSelfAttention'):
+    for name in ('attend', 'Temperature', 'CausalSelfAttention'):
         monkeypatch.setattr(m, name, getattr(m, name))
+    monkeypatch.setattr(m.CausalSelfAttention, 'vote', m.CausalSelfAttention.vote)
+    monkeypatch.setattr(m.CausalSelfAttention, 'attention', staticmethod(m.selective_attention))
+
+
+@pytest.mark.parametrize('rule', ablate.RULES[:7])
+@pytest.mark.parametrize('H', [1, 3, 4])
+def test_rules(rule, H, unchanged, monkeypatch):
+    monkeypatch.setattr('sys.argv', [])
+    ablate.change(rule)
+    layer = m.CausalSelfAttention(m.GPTConfig(n_head=H, n_embd=4 * H, selective=True))
+    q, k, v = torch.randn(3, 2, H, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    y, _ = layer.attention(q, k, v, layer.vote, memory_tau=1.0)
+    torch.testing.assert_close(y, naive(rule, q, k, v), atol=1e-6, rtol=1e-6)
 
 
 def losses(folder):
@@ -60,9 +63,10 @@ def losses(folder):
 
 
 @pytest.mark.parametrize('rule, flags', [('as_published', ['--selective']), ('no_relu', ['--selective']),
-                                         ('double_heads', []), ('no_position', ['--ssa=qv'])])
+                                         ('double_heads', ['--rope']), ('at_once', ['--selective', '--rope']),
+                                         ('groups', ['--selective']), ('no_position', ['--ssa=qv'])])
 def test_trained_by_the_rule(run, unchanged, dataset, tmp_path, rule, flags):
-    args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.01', *flags]
+    args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.05', *flags]
     run(train, *args, f'--out_dir={tmp_path / "plain"}')
     run(ablate, rule, *args, f'--out_dir={tmp_path / "changed"}')
     plain, changed = losses(tmp_path / 'plain'), losses(tmp_path / 'changed')
