@@ -51,7 +51,7 @@ class Settings:
     data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
     name: str = 'c4'                # the data set's name
     # how
-    tokenizer: str = 'gpt2'         # gpt2 or bytes
+    tokenizer: str = 'gpt2'         # gpt2, gpt2:N (N tokens, for small models) or bytes
     processes: int = 0              # processes that tokenize; 0 = one per core, at most 16
     retries: int = 8                # failures in a row of one download before giving up
     backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60
