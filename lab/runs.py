@@ -9,11 +9,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-import checkpoint as ckpt
-import settings
 import train
 from lab import plot
-from settings import UserError
+from support import checkpoint as ckpt
+from support import settings
+from support.settings import UserError
 
 # settings of a run that do not change what it learns, or that train.py fills in
 FREE = ('out_dir', 'init_from', 'device', 'dtype', 'kernel', 'vocab_size')
@@ -52,17 +52,19 @@ class Runner:
     """Trains the models of a claim, or finds that they were trained already, for this claim or another."""
 
     def __init__(self, cfg, claim):
-        self.cfg, self.claim, self.started, self.commands = cfg, claim, time.time(), []
+        self.cfg, self.claim, self.started, self.commands, self.about = cfg, claim, time.time(), [], ''
         self.seeds = 1 if cfg.quick else cfg.seeds
         self.folder = os.path.join(cfg.out_dir, 'quick') if cfg.quick else cfg.out_dir
 
-    def train(self, models, config, steps, extra=()):
+    def train(self, models, config, steps, extra=(), quick=0):
         """models: {name: its flags, as text}; a flag that is a word is a rule of lab.ablate. {name: [Run of each seed]}.
 
-        extra: flags of all of them.
+        steps: of each run, unless --steps says otherwise; quick: of a quick one, 0: a quarter. extra: flags of all.
         """
-        steps, jobs = max(20, steps // 4) if self.cfg.quick else steps, []
-        always = [*extra, f'--max_iters={steps}', *([f'--warmup_iters={steps // 10}'] if self.cfg.quick else [])]
+        steps, jobs = self.cfg.steps or (quick or max(20, steps // 4) if self.cfg.quick else steps), []
+        always = [*extra, f'--max_iters={steps}']
+        if not any(flag.startswith('--warmup_iters') for flag in extra):
+            always.append(f'--warmup_iters={steps // 10}')
         self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED --device=cpu")
         for seed in range(1, self.seeds + 1):
             for name, flags in models.items():
@@ -86,6 +88,15 @@ class Runner:
                 pool.shutdown(wait=False, cancel_futures=True)      # what runs saves and stops
                 raise
         return [future.result() for future in futures]
+
+    def save(self, picture):
+        """Write the claim's picture, results/<claim>.png beside the page, and return the link to it."""
+        link = os.path.join('results', f'{self.claim}.png')     # as RESULTS.md, which lies beside the folder, has it
+        path = os.path.join(os.path.dirname(self.cfg.to), link)
+        if self.cfg.quick:
+            link = path = os.path.join(self.folder, f'{self.claim}.png')
+        plot.save_figure(picture, path)
+        return f'![{self.claim}]({link})'
 
     def one(self, folder, words, args, steps):
         """The Run of one command, which is given what there is of it already."""
@@ -139,7 +150,7 @@ def table(first, models, runs, columns):
 
 
 def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per token'):
-    """results/<claim>.png: a panel for each group {title: {name: [Run]}}, mean of the seeds with all of them behind."""
+    """The claim's picture: a panel for each group {title: {name: [Run]}}, mean of the seeds with all of them behind."""
     plt = plot.import_pyplot()
     picture, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4), layout='constrained', squeeze=False)
     for ax, (title, models) in zip(axes[0], groups.items()):
@@ -155,9 +166,4 @@ def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per 
         ax.set(xlabel='step', ylabel=ylabel, title=title)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
-    link = os.path.join('results', f'{runner.claim}.png')       # as RESULTS.md, which lies beside the folder, has it
-    path = os.path.join(os.path.dirname(runner.cfg.to), link)
-    if runner.cfg.quick:
-        link = path = os.path.join(runner.folder, f'{runner.claim}.png')
-    plot.save_figure(picture, path)
-    return f'![{runner.claim}]({link})'
+    return runner.save(picture)

@@ -1,0 +1,176 @@
+"""What is measured after training: losses by kind of target, records answered, entropy of attention, memory kept."""
+import contextlib
+import json
+import os
+import statistics
+
+import torch
+import torch.nn.functional as fn
+
+import data
+import model as m
+import prune
+from lab import ablate
+from lab.runs import command, spread
+from support import checkpoint as ckpt
+
+# ---- Losses by kind of target
+
+NEAR = 64       # tokens: what lies farther back is recall
+KINDS = 'new', 'near', 'recall'
+
+
+def kinds(x, y, near=NEAR):
+    """The kind of each target, as a place in KINDS. x, y (B, T) -> (B, T).
+
+    new: the target did not occur in its window before; recall: it did, but not among the newest `near` tokens, which is
+    what only a memory longer than that can know; near: all the others.
+    """
+    B, T = x.shape
+    j = torch.arange(T)
+    newest = torch.stack([((x[b] == y[b, :, None]) & (j <= j[:, None])).mul(j + 1).amax(dim=1) for b in range(B)])
+    return torch.where(newest == 0, 0, torch.where(j + 1 - newest < near, 1, 2))
+
+
+def rule_of(folder):
+    """The rule of lab.ablate that a run was trained with, None for train.py: the Runner puts it first in the name."""
+    rule = os.path.basename(folder).split('-')[0]
+    with contextlib.suppress(ablate.UserError):
+        ablate.parse(rule)
+        return rule
+
+
+@torch.no_grad()
+def token_losses(run, windows, budgets=None, policy='selective', seed=1):
+    """Cross-entropy of each target and its kind, (windows, T) each, on validation windows that prune.py does not search on.
+
+    budgets, policy: of a KVCache; None: the whole context.
+    """
+    rule = rule_of(run.folder)
+    with ablate.changed(rule) if rule else contextlib.nullcontext():
+        model, checkpoint = ckpt.load_model(run.folder)
+        text, T, found = data.load_dataset(checkpoint['dataset']), model.config.block_size, []
+        size = max(1, 4096 // T)
+        for n in range(-(-windows // size)):
+            x, y = text.batch('val', n, size, T, seed, bos=checkpoint['config'].get('bos', False))
+            cache = m.KVCache(model, size, budgets, policy) if budgets else None
+            logits, _ = model(x, y, cache=cache)
+            found.append((fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'), kinds(x, y)))
+    losses, which = (torch.cat(parts)[:windows] for parts in zip(*found))
+    return losses, which
+
+
+def by_kind(losses, which):
+    """Mean losses: {'all': …, 'new': …, 'near': …, 'recall': …}."""
+    return {'all': losses.mean().item(), **{kind: losses[which == n].mean().item() for n, kind in enumerate(KINDS)}}
+
+
+def shares(which):
+    return {kind: (which == n).float().mean().item() for n, kind in enumerate(KINDS)}
+
+
+def against(losses, base):
+    """A loss against another on the same windows, as text: the difference and its 95% interval over windows."""
+    difference = (losses - base).mean(dim=1)
+    low, high = prune.bootstrap(difference)
+    return f'{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]'
+
+
+def against_recall(losses, base, which):
+    """The same for recall tokens alone. Windows have different numbers of them, so the resampled figure is their mean."""
+    mask = (which == KINDS.index('recall')).float()
+    low, high = prune.bootstrap((losses - base).mul(mask).sum(dim=1), mask.sum(dim=1))
+    return f'{(losses - base).mul(mask).sum() / mask.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
+
+
+# ---- Records of questions and answers, entropy
+
+
+@torch.no_grad()
+def records_right(run, folder, batches=8):
+    """The fraction of validation records of a data set whose answers are all right."""
+    model, _ = ckpt.load_model(run.folder)
+    questions, right = data.Dataset(folder, folder), []
+    for n in range(batches):
+        x, y = questions.batch('val', n, 64, model.config.block_size)
+        right.append(((model(x, y)[0].argmax(dim=-1) == y) | (y < 0)).all(dim=1).float().mean().item())
+    return statistics.mean(right)
+
+
+@torch.no_grad()
+def entropy(run, batches=4):
+    """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest that it could have,
+    mean over rows, heads and layers. 0: one key gets everything; 1: all the same."""
+    rule = rule_of(run.folder)
+    with ablate.changed(rule) if rule else contextlib.nullcontext():
+        model, checkpoint = ckpt.load_model(run.folder)
+    text, entropies, attention = data.load_dataset(checkpoint['dataset']), [], m.fn.scaled_dot_product_attention
+
+    def recorded(q, k, v, **kwargs):
+        T = q.size(2)
+        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+        L = (q @ k.transpose(-2, -1) * q.size(-1)**-0.5).masked_fill(hidden, float('-inf'))
+        entropy = -(L.softmax(dim=-1) * L.log_softmax(dim=-1).masked_fill(hidden, 0)).sum(dim=-1)       # (B, H, T)
+        entropies.append((entropy[..., 1:] / torch.arange(2, T + 1).log()).mean().item())
+        return attention(q, k, v, **kwargs)
+    m.fn.scaled_dot_product_attention = recorded
+    try:
+        for n in range(batches):
+            model(text.batch('val', n, 16, model.config.block_size, bos=checkpoint['config'].get('bos', False))[0])
+    finally:
+        m.fn.scaled_dot_product_attention = attention
+    return statistics.mean(entropies)
+
+
+# ---- SSA's parameters
+
+
+def position_part(runs):
+    """A column of `table`: the factor of log n on the queries at the end of training, smallest and largest head of all
+    layers and runs: σ(α), or what the rule has in its place; '' where there is none."""
+    factors = []
+    for run in runs:
+        for name, p in ckpt.load(run.folder)['model'].items():
+            if name.endswith('.ssa.q.alpha'):
+                factors += torch.sigmoid(p).tolist()
+            elif name.endswith('.ssa.q.beta'):
+                factors += torch.exp(-torch.exp(p)).tolist()
+            elif name.endswith('.ssa.q.s'):
+                factors += p.tolist()
+    return f'{min(factors):.4f} to {max(factors):.4f}' if factors else ''
+
+
+def new_parameters(run):
+    """The share that the temperatures have of a run's parameters."""
+    sizes = {name: p.numel() for name, p in ckpt.load(run.folder)['model'].items() if name != 'lm_head.weight'}
+    return sum(size for name, size in sizes.items() if '.ssa.' in name) / sum(sizes.values())
+
+
+# ---- Searches of prune.py
+
+
+def search(runner, jobs, windows):
+    """Have prune.py look for budgets where it has not yet. jobs: [(run, policy, flags that say how far, file)]."""
+    def one(run, policy, flags, file):
+        if not held_out(run, file):
+            command(['prune.py', f'--out_dir={run.folder}', *flags, f'--policy={policy}', f'--windows={windows}',
+                     '--device=cpu', f'--to={file}'])
+    runner.each(one, jobs)
+
+
+def read_search(run, file):
+    with open(os.path.join(run.folder, file), encoding='utf-8') as f:
+        return json.load(f)
+
+
+def held_out(run, file):
+    """What a finished search wrote of validation windows that it did not see; None where it is missing or unfinished."""
+    try:
+        return read_search(run, file)['held_out'] or None
+    except FileNotFoundError:
+        return None
+
+
+def saving(file):
+    """A column of `table`: how many times less memory the budgets take that hold on unseen windows."""
+    return lambda runs: spread([(held_out(run, file)['holds'] or {}).get('saving') for run in runs], '{:.1f}x')
