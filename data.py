@@ -23,7 +23,7 @@ import time
 import numpy as np
 import tiktoken
 
-from settings import UserError, write_file
+from support.settings import UserError, write_file
 
 END_OF_TEXT = '<|endoftext|>'
 TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine

@@ -31,9 +31,9 @@ import numpy as np
 import requests
 import urllib3
 
-import settings
+from support import settings
 from data import Progress, TokenFile, get_tokenizer, output_folder, read_meta, write_meta
-from settings import UserError
+from support.settings import UserError
 
 TRAIN_SHARDS, VAL_SHARDS = 1024, 8
 SOURCE = 'C4, en (allenai/c4)'

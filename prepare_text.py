@@ -15,9 +15,9 @@ import os
 import sysconfig
 from dataclasses import dataclass, field
 
-import settings
+from support import settings
 from data import Progress, TokenFile, get_tokenizer, output_folder, write_meta
-from settings import UserError
+from support.settings import UserError
 
 VAL_ONE_IN = 30
 

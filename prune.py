@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as fn
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
-import pretrained
-import settings
+from support import pretrained
+from support import settings
 from model import LayerCache, check_budgets
-from settings import UserError
+from support.settings import UserError
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 Run with: python -m pytest
 """
+import functools
 import itertools
 import math
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as fn
 
-import kernels
 import model as m
 from model import GPT, GPTConfig, KVCache
 
 torch.set_num_threads(1)      # these tensors are tiny: threads would wait for each other, no more
-FLAGS = list(itertools.product([False, True], ['', 'qv', 'k', 'qkv']))     # selective, ssa
+FLAGS = [dict(selective=selective, ssa=ssa, rope=rope, qk_norm=qk_norm)
+         for selective, ssa, rope, qk_norm in itertools.product([False, True], ['', 'qv', 'k', 'qkv'], *[[False, True]] * 2)]
+IDS = ['-'.join(name if value is True else value for name, value in flags.items() if value) or 'standard' for flags in FLAGS]
+every_flag = pytest.mark.parametrize('flags', FLAGS, ids=IDS)
 TINY = dict(block_size=24, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
 
 
@@ -36,23 +39,32 @@ def tokens(B, T, seed=1, vocab_size=TINY['vocab_size']):
 # The oracle
 
 
-def naive_F(L0):
+def naive_F(L0, vote=fn.relu):
     """F (B, T, T) from the logits of head 0 (B, T, T), entry by entry as the paper has it."""
     B, T, _ = L0.shape
     S = torch.zeros_like(L0)
     for i in range(T):
         for j in range(1, i):
-            S[:, i, j] = fn.relu(L0[:, i, j])
+            S[:, i, j] = vote(L0[:, i, j])
     return torch.stack([S[:, :i].sum(dim=1) for i in range(T)], dim=1)
 
 
-def naive_attention(q, k, v, selective, scale=1.0):
-    """y (B, H, T, D) and F (B, T, T); scale: a factor on every vote."""
+def naive_attention(q, k, v, selective, vote=fn.relu):
+    """y (B, H, T, D) and F (B, T, T)."""
     T, D = q.shape[2:]
     L = torch.einsum('bhid,bhjd->bhij', q, k) / math.sqrt(D)
-    F = scale * naive_F(L[:, 0]) if selective else torch.zeros_like(L[:, 0])
+    F = naive_F(L[:, 0], vote) if selective else torch.zeros_like(L[:, 0])
     future = torch.ones(T, T).triu(1).bool()
     return (L - F[:, None]).masked_fill(future, -math.inf).softmax(-1) @ v, F
+
+
+def naive_rotate(x):
+    """x (B, T, H, D): channels c and c + D/2 are a complex number, turned by n * 10000^(-2c/D) at position n."""
+    T, D = x.size(1), x.size(3)
+    z = torch.complex(x[..., :D // 2], x[..., D // 2:])
+    turn = torch.tensor([[n / 10000**(2 * c / D) for c in range(D // 2)] for n in range(T)], dtype=torch.float64)
+    z = z * torch.exp(1j * turn)[:, None]
+    return torch.cat([z.real, z.imag], dim=-1)
 
 
 def naive_gpt(gpt, idx):
@@ -62,21 +74,30 @@ def naive_gpt(gpt, idx):
     linear = lambda x, name: fn.linear(x, p[name + '.weight'], p.get(name + '.bias'))
     norm = lambda x, name: fn.layer_norm(x, x.shape[-1:], p[name + '.weight'], p.get(name + '.bias'))
     n = torch.arange(1, T + 1, dtype=torch.float64)[:, None]
-    x = p['transformer.wte.weight'][idx] + p['transformer.wpe.weight'][:T]
+    x = p['transformer.wte.weight'][idx]
+    if not c.rope:
+        x = x + p['transformer.wpe.weight'][:T]
     Fs = []
     for l in range(c.n_layer):
         h = f'transformer.h.{l}.'
         z = norm(x, h + 'ln_1')
         qkv = dict(zip('qkv', linear(z, h + 'attn.c_attn').chunk(3, dim=-1)))
+        heads = {name: t.view(B, T, H, D) for name, t in qkv.items()}
+        for name in 'qk':
+            if c.qk_norm:
+                t = heads[name]
+                heads[name] = t / (t.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * p[h + f'attn.{name}_norm.weight']
+            if c.rope:
+                heads[name] = naive_rotate(heads[name])
         for name in c.ssa:
             s = h + f'attn.ssa.{name}.'
             hidden = qkv[name] if c.ssa_sharing else linear(z, s + 'hidden')
             temperature = 1 + torch.tanh(fn.gelu(hidden) @ p[s + 'w.weight'].T)             # (B, T, H)
             if name == 'q':
                 temperature = temperature + torch.sigmoid(p[s + 'alpha']) * torch.log(n)
-            qkv[name] = (qkv[name].view(B, T, H, D) * temperature[..., None]).view(B, T, H * D)
-        q, k, v = (qkv[name].view(B, T, H, D).transpose(1, 2) for name in 'qkv')
-        y, F = naive_attention(q, k, v, c.selective, p.get(h + 'attn.vote_scale', 1.0))
+            heads[name] = heads[name] * temperature[..., None]
+        q, k, v = (heads[name].transpose(1, 2) for name in 'qkv')
+        y, F = naive_attention(q, k, v, c.selective, lambda L0: p.get(h + 'attn.vote_scale', 1.0) * fn.relu(L0))
         Fs.append(F)
         x = x + linear(y.transpose(1, 2).reshape(B, T, H * D), h + 'attn.c_proj')
         x = x + linear(fn.gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc'), approximate=c.gelu), h + 'mlp.c_proj')
@@ -129,49 +150,54 @@ def naive_random(i, j):
 # Attention in blocks of rows
 
 
-@pytest.mark.parametrize('T', [1, 2, 7, 8, 9, 16, 29])
-@pytest.mark.parametrize('how', ['rows', 'kernel'])
-@pytest.mark.parametrize('tau', [None, 1.0, 0.7])
-@pytest.mark.parametrize('scale', [None, 0.0, 0.3, -0.2])
-def test_selective_attention_and_gradients(T, how, tau, scale):
+ROWS = functools.partial(m.selective_attention, rows=8)
+VOTES = {'relu': fn.relu, 'capped': lambda L0: L0.clamp(0, 0.3), 'without relu': lambda L0: L0, 'strong': lambda L0: 9 * fn.relu(L0),
+         'by the reader alone': lambda L0: fn.softplus(L0[..., :1]).expand_as(L0)}
+
+
+@pytest.mark.parametrize('T', [1, 2, 7, 8, 9, 29])
+@pytest.mark.parametrize('attention', [ROWS, m.selective_attention_listing], ids=['rows', 'listing'])
+@pytest.mark.parametrize('memory_tau', [None, 1.0, 0.7])
+@pytest.mark.parametrize('vote', VOTES)
+def test_selective_attention_and_gradients(T, attention, memory_tau, vote):
     torch.manual_seed(T)
     q, k, v = (torch.randn(3, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    if scale is not None:
-        scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    if how == 'rows':
-        y, M = m.selective_attention(q, k, v, tau=tau, block=8, scale=scale)
+    y, M = attention(q, k, v, VOTES[vote], memory_tau=memory_tau)
+    if vote == 'by the reader alone':       # the oracle's votes are entry by entry: give it column 0 in every column
+        L0 = torch.einsum('bid,bjd->bij', q[:, 0], k[:, 0]) / 2
+        L = torch.einsum('bhid,bhjd->bhij', q, k) / 2
+        F = naive_F(L0[..., :1].expand_as(L0), fn.softplus)
+        expected = (L - F[:, None]).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v
     else:
-        y, M = kernels.selective_attention(q, k, v, tau=tau, block=8, scale=scale)
-    expected, F = naive_attention(q, k, v, True, 1.0 if scale is None else scale)
+        expected, F = naive_attention(q, k, v, True, VOTES[vote])
     torch.testing.assert_close(y, expected)
     weight, weight_M = torch.randn_like(y), torch.randn(3, T, dtype=torch.float64)
     loss, expected_loss = (y * weight).sum(), (expected * weight).sum()
-    if tau is not None:
-        expected_M = torch.arange(T) - (F.clamp(max=tau) / tau).sum(-1)
+    if memory_tau is None:
+        assert M is None
+    else:
+        expected_M = torch.arange(T) - (F.clamp(max=memory_tau) / memory_tau).sum(-1)
         torch.testing.assert_close(M, expected_M)
         loss, expected_loss = loss + (M * weight_M).sum(), expected_loss + (expected_M * weight_M).sum()
-    inputs = (q, k, v) if scale is None else (q, k, v, scale)
-    for got, want in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected_loss, inputs)):
+    for got, want in zip(torch.autograd.grad(loss, (q, k, v)), torch.autograd.grad(expected_loss, (q, k, v))):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize('how', ['rows', 'kernel'])
-def test_attention_takes_what_the_model_gives_it(how):
-    """Views with strides, as c_attn's output has them, and gradients for one of them alone."""
-    torch.manual_seed(0)
-    qkv = torch.randn(2, 70, 3 * 8, requires_grad=True)
-    q, k, v = (t.view(2, 70, 2, 4).transpose(1, 2) for t in qkv.split(8, dim=2))
-    y, _ = (m.selective_attention if how == 'rows' else kernels.selective_attention)(q, k, v)
-    expected, _ = naive_attention(*(t.double() for t in (q, k, v)), selective=True)
-    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-4)
-    y.sum().backward()
-    assert qkv.grad.isfinite().all()
+def test_six_tokens_by_hand():
+    """The rules, on numbers that a reader can add up: F grows by the votes of earlier rows, never at token 0."""
+    L0 = torch.tensor([[9, 0, 0, 0, 0], [1, 9, 0, 0, 0], [2, 3, 9, 0, 0], [1, -4, 2, 9, 0], [5, 1, 1, 6, 9]]).double()
+    F = [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 3, 0, 0, 0], [0, 3, 2, 0, 0]]
+    assert naive_F(L0[None])[0].tolist() == F
+    q, k = L0 * 5**0.5, torch.eye(5).double()                   # so that q.k / sqrt(D) is L0
+    _, got, _ = m.attend(q[None, None], k[None, None], k[None, None], torch.zeros(1, 5).double(), torch.arange(5),
+                         torch.arange(5)[None], fn.relu)
+    assert got[0, :-1].tolist() == F and got[0, -1].tolist() == [0, 4, 3, 6, 0]
 
 
 def test_dropout_of_probabilities():
     q, k, v = torch.randn(3, 1, 1, 64, 8).unbind()
     v = torch.ones_like(v)      # without dropout every output is 1
-    y, _ = m.selective_attention(q, k, v, dropout=0.5)
+    y, _ = m.selective_attention(q, k, v, fn.relu, dropout=0.5)
     assert y.std() > 0.1 and abs(y.mean() - 1) < 0.3
 
 
@@ -179,11 +205,10 @@ def test_dropout_of_probabilities():
 # The model
 
 
-@pytest.mark.parametrize('selective, ssa', FLAGS)
-@pytest.mark.parametrize('T', [1, 5, 24])
-@pytest.mark.parametrize('kernel', ['auto', 'rows'])
-def test_logits_loss_and_gradients(selective, ssa, T, kernel):
-    gpt = make(selective=selective, ssa=ssa, kernel=kernel)
+@every_flag
+@pytest.mark.parametrize('T', [1, 24])
+def test_logits_loss_and_gradients(flags, T):
+    gpt = make(**flags)
     idx, targets = tokens(3, T), tokens(3, T, seed=2)
     targets[0, 0] = -1
     logits, loss = gpt(idx, targets)
@@ -209,23 +234,10 @@ def test_bias_and_own_hidden_layer(bias, ssa_sharing):
     torch.testing.assert_close(gpt(tokens(2, 9), tokens(2, 9))[0], naive_gpt(gpt, tokens(2, 9))[0])
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 24), (24,), (1, 3, 24), (0, 24)])
-@pytest.mark.parametrize('n_out, bias', [(128, True), (192, False), (17, True)])
-def test_linear(shape, n_out, bias):
-    """A layer of kernels.py is nn.Linear, whether it has one row or more."""
-    layer, x = kernels.Linear(24, n_out, bias).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *layer.parameters()]
-    got, want = layer(x), fn.linear(x, layer.weight, layer.bias)
-    for y in (got, want):
-        y.grads = torch.autograd.grad(y.sin().sum(), inputs)
-    torch.testing.assert_close([got, *got.grads], [want, *want.grads])
-
-
-@pytest.mark.parametrize('kernel', ['auto', 'rows'])
 @pytest.mark.parametrize('more', [dict(vote_scale=True), dict(vote_scale=True, gelu='tanh', bias=True, ssa='qv')])
-def test_vote_scale(kernel, more):
+def test_vote_scale(more):
     """Whole, step by step, and under budgets; a fresh layer, whose scale is 0, is standard attention."""
-    gpt = make(selective=True, kernel=kernel, **more)
+    gpt = make(selective=True, **more)
     idx = tokens(3, 24)
     logits, loss = gpt(idx, idx)
     expected, _ = naive_gpt(gpt, idx)
@@ -250,9 +262,8 @@ def test_vote_scale(kernel, more):
     assert all(block.attn.vote_scale.grad != 0 for block in fresh.transformer.h)
 
 
-@pytest.mark.parametrize('kernel', ['auto', 'rows'])
-def test_memory_requirement(kernel):
-    gpt = make(selective=True, ssa='qv', kernel=kernel)
+def test_memory_requirement():
+    gpt = make(selective=True, ssa='qv')
     idx = tokens(3, 24)
     logits, loss, memory = gpt(idx, idx, memory_tau=1.0)
     expected, Fs = naive_gpt(gpt, idx)
@@ -262,11 +273,13 @@ def test_memory_requirement(kernel):
     got = torch.autograd.grad(memory, gpt.transformer.wte.weight)[0]
     want = torch.autograd.grad(expected_memory, gpt.transformer.wte.weight)[0]
     torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match='selective'):
+        make()(idx, idx, memory_tau=1.0)
 
 
-@pytest.mark.parametrize('selective, ssa', FLAGS)
-def test_causality(selective, ssa):
-    gpt = make(dtype=torch.float32, selective=selective, ssa=ssa, block_size=150)
+@every_flag
+def test_causality(flags):
+    gpt = make(dtype=torch.float32, block_size=150, **flags)
     idx = tokens(2, 150)
     changed = idx.clone()
     changed[:, 70:] = (changed[:, 70:] + 1) % 17
@@ -293,8 +306,8 @@ def test_fresh_ssa_is_close_to_standard():
     same = dict(ssa.named_parameters())
     assert all(torch.equal(p, same[name]) for name, p in standard.named_parameters())
     idx = tokens(4, 24)
-    a, b = standard(idx, idx)[1], ssa(idx, idx)[1]
-    assert a != b and abs(a - b) / a < 0.003
+    (a, a_loss), (b, b_loss) = standard(idx, idx), ssa(idx, idx)
+    assert not torch.equal(a, b) and abs(a_loss - b_loss) / a_loss < 0.003
 
 
 def test_nanogpt_state_dict():
@@ -321,7 +334,7 @@ def test_nanogpt_state_dict():
 
 @pytest.mark.parametrize('wrong, word', [
     (dict(n_embd=10, n_head=4), 'n_head'), (dict(ssa='qx'), 'ssa'), (dict(ssa='qq'), 'ssa'), (dict(n_layer=0), 'n_layer'),
-    (dict(dropout=1.0), 'dropout'), (dict(kernel='fast'), 'kernel'), (dict(vote_scale=True), 'vote_scale'),
+    (dict(dropout=1.0), 'dropout'), (dict(vote_scale=True), 'vote_scale'),
     (dict(gelu='relu'), 'gelu')])
 def test_impossible_configs(wrong, word):
     with pytest.raises(ValueError, match=word):
@@ -332,22 +345,23 @@ def test_impossible_configs(wrong, word):
 # The KV cache: generation, and context pruning
 
 
-@pytest.mark.parametrize('selective, ssa', FLAGS)
+@every_flag
 @pytest.mark.parametrize('prompt', [1, 7, 23])
-def test_cached_steps_equal_the_full_forward(selective, ssa, prompt):
-    gpt = make(selective=selective, ssa=ssa)
+def test_cached_steps_equal_the_full_forward(flags, prompt):
+    gpt = make(**flags)
     idx = tokens(3, 24)
     expected, _ = naive_gpt(gpt, idx)
     cache = KVCache(gpt, 3)
-    torch.testing.assert_close(gpt.prefill(idx[:, :prompt], cache)[:, 0], expected[:, prompt - 1])
+    torch.testing.assert_close(m.prefill(gpt, idx[:, :prompt], cache)[:, 0], expected[:, prompt - 1])
     for t in range(prompt, 24):
         torch.testing.assert_close(gpt(idx[:, [t]], cache=cache)[0][:, 0], expected[:, t])
 
 
-@pytest.mark.parametrize('selective, ssa', FLAGS)
+@pytest.mark.parametrize('selective', [False, True])
+@pytest.mark.parametrize('ssa', ['', 'qkv'])
 @pytest.mark.parametrize('prompt', [1, 24])
 def test_generate(selective, ssa, prompt):
-    """Greedy generation is what the full forward would choose; past block_size the window slides by half."""
+    """Greedy generation is what the full forward would choose; past block_size learned positions start anew by half."""
     gpt = make(selective=selective, ssa=ssa)
     idx = tokens(2, prompt)
     out = gpt.generate(idx, 40, temperature=0)
@@ -396,7 +410,7 @@ def test_pruned_attention_against_the_rules(K, rows, policy, selective):
     t = 0
     for R in blocks_of(T, rows, seed=K):
         i = torch.arange(t, t + R)
-        y = cache.attend(q[:, :, t:t + R], k[:, :, t:t + R], v[:, :, t:t + R], i, selective)
+        y = cache.attend(q[:, :, t:t + R], k[:, :, t:t + R], v[:, :, t:t + R], i, fn.relu if selective else None)
         torch.testing.assert_close(y, expected[:, :, t:t + R])
         t += R
         for b in range(B):
@@ -406,11 +420,11 @@ def test_pruned_attention_against_the_rules(K, rows, policy, selective):
         assert held[1][-1] == [0, *range(30, 40)]
 
 
-@pytest.mark.parametrize('selective, ssa', FLAGS)
-@pytest.mark.parametrize('budgets', [[2, 7], [9, 3], [30, 4]])
-def test_generation_agrees_with_the_parallel_form(selective, ssa, budgets):
-    gpt = make(selective=selective, ssa=ssa, block_size=30)
-    policy = 'selective' if selective else 'oldest'
+@every_flag
+@pytest.mark.parametrize('budgets', [[2, 7], [30, 4]])
+def test_generation_agrees_with_the_parallel_form(flags, budgets):
+    gpt = make(block_size=30, **flags)
+    policy = 'selective' if flags['selective'] else 'oldest'
     idx = tokens(3, 30)
     parallel = KVCache(gpt, 3, budgets, policy)
     logits, loss = gpt(idx, idx, cache=parallel)
@@ -420,6 +434,34 @@ def test_generation_agrees_with_the_parallel_form(selective, ssa, budgets):
     for a, b in zip(parallel.layers, steps.layers):
         assert torch.equal(a.j.sort().values, b.j.sort().values)
     assert not torch.allclose(logits, gpt(idx, idx)[0])     # the budgets did bite
+
+
+@pytest.mark.parametrize('selective', [False, True])
+@pytest.mark.parametrize('budgets', [None, [4, 9]])
+def test_rope_counts_on(selective, budgets):
+    """A stream of several block_sizes: the memory stays as it is, and the texts are those of the parallel form."""
+    gpt = make(selective=selective, rope=True, ssa='q')
+    policy = 'selective' if selective else 'oldest'
+    budgets = budgets or [24, 24]
+    cache = KVCache(gpt, 2, budgets, policy)
+    before = cache.bytes()
+    out = torch.cat([tokens(2, 5), *m.stream(gpt, tokens(2, 5), 85, temperature=0, cache=cache)], dim=1)
+    assert out.shape == (2, 90) and cache.bytes() == before and int(cache.position) == 89
+    logits, _ = gpt(out, out, cache=KVCache(gpt, 2, budgets, policy))           # one block of 90 rows
+    assert torch.equal(logits[:, 4:89].argmax(-1), out[:, 5:])
+    assert torch.equal(gpt.generate(tokens(2, 40), 30, temperature=0, budgets=budgets, policy=policy)[:, :40], tokens(2, 40))
+
+
+@pytest.mark.parametrize('rope', [False, True])
+def test_a_prompt_is_read_once_for_many_texts(rope):
+    gpt = make(selective=True, rope=rope)
+    for budgets in None, [5, 9]:
+        many = gpt.generate(tokens(2, 7), 30, temperature=0, num_samples=3, budgets=budgets)
+        one = gpt.generate(tokens(2, 7), 30, temperature=0, budgets=budgets)
+        assert torch.equal(many, one.repeat_interleave(3, dim=0))
+    torch.manual_seed(0)
+    many = gpt.generate(tokens(1, 7), 10, num_samples=4)
+    assert len({tuple(text) for text in many.tolist()}) > 1
 
 
 def test_generation_agrees_in_float32():
@@ -471,7 +513,7 @@ def test_too_long():
 
 def test_what_a_gpu_runs():
     """Away from the CPU kernel: torch.compile takes the training forward whole, and autocast's bfloat16 is close."""
-    gpt = make(selective=True, ssa='qv', kernel='rows', dtype=torch.float32, block_size=150, spread=0.1)
+    gpt = make(selective=True, ssa='qv', dtype=torch.float32, block_size=150, spread=0.1)
     idx = tokens(2, 150)
     loss = gpt(idx, idx)[1]
     expected = torch.autograd.grad(loss, gpt.transformer.wte.weight)[0]
@@ -480,7 +522,7 @@ def test_what_a_gpu_runs():
     with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
         assert abs(gpt(idx, idx)[1] - loss) < 0.01
         cache = KVCache(gpt, 2, dtype=torch.bfloat16)
-        gpt.prefill(idx[:, :149], cache)
+        m.prefill(gpt, idx[:, :149], cache)
         assert cache.layers[0].F.dtype == torch.float32
         close = gpt(idx[:, [149]], cache=cache)[0][:, 0].float()
     torch.testing.assert_close(close, gpt(idx)[0][:, 0], atol=0.05, rtol=0.05)

@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
 import kernels
-import pretrained
-import settings
+from support import pretrained
+from support import settings
 from model import GPT, GPTConfig, check_config
-from settings import UserError
+from support.settings import UserError
 
 
 @dataclass

@@ -49,9 +49,9 @@ import torch.nn as nn
 import torch.nn.functional as fn
 
 import model as m
-import settings
+from support import settings
 import train
-from settings import UserError
+from support.settings import UserError
 
 # ---- Votes: (layer, logits of head 0 (B, R, N)) -> S
 

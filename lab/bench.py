@@ -28,12 +28,12 @@ import numpy as np
 import torch
 import torch.nn.functional as fn
 
-import checkpoint as ckpt
-import kernels
+from support import checkpoint as ckpt
+from kernels import cpu as kernels
 import model as m
-import settings
+from support import settings
 from lab.peers import XTransformers, listing, x_transformers
-from settings import UserError
+from support.settings import UserError
 
 SHAPES = {'small': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257),
           '124m': dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304)}

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-import settings
-from settings import UserError
+from support import settings
+from support.settings import UserError
 
 TYPES = {'float32': 'fp32', 'bfloat16': 'bf16', 'float16': 'fp16'}
 # what has the type of q, k and v; all other tensors are float32
@@ -39,7 +39,7 @@ def compile_kernel(kernel, D, dtype, capability, memory):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    import triton_kernels
+    from kernels import gpu as triton_kernels
     run = dict(triton_kernels.tiles(D, getattr(torch, dtype))[kernel])
     options = {name: run.pop(name) for name in ('num_warps', 'num_stages')}
     constants = dict(run, D=D, G=triton_kernels.G, PRECISION='tf32', MEMORY=memory)
@@ -94,7 +94,7 @@ def products(loop):
 def main():
     cfg = settings.parse(CompiledConfig)
     try:
-        import triton_kernels
+        from kernels import gpu as triton_kernels
     except ImportError:
         raise UserError('this needs triton: pip install -r requirements-dev.txt') from None
     if triton_kernels.INTERPRETED:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
-import settings
-from settings import UserError
+from support import settings
+from support.settings import UserError
 
 
 @dataclass

@@ -13,9 +13,9 @@ import pathlib
 import sys
 from dataclasses import dataclass, field
 
-import checkpoint as ckpt
-import settings
-from settings import UserError
+from support import checkpoint as ckpt
+from support import settings
+from support.settings import UserError
 
 
 @dataclass

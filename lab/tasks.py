@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import data
-import settings
-from settings import UserError
+from support import settings
+from support.settings import UserError
 
 
 @dataclass

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
-import settings
+from support import settings
 from lab.plot import import_pyplot, save_figure, write
 from model import KVCache, attend, memory_requirement
-from settings import UserError
+from support.settings import UserError
 
 
 @dataclass

@@ -9,7 +9,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests' tensors are tiny: t
 import torch
 
 import prepare_text
-import settings
+from support import settings
 
 if not torch.cuda.is_available():       # Triton reads it when it is imported, which any later test may do
     os.environ.setdefault('TRITON_INTERPRET', '1')

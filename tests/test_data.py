@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)
 import data
 import prepare_c4
 import prepare_text
-from settings import UserError
+from support.settings import UserError
 
 GPT2 = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(ROOT, '../shared/data/tiktoken_cache')
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
 import model as m
 from lab import evaluate
-from settings import UserError
+from support.settings import UserError
 from test_prepare_c4 import Handler, Server
 
 BYTES = data.get_tokenizer('bytes')

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
-import settings
+from kernels import cpu as kernels
+from support import settings
 from lab import bench
 
 

@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data
 import prepare_c4
-from settings import UserError
+from support.settings import UserError
 
 
 def documents(seed, count):

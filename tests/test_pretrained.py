@@ -10,16 +10,16 @@ import threading
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import model as m
 import prepare_c4
-import pretrained
+from support import pretrained
 import prune
 import sample
-import settings
+from support import settings
 import train
 from lab import export_hf
-from settings import UserError
+from support.settings import UserError
 from test_prepare_c4 import Handler, Server, fault
 
 if os.environ.get('CI'):        # there all of these tests must run

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import prune
 import sample
 from model import GPT, GPTConfig, KVCache

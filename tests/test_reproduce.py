@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model as m
-import settings
+from support import settings
 import train
 from lab import ablate, reproduce, runs, tasks
 

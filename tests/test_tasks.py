@@ -9,7 +9,7 @@ import torch
 import data
 import prune
 import sample
-import settings
+from support import settings
 import train
 from lab import tasks
 

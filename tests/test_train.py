@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import model
 import sample
-import settings
+from support import settings
 import train
 
 ROOT = Path(__file__).parent.parent

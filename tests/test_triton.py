@@ -12,14 +12,14 @@ import warnings
 import pytest
 import torch
 
-import checkpoint
-import kernels
+from support import checkpoint
+from kernels import cpu as kernels
 import model as m
 import train
 from model import GPT, GPTConfig
 
 try:
-    import triton_kernels as tk
+    from kernels import gpu as tk
 except ImportError:
     if os.environ.get('CI'):
         raise

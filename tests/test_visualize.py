@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as fn
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
 from lab import plot, visualize
 from lab.visualize import Reading, page, read, token_texts, vote_codes
 from model import KVCache
-from settings import UserError
+from support.settings import UserError
 from test_model import make, naive_gpt, tokens
 
 

@@ -105,7 +105,7 @@ def _run_config(path):
     """The settings that a config file assigns: its public names, less what it imported as modules or functions."""
     if not os.path.isfile(path):
         raise UserError(f"config file '{path}' does not exist (settings are written --key=value)")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # so that `from config.base_small import *` is found
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # so that `from config.base_small import *` is found
     try:
         names = runpy.run_path(path)
     except Exception as e:

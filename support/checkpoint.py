@@ -19,9 +19,9 @@ import pickle
 
 import torch
 
-import settings
+from support import settings
 from model import GPT, GPTConfig
-from settings import UserError
+from support.settings import UserError
 
 
 def pick_device(name='auto'):

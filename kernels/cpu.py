@@ -47,7 +47,7 @@ def pick(q, dropout, kernel='auto'):
 
 
 def _triton(q, k, v, tau=None, scale=None):
-    import triton_kernels                                       # here, as Triton comes with torch for CUDA alone
+    from kernels import gpu as triton_kernels                                       # here, as Triton comes with torch for CUDA alone
     return triton_kernels.selective_attention(q, k, v, tau, scale)
 
 
@@ -69,7 +69,7 @@ _why_not_triton._dynamo_marked_constant = True
 def _try_triton(device, dtype, D):
     """'' if triton_kernels.py gives the numbers of model.py for a small example, else what is wrong. Asked once."""
     try:
-        import triton_kernels
+        from kernels import gpu as triton_kernels
     except ImportError as e:
         return f'triton cannot be imported ({e})'
     from model import selective_attention as plain

@@ -2,7 +2,7 @@
 
     python train.py config/finetune_gpt2_ssa.py                 init_from = 'gpt2', with SSA put in
     python sample.py --init_from=gpt2-xl --start="The answer is"
-    python pretrained.py gpt2-xl                                fetch it now, for a run without a network
+    python -m support.pretrained gpt2-xl                     fetch it now, for a run without a network
 
 A download is checked by size and by the hash that the hub gives, goes on where it was cut, and is kept in cache_dir;
 one process at a time may fetch a model. The numbers are GPT-2's own: equal logits to Hugging Face's transformers.
@@ -17,11 +17,11 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import data
 import prepare_c4
-import settings
-from settings import UserError
+from support import settings
+from support.settings import UserError
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SHAPE = ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'gelu')     # what the weights decide, not the settings
