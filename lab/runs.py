@@ -104,8 +104,8 @@ class Runner:
         if os.path.isfile(os.path.join(folder, 'ckpt.pt')):
             resume, made = ['--init_from=resume'], ckpt.load(folder)['config']
             for key, value in dataclasses.asdict(settings.parse(train.TrainConfig, args)).items():
-                if key not in FREE and made.get(key) != value:
-                    raise UserError(f'{folder} was trained with {key}={made.get(key)!r}, not {value!r}: delete it')
+                if key not in FREE and made.get(key, value) != value:
+                    raise UserError(f'{folder} was trained with {key}={made[key]!r}, not {value!r}: delete it')
         if read_run(folder, steps) is None:
             command([*(['-m', 'lab.ablate', *words] if words else ['train.py']), *args, *resume, f'--out_dir={folder}',
                      '--device=cpu'])
