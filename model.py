@@ -155,16 +155,16 @@ class Temperature(nn.Module):
         return tau
 
 
-def rotate(x, pos):
+def rotate(q, k, pos):
     """Rotary positions (arXiv 2104.09864): channels c and c + D/2 are turned by the angle pos * 10000^(-2c/D).
 
-    q.k then depends on positions by their difference alone. x (B, T, H, D), pos (T,) -> (B, T, H, D).
+    q.k then depends on positions by their difference alone. q, k (B, T, H, D), pos (T,); returns q and k.
     """
-    D, dtype = x.size(-1), F_dtype(x.dtype)
-    angle = pos[:, None].to(dtype) * 10000 ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)    # (T, D/2)
+    D, dtype = q.size(-1), F_dtype(q.dtype)
+    angle = pos[:, None].to(dtype) * 10000 ** (-torch.arange(0, D, 2, device=q.device, dtype=dtype) / D)    # (T, D/2)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]       # (T, 1, D/2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    pairs = (x.chunk(2, dim=-1) for x in (q, k))
+    return (torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(q.dtype) for a, b in pairs)
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
@@ -203,10 +203,9 @@ class CausalSelfAttention(nn.Module):
         H, D = self.config.n_head, C // self.config.n_head
         qkv = dict(zip('qkv', self.c_attn(x).split(C, dim=2)))          # (B, T, C) each
         heads = {name: t.view(B, T, H, D) for name, t in qkv.items()}
-        for name, norm in ('q', self.q_norm), ('k', self.k_norm):
-            heads[name] = norm(heads[name])
-            if self.config.rope:
-                heads[name] = rotate(heads[name], pos)
+        heads['q'], heads['k'] = self.q_norm(heads['q']), self.k_norm(heads['k'])
+        if self.config.rope:
+            heads['q'], heads['k'] = rotate(heads['q'], heads['k'], pos)
         for name, temperature in self.ssa.items():
             tau = temperature(x, qkv[name], pos)                        # (B, T, H)
             heads[name] = heads[name] * tau.to(x.dtype)[..., None]

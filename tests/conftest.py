@@ -1,6 +1,8 @@
 """What several test files share: a small data set, and a way to run a script."""
 import os
+import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -13,6 +15,8 @@ from support import settings
 
 if not torch.cuda.is_available():       # Triton reads it when it is imported, which any later test may do
     os.environ.setdefault('TRITON_INTERPRET', '1')
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(scope='session')
@@ -46,3 +50,27 @@ def run(monkeypatch, capfd):
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what training needs: tree(file, old, new) edits it, tree.run(code) runs Python in it."""
+    copy = tmp_path / 'copy'
+    copy.mkdir()
+    for name in os.listdir(ROOT):
+        if name.endswith('.py') or name in ('kernels', 'support', 'config'):
+            source = os.path.join(ROOT, name)
+            (shutil.copytree if os.path.isdir(source) else shutil.copy)(source, copy / name)
+
+    def edit(file, old, new):
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f'{file} has {old!r} {text.count(old)} times'
+        (copy / file).write_text(text.replace(old, new))
+
+    def run(*args):
+        result = subprocess.run([sys.executable, *args], cwd=copy, capture_output=True, text=True, timeout=300,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(copy)})
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    edit.run, edit.path = run, copy
+    return edit
