@@ -18,6 +18,7 @@ TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_
 def naive(rule, q, k, v):
     """The rules of ablate.py in loops over rows and columns."""
     H, T, D = q.shape[1:]
+    K = int(rule.partition('=')[2] or 0)
     y = torch.zeros_like(q)
     for b in range(len(q)):
         for h in range(H):
@@ -29,6 +30,12 @@ def naive(rule, q, k, v):
                     vote = q[b, head, i] @ k[b, head, j] / D**0.5
                     if (j < i or rule == 'self_too') and (j > 0 or rule == 'first_too'):
                         S[j] = vote if rule == 'no_relu' else vote.clamp(min=0)
+                    if rule == 'fox':                           # -log of the gate, which is a sigmoid of token 0's logit
+                        S[j] = -torch.sigmoid(q[b, head, i] @ k[b, head, 0] / D**0.5 + 4).log() if 0 < j < i else 0
+                    if rule == 'alibi':                         # one more step away from the next row
+                        S[j] = 2**(-8 * (h + 1) / H)
+                    if K:                                       # of K tokens, the one that token i + 1 drives out
+                        S[j] = float('inf') if j > 0 and j == i - K + 2 else 0
                 if rule == 'at_once':
                     F = F + S
                 L = q[b, h, i] @ k[b, h, :i + 1].T / D**0.5 - F[:i + 1]
@@ -38,30 +45,71 @@ def naive(rule, q, k, v):
     return y
 
 
-@pytest.mark.parametrize('rule', ablate.RULES[:7])
-@pytest.mark.parametrize('H', [1, 3, 4])
-def test_rules(rule, H):
-    q, k, v = torch.randn(3, 2, H, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
-    y, M = ablate.attention(rule, q, k, v, tau=1.0)
-    torch.testing.assert_close(y, naive(rule, q, k, v), atol=1e-6, rtol=1e-6)
-    if rule == 'as_published':
-        torch.testing.assert_close((y, M), m.selective_attention(q, k, v, tau=1.0), atol=1e-6, rtol=1e-6, check_dtype=False)
-
-
 @pytest.fixture
-def unchanged(monkeypatch):
-    """model.py as it was, when the test is over."""
-    for name in ('selective_attention', 'Temperature', 'CausalSelfAttention'):
-        monkeypatch.setattr(m, name, getattr(m, name))
+def qkv():
+    def qkv(H):
+        return torch.randn(3, 2, H, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    return qkv
+
+
+@pytest.mark.parametrize('rule', [*ablate.VOTES, *ablate.LISTINGS, 'alibi', 'window=2', 'window=4', 'window=9', 'window=30'])
+@pytest.mark.parametrize('H', [1, 3, 4])
+def test_rules(rule, H, qkv):
+    """All are the recurrence F <- F + S; standard attention and windows included."""
+    q, k, v = qkv(H)
+    with ablate.changed(rule):
+        torch.manual_seed(0)
+        layer = m.GPT(m.GPTConfig(n_layer=1, n_head=H, n_embd=4 * H, vocab_size=9, selective=True)).transformer.h[0].attn
+        y, M = layer.attention(q, k, v, layer.vote, memory_tau=1.0)
+        none = layer.attention(q, k, v, layer.vote)
+    assert none[1] is None and M.shape == (2, 9)
+    torch.testing.assert_close(none[0], y)
+    torch.testing.assert_close(y, naive(rule, q, k, v), atol=1e-6, rtol=1e-6)
+    published = m.selective_attention(q, k, v, torch.relu, memory_tau=1.0)
+    assert torch.allclose(y, published[0]) == (rule == 'as_published' or rule in ('last_head', 'groups') and H == 1)
+    if rule == 'as_published':
+        torch.testing.assert_close(M, published[1], atol=1e-6, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize('K', [2, 4, 9, 20])
+def test_window_is_a_budget_by_age(K, qkv):
+    """window=K sees what a cache of K tokens with policy 'oldest' keeps, so that trained and pruned windows compare."""
+    q, k, v = qkv(3)
+    cache = m.LayerCache(2, 3, K, 4, 'oldest', 'cpu', torch.float64)
+    y, M = ablate.window(K, q, k, v, None, memory_tau=1.0)
+    torch.testing.assert_close(y, cache.attend(q, k, v, torch.arange(9), None))
+    assert M[0].tolist() == [min(i, K - 1) for i in range(9)]
+
+
+def test_what_is_changed_is_put_back():
+    before = m.selective_attention, m.Temperature, m.CausalSelfAttention, m.CausalSelfAttention.vote
+    for rule in ('no_relu', 'groups', 'window=3', 'ssmax', 'double_heads'):
+        with pytest.raises(ZeroDivisionError), ablate.changed(rule):
+            assert before != (m.selective_attention, m.Temperature, m.CausalSelfAttention, m.CausalSelfAttention.vote)
+            1 / 0
+        assert before == (m.selective_attention, m.Temperature, m.CausalSelfAttention, m.CausalSelfAttention.vote)
+        assert m.CausalSelfAttention.attention is m.selective_attention
+
+
+def test_temperatures_of_other_papers():
+    config = m.GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=9)
+    x, pos = torch.zeros(1, 5, 8), torch.arange(5)
+    n = torch.arange(1, 6.0)
+    theirs = ablate.PositionOnly(config, True)(x, x, pos)
+    torch.testing.assert_close(theirs, (1 + 0.0113 * n.log())[:, None], atol=1e-4, rtol=0)      # exp(-exp(1.5)) = 0.0113
+    scaled = ablate.ScalableSoftmax(config, True)(x, x, pos)
+    torch.testing.assert_close(scaled, 0.43 * (n + 1).log()[:, None].expand(5, 2))
 
 
 def losses(folder):
     return [line['val_loss'] for line in map(json.loads, open(folder / 'log.jsonl')) if 'val_loss' in line]
 
 
-@pytest.mark.parametrize('rule, flags', [('as_published', ['--selective']), ('no_relu', ['--selective']),
-                                         ('double_heads', []), ('no_position', ['--ssa=qv'])])
-def test_trained_by_the_rule(run, unchanged, dataset, tmp_path, rule, flags):
+@pytest.mark.parametrize('rule, flags', [
+    ('as_published', ['--selective']), ('no_relu', ['--selective']), ('fox', ['--selective', '--rope']), ('window=3', ['--selective']),
+    ('alibi', ['--selective', '--rope']), ('double_heads', ['--rope', '--qk_norm']), ('no_position', ['--ssa=qv']),
+    ('position_only', ['--ssa=q', '--ssa_lr=10']), ('ssmax', ['--ssa=q'])])
+def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
     args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.01', *flags]
     run(train, *args, f'--out_dir={tmp_path / "plain"}')
     run(ablate, rule, *args, f'--out_dir={tmp_path / "changed"}')
@@ -73,12 +121,20 @@ def test_trained_by_the_rule(run, unchanged, dataset, tmp_path, rule, flags):
         assert saved['transformer.h.0.attn.c_proj.weight'].shape == (16, 32)
     if rule == 'no_position':
         assert (saved['transformer.h.0.attn.ssa.q.alpha'] == -torch.inf).all()
+    if rule == 'position_only':
+        assert saved['transformer.h.0.attn.ssa.q.beta'].shape == (1,) and saved['transformer.h.0.attn.ssa.q.beta'] != 1.5
+    if rule == 'ssmax':
+        assert saved['transformer.h.0.attn.ssa.q.s'].shape == (4,)
 
 
 @pytest.mark.parametrize('args, words', [
     ([], 'the rule comes first'), (['nothing'], 'the rule comes first'), (['no_relu'], 'changes nothing'),
-    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing')])
-def test_refusals_of_ablate(run, unchanged, args, words):
+    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing'),
+    (['window=4'], 'changes nothing'), (['window=1', '--selective'], 'the rule comes first'), (['window', '--selective'], 'the rule comes'),
+    (['window=K', '--selective'], 'the rule comes first'), (['alibi=3', '--selective'], 'the rule comes first'),
+    (['ssmax', '--ssa=qv'], 'changes nothing'), (['fox', '--selective', '--vote_scale'], 'no vote_scale'),
+    (['double_heads', '--dropout=0.1'], 'no dropout')])
+def test_refusals_of_ablate(run, args, words):
     assert words in run(ablate, *args)
 
 
