@@ -11,7 +11,7 @@ import data
 import model as m
 import prune
 from lab import ablate
-from lab.runs import command, spread
+from lab.runs import command, spread, table
 from support import checkpoint as ckpt
 
 # ---- Losses by kind of target
@@ -81,6 +81,32 @@ def against_recall(losses, base, which):
     mask = (which == KINDS.index('recall')).float()
     low, high = prune.bootstrap((losses - base).mul(mask).sum(dim=1), mask.sum(dim=1))
     return f'{(losses - base).mul(mask).sum() / mask.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
+
+
+LEGEND = f"""Losses in nats per token, on windows of validation that are the same in all rows. Kinds of targets: new did not occur in
+the window before, recall occurred, but not among the newest {NEAR} tokens, near are the others. In brackets the share of the kind,
+or a 95% interval over windows (paired bootstrap), which leaves out how runs differ by their seeds."""
+
+
+def kinds_table(r, first, models, runs, extra=None, base='standard'):
+    """The table of losses by kind of target, on the same unseen windows for all; the seeds' means, and paired
+    differences to `base` with intervals over the windows of all seeds."""
+    windows = 32 if r.cfg.quick else 256
+    found = {name: [token_losses(run, windows) for run in some] for name, some in runs.items()}
+    all_losses = {name: torch.cat([losses for losses, _ in seeds]) for name, seeds in found.items()}
+    which = torch.cat([which for _, which in found[base]])
+
+    def kind(kind):
+        return lambda some: spread([by_kind(*measured)[kind] for measured in found[name_of[id(some)]]])
+
+    def difference(function, *more):
+        return lambda some: '' if name_of[id(some)] == base else function(all_losses[name_of[id(some)]], all_losses[base], *more)
+    name_of = {id(some): name for name, some in runs.items()}
+    share = shares(which)
+    columns = {'validation loss': kind('all'), f'against {base}': difference(against),
+               **{f'{k} ({share[k]:.0%})': kind(k) for k in KINDS},
+               f'recall against {base}': difference(against_recall, which), **(extra or {})}
+    return table(first, models, runs, columns)
 
 
 # ---- Records of questions and answers, entropy
@@ -154,7 +180,7 @@ def search(runner, jobs, windows):
     def one(run, policy, flags, file):
         if not held_out(run, file):
             command(['prune.py', f'--out_dir={run.folder}', *flags, f'--policy={policy}', f'--windows={windows}',
-                     '--device=cpu', f'--to={file}'])
+                     f'--device={runner.cfg.device}', f'--to={file}'])
     runner.each(one, jobs)
 
 

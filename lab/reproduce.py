@@ -19,6 +19,7 @@ import torch
 
 import data
 import prepare_text
+import train
 from lab import measure, plot, tasks
 from lab.runs import Runner, command, curves, last, spread, table
 from support import checkpoint as ckpt
@@ -33,7 +34,12 @@ class ReproduceConfig:
     quick: bool = False                 # a smaller version of each, in minutes
     seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, …
     steps: int = 0                      # of each run; 0: the claim's own number
-    dataset: str = ''                   # the text of gate, headline, heads, rules, ssa; '': the offline default, stdlib
+    # the claims about text: gate, headline, heads, rules, ssa, finetune
+    dataset: str = ''                   # data/<name>; '': the offline default, stdlib
+    config: str = 'config/claims.py'    # the size of models and steps; rules, ssa and finetune have smaller models
+    contexts: str = '256,512,1024'      # headline: tokens of context
+    # where
+    device: str = 'cpu'                 # of the runs
     workers: int = os.cpu_count()       # runs at a time
     out_dir: str = 'out/reproduce'      # folder of the runs
     data_dir: str = 'data'              # where the data sets are, or are made
@@ -56,7 +62,7 @@ def task_data(runner, task, **changed):
 
 
 def text(runner, T=256):
-    """Flags of a run on --dataset at a context of T tokens, 4,096 of them a step."""
+    """Flags of a run on --dataset at a context of T tokens, with as many tokens a step as the config has."""
     cfg = runner.cfg
     folder = os.path.join(cfg.data_dir, cfg.dataset or 'stdlib')
     if not cfg.dataset and not os.path.isfile(os.path.join(folder, 'meta.json')):
@@ -64,7 +70,8 @@ def text(runner, T=256):
     dataset = data.load_dataset(cfg.dataset or 'stdlib', cfg.data_dir)
     runner.about = (f'Text: {dataset.name}, {dataset.tokens("train"):,} tokens of the tokenizer {dataset.tokenizer_name} '
                     f'({dataset.tokens("val"):,} for validation).')
-    return [f'--dataset={folder}', f'--block_size={T}', f'--batch_size={max(1, 4096 // T)}']
+    size = settings.parse(train.TrainConfig, [cfg.config])
+    return [f'--dataset={folder}', f'--block_size={T}', f'--batch_size={max(1, size.batch_size * size.block_size // T)}']
 
 
 # ---- The claims. Each takes a Runner and returns the text of its section
@@ -72,44 +79,18 @@ def text(runner, T=256):
 ATTENTIONS = {'standard': '', 'selective': '--selective', 'SSA': '--ssa=qv', 'selective + SSA': '--selective --ssa=qv'}
 
 
-def kinds_table(r, first, models, runs, extra=None, base='standard'):
-    """The table of losses by kind of target, on the same unseen windows for all; the seeds' means, and paired
-    differences to `base` with intervals over the windows of all seeds."""
-    windows = 32 if r.cfg.quick else 256
-    found = {name: [measure.token_losses(run, windows) for run in some] for name, some in runs.items()}
-    all_losses = {name: torch.cat([losses for losses, _ in seeds]) for name, seeds in found.items()}
-    which = torch.cat([which for _, which in found[base]])
-
-    def kind(kind):
-        return lambda some: spread([measure.by_kind(*measured)[kind] for measured in found[name_of[id(some)]]])
-
-    def difference(function, *more):
-        return lambda some: '' if name_of[id(some)] == base else function(all_losses[name_of[id(some)]], all_losses[base], *more)
-    name_of = {id(some): name for name, some in runs.items()}
-    share = measure.shares(which)
-    columns = {'validation loss': kind('all'), f'against {base}': difference(measure.against),
-               **{f'{k} ({share[k]:.0%})': kind(k) for k in measure.KINDS},
-               f'recall against {base}': difference(measure.against_recall, which), **(extra or {})}
-    return table(first, models, runs, columns)
-
-
-KINDS = f"""Losses in nats per token, on windows of validation that are the same in all rows. Kinds of targets: new did not occur in
-the window before, recall occurred, but not among the newest {measure.NEAR} tokens, near are the others. In brackets the share of the kind,
-or a 95% interval over windows (paired bootstrap), which leaves out how runs differ by their seeds."""
-
-
 def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained on token 0 and the
     newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
     models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in ((16, 64) if r.cfg.quick else (8, 16, 32, 64))},
               'selective': '--selective'}
-    runs = r.train(models, 'config/claims.py', 700, text(r), quick=100)
+    runs = r.train(models, r.cfg.config, 700, text(r), quick=100)
     loss = {name: statistics.mean(run.val_loss[-1] for run in some) for name, some in runs.items()}
     windows = {name: loss[name] - loss['standard'] for name in models if name.startswith('newest')}
     passed = min(windows.values()) > 0 and all(gap >= 0.05 for name, gap in windows.items() if int(name.split()[1]) <= 32)
     verdict = f"**The gate {'passes' if passed else 'fails'}**: against standard " + ', '.join(
         f'{name} {gap:+.3f}' for name, gap in windows.items()) + '.'
-    return f"{verdict}\n\n{KINDS}\n\n{kinds_table(r, 'attention', models, runs)}\n\n{curves(r, {'gate': runs})}"
+    return f"{verdict}\n\n{measure.LEGEND}\n\n{measure.kinds_table(r, 'attention', models, runs)}\n\n{curves(r, {'gate': runs})}"
 
 
 def headline(r):
@@ -118,11 +99,11 @@ def headline(r):
     models = {'standard': '', 'selective': '--selective', 'memory loss 0.1': '--selective --memory_loss=0.1',
               'memory loss 0.02': '--selective --memory_loss=0.02'}
     parts, kept = [], {}
-    for T in (256,) if r.cfg.quick else (256, 512, 1024):
-        runs = r.train(models, 'config/claims.py', 700, text(r, T), quick=100)
-        parts.append(f"**Context {T}**\n\n{kinds_table(r, 'attention', models, runs, {'requirement': last('memory', '{:.1%}')})}")
+    for T in [256] if r.cfg.quick else map(int, r.cfg.contexts.split(',')):
+        runs = r.train(models, r.cfg.config, 700, text(r, T), quick=100)
+        parts.append(f"**Context {T}**\n\n{measure.kinds_table(r, 'attention', models, runs, {'requirement': last('memory', '{:.1%}')})}")
         parts.append(equal_memory(r, T, runs, kept))
-    return '\n\n'.join([KINDS, *parts, tokens_kept(r, kept)])
+    return '\n\n'.join([measure.LEGEND, *parts, tokens_kept(r, kept)])
 
 
 def equal_memory(r, T, runs, kept):
@@ -145,7 +126,7 @@ def equal_memory(r, T, runs, kept):
             if held['oldest']:
                 kept.setdefault(f'{name}, newest', {}).setdefault(T, []).append(statistics.mean(held['oldest']['budgets']))
             K, count = max(2, round(statistics.mean(budgets))), 32 if r.cfg.quick else 64
-            trained = r.train({'window': f'window={K} --selective'}, 'config/claims.py', 700, text(r, T), quick=100)['window']
+            trained = r.train({'window': f'window={K} --selective'}, r.cfg.config, 700, text(r, T), quick=100)['window']
             reached = {'by F': (run, budgets, 'selective'), 'newest': (run, budgets, 'oldest'), 'random': (run, budgets, 'random'),
                        'standard, newest': (base, budgets, 'oldest'), f'trained on {K}': (trained[0], None, '')}
             found = {how: measure.by_kind(*measure.token_losses(one, count, budgets, policy))
@@ -177,11 +158,11 @@ def heads(r):
     """2410.02703 sections 4, 5: selective attention with H heads is as good as standard attention with about twice as
     many."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
-    runs = r.train(models, 'config/claims.py', 700, text(r), quick=150)
+    runs = r.train(models, r.cfg.config, 700, text(r), quick=150)
     loss = {name: statistics.mean(run.val_loss[-1] for run in some) for name, some in runs.items()}
     gain = loss['standard'] - loss['standard, 2x heads']
     verdict = f"Selective attention gains {loss['standard'] - loss['selective']:+.4f} on standard, twice the heads {gain:+.4f}."
-    return f"{verdict}\n\n{KINDS}\n\n{kinds_table(r, 'attention', models, runs)}\n\n{curves(r, {'heads': runs})}"
+    return f"{verdict}\n\n{measure.LEGEND}\n\n{measure.kinds_table(r, 'attention', models, runs)}\n\n{curves(r, {'heads': runs})}"
 
 
 def rules(r):
@@ -193,8 +174,8 @@ def rules(r):
               'a selector for every two heads': 'groups --selective'}
     if r.cfg.quick:
         models = {name: models[name] for name in list(models)[:5]}
-    runs = r.train(models, 'config/claims.py', 400, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
-    return f"{KINDS}\n\n{kinds_table(r, 'rule', models, runs)}\n\n{curves(r, {'2 layers of 64, context 128': runs})}"
+    runs = r.train(models, r.cfg.config, 400, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
+    return f"{measure.LEGEND}\n\n{measure.kinds_table(r, 'rule', models, runs)}\n\n{curves(r, {'2 layers of 64, context 128': runs})}"
 
 
 def ssa(r):
@@ -206,7 +187,7 @@ def ssa(r):
               's log n (ssmax)': 'ssmax --ssa=q --ssa_lr=10'}
     if r.cfg.quick:
         models = {name: models[name] for name in ('standard', 'qv, learning rate x 1', 'qv, learning rate x 10', 's log n (ssmax)')}
-    runs = r.train(models, 'config/claims.py', 400, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
+    runs = r.train(models, r.cfg.config, 400, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
     goal = statistics.mean(run.val_loss[-1] for run in runs['standard'])
     columns = {'validation loss': last('val_loss'), 'against standard': lambda some: f'{mean_loss(some) - goal:+.4f}',
                "steps to standard's loss": steps_to('val_loss', goal), 'position part': measure.position_part,
@@ -227,13 +208,13 @@ def finetune(r):
     """2411.12892: SSA put into a trained model reaches the loss of going on without it in 1.45x fewer steps (theirs,
     second-hand)."""
     size = [*text(r, 128), '--n_layer=2', '--n_embd=64', '--rope=False', '--bias=True', '--gelu=tanh']     # GPT-2's build
-    base = r.train({'base': ''}, 'config/claims.py', 600, size, quick=150)['base'][0]
+    base = r.train({'base': ''}, r.cfg.config, 600, size, quick=150)['base'][0]
     folder = os.path.join(r.folder, f'exported_{ckpt.fingerprint(ckpt.load_model(base.folder)[0])}')
     if not os.path.isfile(os.path.join(folder, 'config.json')):
         command(['-m', 'lab.export_hf', f'--out_dir={base.folder}', f'--folder={folder}'])
     models = {'going on': '', **{f'qv, learning rate x {lr}': f'--ssa=qv --ssa_lr={lr}' for lr in (1, 10, 100)},
               'position only (their code)': 'position_only --ssa=q --ssa_lr=100'}
-    runs = r.train(models, 'config/claims.py', 200, [*size, f'--init_from={folder}', '--learning_rate=5e-4', '--min_lr=5e-5',
+    runs = r.train(models, r.cfg.config, 200, [*size, f'--init_from={folder}', '--learning_rate=5e-4', '--min_lr=5e-5',
                                                      '--warmup_iters=20', '--eval_interval=20'], quick=60)
     goal = mean_loss(runs['going on'])
     columns = {'validation loss': last('val_loss'), 'against going on': lambda some: f'{mean_loss(some) - goal:+.4f}',
@@ -328,7 +309,8 @@ def read(page):
 def footer(runner):
     """How the figures of a section were made."""
     cfg = runner.cfg
-    flags = ''.join(f' --{name}={getattr(cfg, name)}' for name in ('dataset', 'steps') if getattr(cfg, name))
+    flags = ''.join(f' --{name}={getattr(cfg, name)}' for name, default in vars(ReproduceConfig()).items()
+                    if name in ('dataset', 'steps', 'config', 'contexts', 'device') and getattr(cfg, name) != default)
     seeds = 'seed 1' if runner.seeds == 1 else f'seeds 1 to {runner.seeds}'
     return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}{flags} --seeds={runner.seeds}`: {seeds}. "
             f'{runner.about + " " if runner.about else ""}Runs of one thread each, {platform.machine()}, torch {torch.__version__}. '
@@ -348,6 +330,8 @@ def main():
         raise UserError(f"{unknown[0] + ' is no claim' if unknown else 'which claims?'}: {', '.join(claims)}")
     if cfg.seeds < 1 or cfg.workers < 1 or cfg.steps < 0:
         raise UserError('seeds and workers are at least 1, steps at least 0')
+    if not all(T.isascii() and T.isdigit() and int(T) >= 32 for T in cfg.contexts.split(',')):
+        raise UserError(f'--contexts={cfg.contexts}: numbers of 32 and more, as 256,512')
     plot.import_pyplot()                                        # what can be wrong is known before the work
     for name in cfg.claims:
         cfg.quick or section(read(cfg.to), name, '')

@@ -65,7 +65,7 @@ class Runner:
         always = [*extra, f'--max_iters={steps}']
         if not any(flag.startswith('--warmup_iters') for flag in extra):
             always.append(f'--warmup_iters={steps // 10}')
-        self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED --device=cpu")
+        self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED --device={self.cfg.device}")
         for seed in range(1, self.seeds + 1):
             for name, flags in models.items():
                 words = [flag for flag in flags.split() if not flag.startswith('--')]
@@ -108,7 +108,7 @@ class Runner:
                     raise UserError(f'{folder} was trained with {key}={made[key]!r}, not {value!r}: delete it')
         if read_run(folder, steps) is None:
             command([*(['-m', 'lab.ablate', *words] if words else ['train.py']), *args, *resume, f'--out_dir={folder}',
-                     '--device=cpu'])
+                     f'--device={self.cfg.device}'])
         return read_run(folder, steps)
 
 
