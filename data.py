@@ -5,9 +5,9 @@ A data set is a folder data/<name> with
     train*.bin, val*.bin    uint16 tokens, one file or many, read as one in the order of their names
     meta.json               {"tokenizer", "vocab_size", "source", "complete", "files": {"train.bin": tokens, ...}}
 
-Each document ends with <|endoftext|>. A data set of questions and answers is made of records instead, all of the same
-number of tokens, and meta.json has two more entries: "record_len" is this number, "answers" are the places in a record,
-counted from 0, of the tokens that are learned and scored; the rest is only read.
+Each document ends with <|endoftext|>, the last token of the vocabulary. A data set of questions and answers consists of
+records instead, all of the same number of tokens, and meta.json has two more entries: "record_len" is this number,
+"answers" are the places in a record, counted from 0, of the tokens that are learned and scored; the rest is only read.
 """
 import concurrent.futures
 import contextlib
@@ -15,15 +15,13 @@ import glob
 import json
 import os
 import re
-import secrets
-import sys
 import threading
-import time
 
 import numpy as np
 import tiktoken
 
-from support.settings import UserError, write_file
+from support import files
+from support.settings import UserError
 
 END_OF_TEXT = '<|endoftext|>'
 TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
@@ -57,11 +55,20 @@ def get_tokenizer(name):
     return tiktoken.Encoding(name, pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end})
 
 
+def encode_prompt(text, tokenizer, bos):
+    """The tokens of a prompt, as a list; with bos, <|endoftext|> stands in front, as in the windows of training.
+
+    An empty text becomes <|endoftext|>, because the end of a text is the start of the next.
+    """
+    ids = tokenizer.encode_ordinary(text)
+    return [tokenizer.eot_token, *ids] if bos or not ids else ids
+
+
 def within(seconds, function, *args):
     """function(*args), or TimeoutError after so many seconds.
 
-    tiktoken downloads without a timeout, and looking up a host name can hang longer than any timeout that
-    requests knows. The call runs in a daemon thread; one that hangs is left behind and does not hold up the exit.
+    tiktoken downloads without a timeout, and no timeout of requests limits the lookup of a host name. So the call runs in
+    a daemon thread, which does not delay the exit if it hangs.
     """
     future = concurrent.futures.Future()
 
@@ -79,7 +86,7 @@ def within(seconds, function, *args):
 class Dataset:
     """The tokens of one folder. Fields: name, path, meta (meta.json), vocab_size, tokenizer_name, record_len, answers.
 
-    record_len is None in a data set of plain text.
+    record_len and answers are None in a data set of plain text.
     """
 
     def __init__(self, path, name):
@@ -95,9 +102,9 @@ class Dataset:
             names = sorted(glob.glob(f'{split}*.bin', root_dir=path))
             if not names:
                 raise UserError(f'{path} has no {split}*.bin: prepare it again')
-            files = self._files[split] = [self._open(os.path.join(path, name)) for name in names]
-            # starts[i] is the place of file i's first token in the split; the last entry is the total
-            self._starts[split] = np.cumsum([0] + [len(file) for file in files])
+            self._files[split] = [self._open(os.path.join(path, name)) for name in names]
+            # _starts[split][i] is the place of file i's first token in the split; the last entry is the total
+            self._starts[split] = np.cumsum([0] + [len(file) for file in self._files[split]])
 
     def _open(self, path):
         size, listed = os.path.getsize(path), self.meta['files'].get(os.path.basename(path))
@@ -119,23 +126,25 @@ class Dataset:
         return int(self._starts[split][-1])
 
     def window(self, block_size):
-        """How many tokens a window of a batch has: block_size and the one to predict last, or a whole record."""
+        """How many tokens a window has: block_size and the last one to predict, or a whole record."""
         if self.record_len and self.record_len > block_size + 1:
             raise UserError(f'{self.path}: its records of {self.record_len} tokens need a block_size of '
                             f'{self.record_len - 1}, not {block_size}')
         return self.record_len or block_size + 1
 
-    def batch(self, split, index, batch_size, block_size, seed=0):
+    def batch(self, split, index, batch_size, block_size, seed=0, bos=False):
         """Batch number index of random windows: (x, y), int64 tensors (batch_size, block_size).
 
-        y is x one token later; it is -1, which the loss ignores, at what is not an answer in a data set of records,
-        whose windows are whole records and may be shorter than block_size. The batch depends only on the arguments,
-        not on the batches before it, so that a resumed run, or each of several processes, names the batch it
-        wants by its number. Raises UserError if the split is shorter than one window, or a record does not fit.
+        y is x one token later. With bos, x begins with <|endoftext|> in place of its first token. In a data set of records
+        every window is a whole record, which may be shorter than block_size, without bos, and y is -1, which the loss
+        ignores, where it is not an answer. A batch depends on the arguments alone, not on earlier batches, so a resumed run
+        and each of several processes ask for a batch by its number. Raises UserError if the split is shorter than one
+        window, or a record does not fit.
         """
         import torch  # here, so that the prepare scripts and their processes start without it
-        length, step = self.window(block_size), self.record_len or 1
-        count = (self.tokens(split) - length) // step + 1  # windows that there are
+        bos = bos and not self.record_len
+        length, step = self.window(block_size) - bos, self.record_len or 1      # of what is read
+        count = (self.tokens(split) - length) // step + 1  # windows to choose from
         if count < 1:
             raise UserError(f'{self.path}: {split} has {self.tokens(split)} tokens, a window needs {length}: '
                             'use a smaller block_size or more text')
@@ -143,6 +152,8 @@ class Dataset:
         windows = np.stack([self._window(split, start, length)
                             for start in rng.integers(count, size=batch_size) * step])
         self._check(windows, self.path)
+        if bos:
+            windows = np.pad(windows, ((0, 0), (1, 0)), constant_values=self.vocab_size - 1)
         windows = torch.from_numpy(windows.astype(np.int64))
         x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         if self.record_len:
@@ -151,11 +162,11 @@ class Dataset:
 
     def _window(self, split, start, length):
         """length tokens from place start of the split; a window may cross from one file to the next."""
-        files, starts = self._files[split], self._starts[split]
+        parts_on_disk, starts = self._files[split], self._starts[split]
         i = int(np.searchsorted(starts, start, side='right')) - 1
         parts = []
         while length > 0:
-            part = files[i][start - starts[i]:][:length]
+            part = parts_on_disk[i][start - starts[i]:][:length]
             parts.append(part)
             start, length, i = start + len(part), length - len(part), i + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -174,59 +185,22 @@ def load_dataset(name_or_path, root='data'):
 
 
 def read_meta(path):
-    """The meta.json of a data set's folder; UserError if it is missing or not what the prepare scripts write."""
-    file = os.path.join(path, 'meta.json')
-    try:
-        with open(file, encoding='utf-8') as f:
-            meta = json.load(f)
-        kinds = {'tokenizer': str, 'vocab_size': int, 'source': str, 'complete': bool, 'files': dict}
-        if not all(isinstance(meta[key], kind) for key, kind in kinds.items()):
-            raise ValueError
-        if 'record_len' in meta and not (meta['record_len'] > 1 and meta['answers'] and
-                                         all(0 < place < meta['record_len'] for place in meta['answers'])):
-            raise ValueError
-        return meta
-    except FileNotFoundError:
-        raise UserError(f'{file} is missing: the data set was not finished, prepare it again') from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{file} is corrupt: prepare the data set again') from None
-
-
-def auto_dataset(root='data'):
-    """The name of the data set that dataset='auto' stands for: 'c4', or the offline default 'stdlib'.
-
-    C4 if it was prepared; else its small slice is prepared now. Where the network or the gpt2 vocabulary is
-    out of reach, which is decided within 10 seconds, says so in one line, and prepares 'stdlib' if that is
-    missing. Only one process may call it at a time.
-    """
-    try:
-        if read_meta(os.path.join(root, 'c4'))['complete']:
-            return 'c4'
-    except UserError:
-        pass  # not there, or not finished
-    import prepare_c4  # here, because the prepare scripts import this file
-    import prepare_text
-    try:
-        cfg = prepare_c4.Settings(data_dir=root)
-        try:
-            within(9, prepare_c4.check_reach, cfg)
-        except concurrent.futures.TimeoutError:
-            raise UserError('no answer within 9 seconds') from None
-        print('dataset auto: preparing a small slice of C4')
-        prepare_c4.prepare(cfg)
-        return 'c4'
-    except UserError as e:
-        print(f"dataset auto: no C4 ({e}); using 'stdlib' instead, the sources of Python's standard library")
-    if not os.path.isfile(os.path.join(root, 'stdlib', 'meta.json')):
-        prepare_text.prepare(prepare_text.Settings(data_dir=root))
-    return 'stdlib'
+    """The meta.json of a data set's folder; UserError if it is missing or not one of the prepare scripts."""
+    file, hint = os.path.join(path, 'meta.json'), 'prepare the data set again'
+    meta = files.read_json(file, {'tokenizer': str, 'vocab_size': range(1, 2**16 + 1), 'source': str, 'complete': bool,
+                                  'files': {str: int}, 'record_len?': range(2, 2**31), 'answers?': [int]}, hint)
+    length, answers = meta.get('record_len'), meta.get('answers')
+    if (length is None) != (answers is None) or answers is not None and not (
+            answers and 0 < min(answers) <= max(answers) < length):
+        raise UserError(f'{file} is damaged (record_len and answers do not fit): {hint}')
+    return meta
 
 # ----------------------------------------------------------------------------- writing
 
 def output_folder(root, name, pattern):
-    """root/<name>, into which a prepare script writes .bin files with names like pattern (a regular expression).
+    """root/<name>, the folder for a prepare script's .bin files, whose names match pattern (a regular expression).
 
-    Raises UserError for a name that is not a folder's, or a folder with .bin files of the other script, because
+    Raises UserError for a name that no folder can have, and for a folder with .bin files of another script, because
     training would read them all as one data set.
     """
     if name in ('', '.', '..') or os.path.basename(name) != name:
@@ -234,90 +208,40 @@ def output_folder(root, name, pattern):
     folder = os.path.join(root, name)
     for file in sorted(glob.glob('*.bin', root_dir=folder)):
         if not re.fullmatch(pattern, file):
-            raise UserError(f'{folder} has {file}, of a data set not made here: choose another --name')
+            raise UserError(f'{folder} has {file}, which belongs to another kind of data set: choose another --name')
     return folder
 
 
 class TokenFile:
-    """Writes one .bin file, beside and renamed, so that a file under its own name is always whole.
+    """Writes one .bin file, which gets its name when the block ends without an error (see files.replacing).
 
         with TokenFile('data/x/train.bin') as out:
             out.write(array)
 
-    Leaving the block with an exception removes what was written. out.count is the number of tokens.
+    out.count is the number of tokens.
     """
 
     def __init__(self, path):
         self.path, self.count = path, 0
-        # A name of its own, so that two processes that make the same file do not write into each other's.
-        self.temporary = f'{path}.{secrets.token_hex(4)}.tmp'
 
     def __enter__(self):
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        self.file = open(self.temporary, 'wb')
+        self._stack = contextlib.ExitStack()
+        self._file = self._stack.enter_context(files.replacing(self.path))
         return self
 
     def write(self, tokens):
-        self.file.write(np.asarray(tokens, TOKEN).tobytes())
+        self._file.write(np.asarray(tokens, TOKEN).tobytes())
         self.count += len(tokens)
 
-    def __exit__(self, kind, *_):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is not None:
-            os.remove(self.temporary)
-            with contextlib.suppress(OSError):  # the folder too, unless there is something else in it
-                os.rmdir(os.path.dirname(self.path))
-            return
-        with contextlib.suppress(FileNotFoundError):  # another process made the same file first and cleaned up
-            os.replace(self.temporary, self.path)
-        for stale in glob.glob(glob.escape(self.path) + '.*.tmp'):  # what killed processes left of this file
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(stale)
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
 
 
-def write_meta(path, tokenizer, source, complete, files, **records):
-    """Write meta.json of the data set's folder; tokenizer is an Encoding, files maps names to tokens.
+def write_meta(path, tokenizer, source, complete, counts, **records):
+    """Write meta.json of the data set's folder; tokenizer is an Encoding, counts maps files to their tokens.
 
     records: record_len and answers, where the data set has them.
     """
     meta = {'tokenizer': tokenizer.name, 'vocab_size': tokenizer.n_vocab, 'source': source, 'complete': complete,
-            'files': dict(sorted(files.items())), **records}
-    write_file(os.path.join(path, 'meta.json'), json.dumps(meta, indent=1))
-
-
-class Progress:
-    """One line that says how far a script is: redrawn on a terminal, else printed every 10 seconds.
-
-        with Progress() as progress:
-            progress.show(...)
-    """
-
-    def __init__(self):
-        self.first, self.shown, self.tty = None, 0.0, sys.stderr.isatty()
-
-    def show(self, megabytes, tokens, fraction, label=''):
-        """megabytes read and tokens written so far (None: not told); fraction of the work done, 0 to 1.
-
-        Speed and time left count from the first call, so what an earlier run did does not flatter them.
-        """
-        now = time.time()
-        if self.first is None:
-            self.first, self.shown = (now, megabytes, fraction), now
-        if now - self.shown < (0.2 if self.tty else 10):
-            return
-        self.shown = now
-        seconds, read, done = now - self.first[0], megabytes - self.first[1], fraction - self.first[2]
-        left = int(seconds * max(0, 1 - fraction) / done) if done > 0 else 0
-        count = '' if tokens is None else f'{tokens:,} tokens, '
-        line = (f'{label}{megabytes:.1f} MB, {read / seconds:.1f} MB/s, {count}'
-                + f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
-        print(line.ljust(78) if self.tty else line, end='\r' if self.tty else '\n', file=sys.stderr, flush=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.tty:  # what is printed next starts on an empty line
-            print(' ' * 78, end='\r', file=sys.stderr, flush=True)
+            'files': dict(sorted(counts.items())), **records}
+    files.write_file(os.path.join(path, 'meta.json'), json.dumps(meta, indent=1))

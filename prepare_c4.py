@@ -13,26 +13,21 @@ are missing. Memory does not grow: one shard at a time streams through.
 import collections
 import concurrent.futures
 import contextlib
-import email.utils
 import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import signal
-import sys
 import threading
-import time
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
-import requests
-import urllib3
 
+from data import TokenFile, get_tokenizer, output_folder, read_meta, write_meta
 from support import settings
-from data import Progress, TokenFile, get_tokenizer, output_folder, read_meta, write_meta
+from support.download import Progress, Server
 from support.settings import UserError
 
 TRAIN_SHARDS, VAL_SHARDS = 1024, 8
@@ -41,7 +36,7 @@ BATCH_BYTES = 1 << 18  # text that a process tokenizes at a time; small, so that
 
 
 @dataclass
-class Settings:
+class C4Config:
     # how much
     tokens: int = 10_000_000        # training tokens, up to the end of a document; 0 = all of --shards
     val_tokens: int = 500_000       # validation tokens, likewise; 0 = all of C4's validation set
@@ -74,7 +69,7 @@ def prepare(cfg):
     made_with = old_meta(folder).get('tokenizer', cfg.tokenizer)
     if made_with != cfg.tokenizer:
         raise UserError(f"{folder} was made with the tokenizer '{made_with}': choose another --name, or delete it")
-    workers, server = Workers(cfg), Server(cfg)
+    workers, server = Workers(cfg), Server(cfg.base_url, cfg.retries, cfg.backoff, cfg.timeout)
     try:
         make_split(folder, 'val', range(VAL_SHARDS), cfg.val_tokens or math.inf, server, workers)
         make_split(folder, 'train', shards, cfg.tokens or math.inf, server, workers)
@@ -88,23 +83,6 @@ def prepare(cfg):
     train, val = (sum(n for file, n in meta['files'].items() if file.startswith(split)) for split in ('train', 'val'))
     print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
     return cfg.name
-
-
-def check_reach(cfg):
-    """Raise UserError unless the server has the first shard and the vocabulary is there: a quick look."""
-    url = shard_url(cfg, shard_file('train', 0))
-    try:
-        status = requests.head(url, timeout=4).status_code  # a redirect is answer enough
-    except OSError as e:  # every error of requests is an OSError
-        raise UserError(f'{url} cannot be reached ({type(e).__name__})') from None
-    if status >= 400:
-        raise UserError(f'{url}: HTTP {status}')
-    get_tokenizer(cfg.tokenizer)
-
-
-def shard_url(cfg, name):
-    """Where a shard is on the server."""
-    return f'{cfg.base_url.rstrip("/")}/{name}'
 
 
 def parse_range(text):
@@ -279,82 +257,5 @@ def read_lines(name, server):
         yield rest
 
 
-class Server:
-    """Downloads that go on after failures."""
-
-    def __init__(self, cfg):
-        self.cfg, self.session = cfg, requests.Session()
-        self.answered = False  # whether anything ever came back
-        self.megabytes = 0.0   # received, of all files
-        self.place = 0.0       # how far the current file is, 0 to 1
-
-    def read(self, name, got=0):
-        """The bytes of the file <base_url>/<name>, in chunks; without the first `got`, which the caller has.
-
-        A connection that fails or is cut is resumed where it was, with a Range request; HTTP 429 and 5xx are
-        tried again. Each waits longer than the one before, and as long as Retry-After says. Raises UserError
-        for other HTTP errors, for more than --retries failures in a row, and at once if the server never answered.
-        """
-        url, size, failures = shard_url(self.cfg, name), None, 0
-        self.place = 0.0
-        while True:
-            wait = 0.0
-            try:
-                headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={got}-'} if got else {})
-                with self.session.get(url, headers=headers, stream=True, timeout=(5, self.cfg.timeout)) as answer:
-                    self.answered = True
-                    if answer.status_code == 429 or answer.status_code >= 500:
-                        wait = retry_after(answer.headers.get('Retry-After', ''))
-                        raise requests.HTTPError(f'HTTP {answer.status_code}')
-                    begin, size = place_of(answer, got, size)
-                    skip = got - begin  # a server that does not know Range sends all of it again
-                    for chunk in answer.raw.stream(1 << 18, decode_content=False):
-                        fresh, skip = chunk[skip:], max(0, skip - len(chunk))
-                        if fresh:
-                            got, failures = got + len(fresh), 0
-                            self.megabytes += len(fresh) / 1e6
-                            self.place = got / size if size else 0.0
-                            yield fresh
-                if size in (None, got):  # sent without a length, None: the end of gzip tells whether it was all
-                    return
-                problem = 'the connection ended early'
-            except (OSError, urllib3.exceptions.HTTPError) as e:  # every error of requests is an OSError
-                problem = str(e) if isinstance(e, requests.HTTPError) else f'connection failed ({type(e).__name__})'
-                if not self.answered:
-                    raise UserError(f'{url}: {problem}: check the network and --base_url') from None
-            failures += 1
-            where = f'{name}: {problem} at byte {got:,} of {size or "?"}'
-            if failures > self.cfg.retries:
-                raise UserError(f'{where}, {failures} times in a row: run it again later, it continues')
-            wait = max(wait, min(60.0, self.cfg.backoff * 2 ** (failures - 1)) * random.uniform(0.75, 1))
-            print(f'{where}, trying again in {wait:.1f} s', file=sys.stderr)
-            time.sleep(wait)
-
-
-def place_of(answer, got, size):
-    """(first byte, size of the whole file or None) of an HTTP answer; UserError if it is not what was asked for."""
-    if answer.status_code == 206:
-        match = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', answer.headers.get('Content-Range', ''))
-        begin, total = map(int, match.groups()) if match else (None, None)
-    elif answer.status_code == 200:
-        begin, total = 0, answer.headers.get('Content-Length')
-        total = int(total) if total else None
-    else:
-        raise UserError(f'{answer.url}: HTTP {answer.status_code}: check --base_url')
-    if begin not in (0, got):
-        raise UserError(f'{answer.url}: asked for bytes from {got}, the server sent others: it cannot resume')
-    if size not in (None, total):
-        raise UserError(f'{answer.url}: {size} bytes before, now {total}: it changed on the server, run again')
-    return begin, total
-
-
-def retry_after(text):
-    """Seconds that the header Retry-After asks to wait: a number or a date; 0 for neither."""
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, float(text) if text.strip().isdigit() else
-                   email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return 0.0
-
-
 if __name__ == '__main__':
-    settings.run(lambda: prepare(settings.parse(Settings)))
+    settings.run(lambda: prepare(settings.parse(C4Config)))

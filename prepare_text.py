@@ -15,15 +15,16 @@ import os
 import sysconfig
 from dataclasses import dataclass, field
 
+from data import TokenFile, get_tokenizer, output_folder, write_meta
 from support import settings
-from data import Progress, TokenFile, get_tokenizer, output_folder, write_meta
+from support.download import Progress
 from support.settings import UserError
 
 VAL_ONE_IN = 30
 
 
 @dataclass
-class Settings:
+class TextConfig:
     paths: list = field(default_factory=list)  # files and folders, written without dashes
     name: str = ''                  # data set's name; '' = the name of the first path, 'stdlib' without paths
     tokenizer: str = ''             # gpt2, gpt2:N (N tokens, for small models) or bytes; '' = gpt2, bytes without paths
@@ -139,4 +140,4 @@ def is_text(path):
 
 
 if __name__ == '__main__':
-    settings.run(lambda: prepare(settings.parse(Settings, positional='paths')))
+    settings.run(lambda: prepare(settings.parse(TextConfig, positional='paths')))

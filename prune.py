@@ -4,13 +4,13 @@
     python prune.py --out_dir=out/selective_small --tolerance=0.01                  to 0.01 nats over its own loss
     python prune.py --out_dir=out/selective_small --target_loss=1.5
 
-Every layer starts with a budget of block_size tokens. Again and again a few tokens are taken from the layer where
-that costs the least validation loss, until no layer can give any without the loss going over the target. Each row
-printed is one point of the curve of memory against loss; the file written, <out_dir>/budgets.json, holds it all, and
-sample.py generates inside it. A search that was stopped goes on where it was.
+Every layer starts with a budget of block_size tokens. Each step takes a few tokens from the layer where that costs the
+least validation loss, until every further step would raise the loss above the target. Each row printed is one point of
+the curve of memory against loss; the file written, <out_dir>/budgets.json, has them all, and sample.py generates inside
+it. Run a search that was stopped again, and it continues where it was.
 
 --search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every step. The default,
---search=quick, departs from it in three things. A bite is a fraction of what a layer has, at first half of it; when no
+--search=quick, differs from it in three things. A bite is a fraction of what a layer has, at first half of it; when no
 layer can give such a bite, it is halved, down to one token. While it is more than one token, a bite may spend at most
 a quarter of the loss that is left to spend. And only the layer whose last trial was the cheapest per token is tried
 again: if it still is the cheapest, it is taken without trying the others. Both ways keep the activations below the
@@ -22,19 +22,22 @@ import os
 import time
 from dataclasses import dataclass
 
+import support      # before torch, see there
 import torch
 import torch.nn.functional as fn
 
-from support import checkpoint as ckpt
 import data
-from support import pretrained
-from support import settings
+import kernels
 from model import LayerCache, check_budgets
+from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
+
+# what a search needs of an earlier one
+EARLIER = {'checkpoint': str, 'policy': str, 'dataset': str, 'block_size': int, 'search': dict, 'trials': [[float]]}
 
 
 @dataclass
-class PruneConfig(pretrained.Settings):
+class PruneConfig(pretrained.PretrainedConfig):
     # what to prune
     out_dir: str = 'out/selective_small'    # folder of ckpt.pt; budgets.json is written there
     init_from: str = 'resume'               # 'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder
@@ -55,17 +58,17 @@ class PruneConfig(pretrained.Settings):
 
 
 class Trials:
-    """The loss of a model under budgets, on a fixed set of windows. What was computed once is not computed again."""
+    """The loss of a model under budgets, on a fixed set of windows. Remembers every loss that it has computed."""
 
     def __init__(self, model, batches, policy):
         """batches: a list of (x, y), int64 (B, T)."""
         self.model, self.batches, self.policy = model, batches, policy
         self.targets = [y for _, y in batches]
         T = self.targets[0].size(1)
-        self.i = torch.arange(T, device=self.targets[0].device)
+        self.pos = torch.arange(T, device=self.targets[0].device)
         self.budgets = [T] * model.config.n_layer
-        # inputs[l][n]: what layer l reads from batch n under self.budgets; those of layers up to `ready` are right
-        self.inputs = [[model.embed(x, self.i) for x, _ in batches]] + [None] * len(self.budgets)
+        # inputs[l][n]: what layer l reads from batch n under self.budgets; those of layers up to `ready` are up to date
+        self.inputs = [[model.embed(x, self.pos) for x, _ in batches]] + [None] * len(self.budgets)
         self.ready = 0
         self.known = {}         # budgets -> loss
 
@@ -97,16 +100,16 @@ class Trials:
         return torch.cat(losses)
 
     def set(self, l, K):
-        """Give layer l the budget K; what the layers above it read is no longer right."""
+        """Give layer l the budget K; what the layers above it read must then be computed again."""
         self.budgets[l] = K
         self.ready = min(self.ready, l)
 
     def _layer(self, l, x, K):
         """Layer l on x (B, T, C) with a budget of K: the parallel form of context pruning."""
         c, cache = self.model.config, None
-        if K < len(self.i):
+        if K < len(self.pos):
             cache = LayerCache(len(x), c.n_head, K, c.n_embd // c.n_head, self.policy, x.device, x.dtype)
-        return self.model.transformer.h[l](x, self.i, cache)[0]
+        return self.model.transformer.h[l](x, self.pos, cache)[0]
 
 
 def quick_search(trials, target, loss):
@@ -168,10 +171,11 @@ def show(number, p, note=''):
 
 
 def windows_of(dataset, cfg, block_size, bos, held_out=False):
-    """Batches of random validation windows; held_out: as many others (in a small text some may overlap)."""
+    """Batches of random validation windows; held_out: as many others (in a small text they may overlap)."""
     count = -(-cfg.windows // cfg.batch_size)
     sizes = [min(cfg.batch_size, cfg.windows - n * cfg.batch_size) for n in range(count)]
-    batches = [dataset.batch('val', n + held_out * count, size, block_size, cfg.seed, bos=bos) for n, size in enumerate(sizes)]
+    batches = [dataset.batch('val', n + held_out * count, size, block_size, cfg.seed, bos)
+               for n, size in enumerate(sizes)]
     return [(x.to(cfg.device), y.to(cfg.device)) for x, y in batches]
 
 
@@ -216,7 +220,7 @@ def main():
         raise UserError(f'--init_from={cfg.init_from} needs an --out_dir: the folder for its budgets')
     if cfg.search not in ('quick', 'plain') or cfg.bite < 1 or cfg.windows < 1 or cfg.batch_size < 1:
         raise UserError("search is 'quick' or 'plain'; bite, windows and batch_size are at least 1")
-    cfg.device = ckpt.pick_device(cfg.device)
+    cfg.device = devices.pick_device(cfg.device)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, cfg.device)
     size = model.config.block_size
     try:
@@ -228,15 +232,17 @@ def main():
         raise UserError(f"{cfg.out_dir} was trained on {checkpoint['tokenizer']}, data set {dataset.name} has "
                         f'{dataset.tokenizer_name}')
     size = dataset.window(size) - 1                         # records may be shorter
-    bos = checkpoint.get('config', {}).get('bos', False)
-    search_set, held_out = (windows_of(dataset, cfg, size, bos, other) for other in (False, True))
+    kernels.install(model)                                  # for layers that keep everything
+    search_set, held_out = (windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint), held_out)
+                            for held_out in (False, True))
     trials, trials_held_out = Trials(model, search_set, cfg.policy), Trials(model, held_out, cfg.policy)
     unpruned, baseline, target = trials.loss(), None, cfg.target_loss
     if cfg.baseline:
         other, other_checkpoint = ckpt.load_model(cfg.baseline, cfg.device)
-        if (other.config.block_size, other_checkpoint['tokenizer']) != \
-                (model.config.block_size, checkpoint['tokenizer']):
-            raise UserError(f'{cfg.baseline} has another block_size or tokenizer: the losses cannot be compared')
+        traits = [(m.config.block_size, c['tokenizer'], ckpt.starts_with_bos(c))
+                  for m, c in ((model, checkpoint), (other, other_checkpoint))]
+        if traits[0] != traits[1]:
+            raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos: the losses cannot be compared')
         target = baseline = Trials(other, search_set, cfg.policy).loss()
         held_out_target = Trials(other, held_out, cfg.policy).windows([size] * other.config.n_layer)
     elif cfg.tolerance:
@@ -245,8 +251,7 @@ def main():
     else:
         held_out_target = torch.full((cfg.windows,), target, device=cfg.device)
     if unpruned > target:
-        raise UserError(f'the loss without pruning, {unpruned:.4f}, is above the target, {target:.4f}: '
-                        'nothing can be taken away')
+        raise UserError(f'the loss without pruning, {unpruned:.4f}, is already above the target, {target:.4f}')
 
     path = os.path.join(cfg.out_dir, cfg.to or ('budgets.json' if cfg.policy == 'selective' else
                                                 f'budgets_{cfg.policy}.json'))
@@ -255,11 +260,11 @@ def main():
               'checkpoint': ckpt.fingerprint(model), 'held_out': {},
               'search': {name: getattr(cfg, name) for name in ('search', 'bite', 'windows', 'seed', 'batch_size')},
               'curve': [point(trials.budgets, size, unpruned)], 'trials': []}
-    # The search is deterministic: one that goes on repeats its steps with the losses it found before.
+    # The search is deterministic: to continue one, repeat its steps with the losses that it found.
     trials.known.update(known_trials(path, result))
     print(f'{cfg.out_dir}: pruning {len(trials.budgets)} layers of {size} tokens, policy {cfg.policy}; loss '
           f'{unpruned:.4f} without pruning, target {target:.4f}'
-          + (f'; going on with the {len(trials.known) - 1} trials in {path}' if len(trials.known) > 1 else ''))
+          + (f'; continuing with the {len(trials.known) - 1} trials in {path}' if len(trials.known) > 1 else ''))
     print(f"step | {'budgets':{5 * len(trials.budgets) - 1}} | memory  |  saving | loss   | time")
     show(0, result['curve'][0])
     started, tried_before = time.time(), len(trials.known)
@@ -292,16 +297,15 @@ def main():
 def known_trials(path, result):
     """{budgets: loss} of an earlier search of the same thing, stopped or done; {} if there was none."""
     try:
-        with open(path, encoding='utf-8') as f:
-            before = json.load(f)
-        same = all(before[key] == result[key] for key in ('checkpoint', 'search', 'policy', 'dataset', 'block_size'))
-        return {tuple(row[:-1]): row[-1] for row in before['trials']} if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        before = files.read_json(path, EARLIER, '')
+    except UserError:
         return {}
+    same = all(before[key] == result[key] for key in EARLIER if key != 'trials')
+    return {tuple(map(int, row[:-1])): row[-1] for row in before['trials'] if len(row) > 1} if same else {}
 
 
 def write(path, result):
-    settings.write_file(path, json.dumps(result))
+    files.write_file(path, json.dumps(result))
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
+rope = True
 
 batch_size = 16
 gradient_accumulation_steps = 32    # 16 * 32 * 1024 = 524,288 tokens a step

@@ -6,7 +6,7 @@ block_size = 1024
 batch_size = 8
 gradient_accumulation_steps = 16    # 131,072 tokens a step
 max_iters = 600
-learning_rate = 3e-5                # a twentieth of pre-training's: the weights are good already
+learning_rate = 3e-5                # a twentieth of pre-training's, as the weights are trained
 min_lr = 3e-6
 warmup_iters = 50
 

@@ -1,8 +1,10 @@
 # What the small configs share: about five minutes on two CPU cores.
+dataset = 'stdlib'          # the sources of Python's standard library, in bytes; --dataset=c4 after prepare_c4.py
 n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 256
+rope = True
 
 batch_size = 16
 gradient_accumulation_steps = 1

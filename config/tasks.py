@@ -4,6 +4,7 @@ n_layer = 2
 n_head = 4
 n_embd = 64
 block_size = 160
+rope = True
 
 batch_size = 64
 gradient_accumulation_steps = 1

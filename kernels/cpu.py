@@ -1,197 +1,274 @@
-"""Selective attention in training at about the cost of standard attention. model.py is complete without it.
+"""Selective attention on a CPU: what is masked is not paid for. model.py is complete without this file.
 
-On a CPU this file computes what `model.selective_attention` computes, with a backward written by hand: it keeps F at
-the boundaries of the blocks alone, T^2/block numbers for all heads together, and makes the rest again, block by block,
-in two buffers of H * T * block numbers that every block reuses. On an NVIDIA GPU triton_kernels.py does the like, if it
-proves there that it can. Elsewhere, and with dropout, the plain code in model.py runs. `pick` chooses.
+Computes what `model.selective_attention` computes, forward and backward, and skips the columns that no later row can see.
+While no vote is negative, F only grows. A row is never masked from itself, from the token before it or from token 0, so
+these bound the denominator of its softmax from below:
 
-`Linear` is nn.Linear, but faster on a CPU where it has a single row, as in the generation of one text.
+    l[h,i]   = log( sum of exp L[h,i,j] over j in {0, i-1, i} )
+    P[h,i,j] ≤ exp( |q[h,i]| |k[h,j]| / √D − F[i,j] − l[h,i] )                          by Cauchy and Schwarz
+
+Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of all rows i from a on. Column j is *dead* from row a on if
+
+    Q[h] |k[h,j]| − m[h] − F[a,j] < log(ε/T)        for every head h, ε being half the rounding of 1
+
+so that all dead columns together have less of a row than rounding takes. With memory_tau, F[a,j] > memory_tau must hold,
+too: then M is exact and its gradient there is zero. F of a dead column becomes infinite, its P and its gradients zero.
+
+Blocks of rows walk down the sequence. The columns that block a … b looks at are the slice first … b of every array: the
+live ones, packed against a, then the block's own. Nothing is moved while first = 0 and little has died; when an eighth of
+the list is dead, it is packed. The backward walks up again and undoes each packing where the forward did it:
+
+    before   0 1 2 3 4 5 6 7 | 8 9 …        first = 0, a = 8; 1, 2, 4 and 6 are dead
+    after            0 3 5 7 | 8 9 …        first = 4
+
+Every sequence of a batch has its own list. Lists are as long as the longest; the others are filled up with dead columns.
+Denormal numbers, which a CPU multiplies slowly, arise from columns that are nearly dead; their infinite F ends them.
 """
-import functools
-import warnings
+import math
 
 import torch
-import torch.nn as nn
+import torch.nn.functional as fn
+
+import model
+
+BLOCK = 64              # rows of a block
+TOKENS = 4096           # so many tokens of a batch are computed together: short sequences side by side
 
 
-class Linear(nn.Linear):
-    """A linear layer whose single rows, those of generating one text, are the work of every core.
+def selective_attention(q, k, v, vote, dropout=0.0, memory_tau=None):
+    """As `model.selective_attention`: q, k, v (B, H, T, D) -> y (B, H, T, D), M (B, T) or None.
 
-    Such a row costs what reading the weights costs, and torch leaves it to one core. As a batch of products, one for
-    every 64 outputs, it is shared out: twice as fast on two cores.
+    vote: logits of head 0 (B, R, N) -> votes (B, R, N), elementwise but for column 0, which is token 0. Its derivative, and
+    that of the parameters that it reads, come from autograd. If a vote is negative, nothing is skipped.
+    Dropout, and other types than float32 and float64, are left to model.py.
     """
-
-    def forward(self, x):
-        """x (..., in_features) -> (..., out_features)."""
-        if x.device.type != 'cpu' or x.numel() != self.in_features or self.out_features % 64:
-            return super().forward(x)
-        weight = self.weight.view(-1, 64, self.in_features)
-        y = torch.bmm(x.reshape(1, 1, -1).expand(len(weight), -1, -1), weight.transpose(1, 2)).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+    if dropout or q.device.type != 'cpu' or q.dtype not in (torch.float32, torch.float64):
+        return model.selective_attention(q, k, v, vote, dropout, memory_tau)
+    y, M = _SelectiveAttention.apply(q, k, v, vote, memory_tau, *_parameters(vote, q))
+    return y, M if memory_tau is not None else None
 
 
-def pick(q, dropout, kernel='auto'):
-    """The function for queries q (B, H, T, D), like `selective_attention` below; None: model.py's plain code.
+class Live:
+    """Counts pairs of a row and a column: those computed, and those below the blocks' diagonal edge in all."""
+    computed = total = 0
 
-    kernel: 'auto', the fastest that is sure to run; 'rows', the plain code; 'triton', triton_kernels.py, or a ValueError
-    that says why not.
-    """
-    if kernel == 'triton' or kernel == 'auto' and q.is_cuda and dropout == 0:
-        why_not = 'it has no dropout' if dropout else _why_not_triton(q.device, q.dtype, q.size(3), kernel)
-        if why_not and kernel == 'triton':
-            raise ValueError(f"kernel='triton' cannot run: {why_not}")
-        return None if why_not else _triton
-    if kernel == 'auto' and q.device.type == 'cpu' and q.dtype in (torch.float32, torch.float64) and dropout == 0:
-        return selective_attention
-    return None
+    def share(self):
+        """The fraction that was computed since the last call, or None where nothing was."""
+        share = self.computed / self.total if self.total else None
+        self.computed = self.total = 0
+        return share
 
 
-def _triton(q, k, v, tau=None, scale=None):
-    from kernels import gpu as triton_kernels                                       # here, as Triton comes with torch for CUDA alone
-    return triton_kernels.selective_attention(q, k, v, tau, scale)
+live = Live()
 
 
-def _why_not_triton(device, dtype, D, kernel):
-    if kernel == 'auto' and dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
-        return 'without tensor cores it would be slow'          # so says what it compiles to
-    why_not = _try_triton(device, dtype, D)
-    if why_not and kernel == 'auto':
-        warnings.warn(f"selective attention runs model.py's plain code, not the Triton kernel: {why_not}")
-    return why_not
-
-
-# torch.compile shall ask it while tracing and keep the answer. That is torch.compiler.assume_constant_result, which
-# would import the compiler, three seconds at every start, to set no more than this.
-_why_not_triton._dynamo_marked_constant = True
-
-
-@functools.cache
-def _try_triton(device, dtype, D):
-    """'' if triton_kernels.py gives the numbers of model.py for a small example, else what is wrong. Asked once."""
-    try:
-        from kernels import gpu as triton_kernels
-    except ImportError as e:
-        return f'triton cannot be imported ({e})'
-    from model import selective_attention as plain
-    interpreted = triton_kernels.INTERPRETED
-    if device.type != 'cuda' and not interpreted:
-        return f'it is for GPUs, this is {device.type} (TRITON_INTERPRET=1, set before the start, would run it, slowly)'
-    if D not in triton_kernels.HEAD_SIZES:
-        return f'a head has {D} channels, which is none of {triton_kernels.HEAD_SIZES}'
-    if dtype not in triton_kernels.DTYPES or interpreted and dtype == torch.bfloat16:
-        return f'it does not take {dtype}' + ' in the interpreter' * interpreted
-    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
-        return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
-
-    def run(attention, dtype, tau):
-        qkv, scale = example.to(dtype).requires_grad_(), torch.tensor(0.5, device=device, requires_grad=True)
-        y, M = attention(*(t.transpose(1, 2) for t in qkv.split(D, dim=3)), tau=tau, scale=scale)      # as the model does
-        loss = (y.float() * weight).sum() + (M.sum() if tau else 0)
-        return y, *([M] if tau else []), *torch.autograd.grad(loss, (qkv, scale))
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            example = torch.randn(2, 137, 2, 4 * D, generator=torch.Generator().manual_seed(0)).to(device)  # (B, T, H, 4D)
-            example, weight = example[..., :3 * D].to(dtype), example[..., 3 * D:].transpose(1, 2)
-            for tau in (None, 1.0):                             # two programs on a GPU
-                for got, want in zip(run(triton_kernels.selective_attention, dtype, tau), run(plain, torch.float32, tau)):
-                    if not (got - want).abs().max() <= 0.1 * want.abs().max():      # nan fails, too
-                        return 'on this device its numbers are not those of model.py'
-    except Exception as e:                                      # whatever a compiler, a driver or a GPU may raise
-        return f'it fails on this device ({" ".join(f"{type(e).__name__}: {e}".split())[:200]})'
-    return ''
-
-
-def selective_attention(q, k, v, tau=None, block=None, scale=None):
-    """As `model.selective_attention`: q, k, v (B, H, T, D) -> y (B, H, T, D), memory requirement (B, T) or None."""
-    block = block or (64 if q.size(2) <= 1024 else 128)
-    y, M = _SelectiveAttention.apply(q, k, v, tau, block, scale)
-    return y, M if tau is not None else None
+def _parameters(vote, q):
+    """The leaf tensors that a gradient of the votes reaches, found by trying it."""
+    if not torch.is_grad_enabled():
+        return []
+    L0 = q.new_ones(len(q), 1, 2, requires_grad=True)
+    leaves, seen, todo = {}, set(), [vote(L0).grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+            leaf = getattr(node, 'variable', L0)                # the nodes that accumulate .grad have one
+            if leaf is not L0:
+                leaves[id(leaf)] = leaf
+    return list(leaves.values())
 
 
 class _SelectiveAttention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, q, k, v, tau, block, scale):
-        B, H, T, D = q.shape
-        q, k, v = (q * D**-0.5).contiguous(), k.contiguous(), v.contiguous()
-        q3, k3, v3 = (t.view(B * H, T, D) for t in (q, k, v))   # bmm wants three dimensions
-        y = torch.empty_like(q)
-        M = q.new_empty(B, T if tau is not None else 0)
-        blocks = _blocks(T, block)
-        F = q.new_zeros(B, T)                                   # as it enters the block
-        boundaries = q.new_zeros(len(blocks), B, T)
-        buffer = q.new_empty(B * H * block * T)
-        for n, (a, b) in enumerate(blocks):
-            boundaries[n] = F
-            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], F[:, :b], a, buffer, scale)
-            y.view(B * H, T, D)[:, a:b] = torch.bmm(P, v3[:, :b])
-            if tau is not None:
-                M[:, a:b] = torch.arange(a, b) - F_rows.clamp(max=tau).sum(dim=2) / tau
-            F[:, :b] = F_rows[:, -1] + (S[:, -1] if scale is None else S[:, -1] * scale)
-        ctx.save_for_backward(q, k, v, boundaries, scale)
-        ctx.tau, ctx.block = tau, block
+    def forward(ctx, q, k, v, vote, tau, *parameters):
+        B, _, T, _ = q.shape
+        y, M = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, T if tau is not None else 0)
+        n = max(1, TOKENS // T)
+        ctx.walks = []                                          # a slice of the batch, and its blocks
+        for g in [slice(b, b + n) for b in range(0, B, n)]:
+            for skip in (True, False):
+                blocks = _forward(q[g], k[g], v[g], vote, tau, y[g], M[g], skip)
+                if blocks is not None:
+                    break                                       # else a vote was negative: again, without skipping
+            ctx.walks.append((g, blocks))
+        ctx.save_for_backward(q, k, v, *parameters)
+        ctx.vote, ctx.tau = vote, tau
         return y, M
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dM):
-        q, k, v, boundaries, scale = ctx.saved_tensors
-        B, H, T, D = q.shape
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        q3, k3, v3, dy3, dq3, dk3, dv3 = (t.view(B * H, T, D) for t in (q, k, v, dy.contiguous(), dq, dk, dv))
-        # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
-        G = q.new_zeros(B, T)
-        dscale = torch.zeros_like(scale) if scale is not None else None
-        buffers = q.new_empty(2, B * H * ctx.block * T)
-        for n, (a, b) in reversed(list(enumerate(_blocks(T, ctx.block)))):
-            P, S, F_rows = _probabilities(q3[:, a:b], k3[:, :b], boundaries[n, :, :b], a, buffers[0], scale)
-            dy_rows = dy3[:, a:b]
-            dv3[:, :b].baddbmm_(P.transpose(1, 2), dy_rows)
-            dL = _view(buffers[1], P.shape)
-            torch.bmm(dy_rows, v3[:, :b].transpose(1, 2), out=dL)                   # dP
-            torch._softmax_backward_data(dL, P, -1, P.dtype, grad_input=dL)         # dL, in its place
-            dL_heads = dL.view(B, H, b - a, b)
-            dF = dL_heads.sum(dim=1).neg_()                                         # (B, R, b)
-            if ctx.tau is not None:
-                dF.sub_((F_rows <= ctx.tau) * (dM[:, a:b, None] / ctx.tau))
-            # dS[k,j] = sum of dF[i,j] over i > k
-            sums = dF.cumsum(dim=1)
-            G[:, :b] += sums[:, -1]
-            dS = G[:, None, :b] - sums
-            if scale is not None:                                                   # so far dS is that of scale * S
-                dscale += (dS * S).sum()
-                dS.mul_(scale)
-            dL_heads[:, 0] += dS.mul_(S > 0)
-            dq3[:, a:b] = torch.bmm(dL, k3[:, :b])
-            dk3[:, :b].baddbmm_(dL.transpose(1, 2), q3[:, a:b])
-        return dq.mul_(D**-0.5), dk, dv, None, None, dscale
+        q, k, v, *parameters = ctx.saved_tensors
+        parts = [_backward(q[g], k[g], v[g], ctx.vote, ctx.tau, parameters, blocks, dy[g], dM[g])
+                 for g, blocks in ctx.walks]
+        dq, dk, dv, *dparameters = zip(*parts)
+        return (*map(torch.cat, (dq, dk, dv)), None, None, *map(sum, dparameters))
 
 
-def _blocks(T, block):
-    return [(a, min(a + block, T)) for a in range(0, T, block)]
+def _forward(q, k, v, vote, tau, y, M, skip):
+    """Writes y (B, H, T, D) and M (B, T). Returns the blocks for `_backward`, None if skip and a vote is negative."""
+    B, H, T, D = q.shape
+    if skip and _can_be_negative(vote, q, k):
+        return None
+    q, kv = _scaled(q), torch.cat([k, v], dim=3)                # kv (B, H, T, 2D) is packed in its place
+    k3, v3 = kv.flatten(0, 1).split(D, dim=2)                   # (B*H, T, D)
+    k_norm, Q, m = _bounds(q, k)
+    F = q.new_zeros(B, T)                                       # as it enters the block
+    columns = torch.arange(T).repeat(B, 1)
+    constants, buffer = _Constants(T, q.dtype), q.new_empty(B * H * min(BLOCK, T) * T)
+    log_eps = math.log(torch.finfo(q.dtype).eps / 2 / T)
+    blocks, first = [], 0
+    for a in range(0, T, BLOCK):
+        b, packing = min(a + BLOCK, T), None
+        if skip and a:
+            dead = (Q[:, :, a, None] * k_norm[:, :, first:a] - m[:, :, a, None]).amax(dim=1) - F[:, first:a] < log_eps
+            if tau is not None:
+                dead &= F[:, first:a] > tau
+            F[:, first:a].masked_fill_(dead, math.inf)
+            n = int((~dead).sum(dim=1).max())                   # the longest list
+            if n <= 7 / 8 * (a - first):
+                keep = dead.byte().argsort(dim=1, stable=True)[:, :n]           # the live ones first, token 0 before all
+                packing = first, columns[:, first:a].clone(), keep
+                for x in kv, k_norm[..., None], F[:, None, :, None], columns[:, None, :, None]:
+                    x[:, :, a - n:a] = _take(x[:, :, first:a], keep)
+                first = a - n
+        blocks.append((a, b, first, F[:, first:b].clone(), packing))
+        P, F_rows, S, _ = _probabilities(q[:, a:b], k3[:, first:b], F[:, first:b], vote, constants, buffer)
+        if skip and S.amin() < 0:
+            return None
+        y[:, :, a:b] = torch.bmm(P, v3[:, first:b]).view(B, H, b - a, D)
+        if tau is not None:                                     # each of the columns before `first` counts as tau
+            M[:, a:b] = torch.arange(a, b) - first - F_rows[:, :-1].clamp(max=tau).sum(dim=2) / tau
+        F[:, first:b] = F_rows[:, -1]
+        live.computed += B * (b - a) * (b - first)
+        live.total += B * (b - a) * b
+    return *blocks, columns
 
 
-def _view(buffer, shape):
-    return buffer[:shape.numel()].view(shape)
+def _backward(q, k, v, vote, tau, parameters, blocks, dy, dM):
+    """dq, dk, dv (B, H, T, D) and the gradients of the parameters."""
+    B, H, T, D = q.shape
+    *blocks, columns = blocks
+    q, dy, kv_all = _scaled(q), dy.flatten(0, 1), torch.cat([k, v], dim=3)
+    kv = _take(kv_all, columns)                                 # as the forward left it
+    k3, v3 = kv.flatten(0, 1).split(D, dim=2)
+    dq = torch.empty_like(q)
+    dkv = q.new_zeros(B, 2, H, D, T)                            # transposed: products with P are faster so
+    # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
+    G = q.new_zeros(B, T)
+    dparameters = [torch.zeros_like(p) for p in parameters]
+    constants, buffers = _Constants(T, q.dtype), q.new_empty(2, B * H * min(BLOCK, T) * T)
+    for a, b, first, F, packing in reversed(blocks):
+        R, N = b - a, b - first
+        P, F_rows, S, (L0, votes) = _probabilities(q[:, a:b], k3[:, first:b], F, vote, constants, buffers[0], grad=True)
+        dL = buffers[1][:P.numel()].view(P.shape)
+        torch.bmm(dy[:, a:b], v3[:, first:b].transpose(1, 2), out=dL)           # dP
+        torch._softmax_backward_data(dL, P, -1, P.dtype, grad_input=dL)         # dL, in its place
+        dL_heads = dL.view(B, H, R, N)
+        dF = dL_heads.sum(dim=1).neg_()                                         # (B, R, N)
+        if tau is not None:
+            dF -= (F_rows[:, :-1] <= tau) * (dM[:, a:b, None] / tau)
+        # dS[k,j] = sum of dF[i,j] over i > k; before the first row, all of it
+        dS = torch.baddbmm(G[:, None, first:b], constants.sums_below(R).expand(B, -1, -1), dF)         # (B, R+1, N)
+        G[:, first:b] = dS[:, 0]
+        if votes.requires_grad:
+            dS = constants.may_vote(dS[:, 1:])
+            dL0, *more = torch.autograd.grad(votes, (L0, *parameters), dS, retain_graph=True, allow_unused=True)
+            if dL0 is not None:
+                dL_heads[:, 0] += dL0
+            for total, d in zip(dparameters, more):
+                total += 0 if d is None else d
+        dq[:, a:b] = torch.bmm(dL, k3[:, first:b])
+        dkv[:, 0, ..., first:b] += torch.bmm(q[:, a:b].transpose(1, 2), dL).view(B, H, D, N)
+        dkv[:, 1, ..., first:b] += torch.bmm(dy[:, a:b].transpose(1, 2), P).view(B, H, D, N)
+        if packing:
+            first_before, columns_before, keep = packing
+            kv[:, :, first_before:a] = _take(kv_all, columns_before)
+            for x in dkv.view(B, -1, T), G[:, None]:
+                packed = x[..., first:a].clone()
+                x[..., first_before:a] = 0
+                x[..., first_before:a].scatter_(2, keep[:, None].expand(packed.shape), packed)
+    dk, dv = dkv.transpose(3, 4).unbind(dim=1)
+    return dq.mul_(D**-0.5).view(B, H, T, D), dk, dv, *dparameters
 
 
-def _probabilities(q, k, F, a, buffer, scale):
-    """The rows from a on: q (B*H, R, D) scaled, k (B*H, a+R, D), F (B, a+R) as it enters them.
+def _probabilities(q, k, F, vote, constants, buffer, grad=False):
+    """A block of rows: q (B*H, R, D) scaled, k (B*H, N, D), of which the last R are the rows' own, F (B, N) as it enters.
 
-    Returns P (B*H, R, a+R), which lies in the buffer, and S (unscaled) and F of each row, (B, R, a+R).
+    Returns P (B*H, R, N), which lies in the buffer; F (B, R+1, N) of each row and of the row after the block; the votes
+    S (B, R, N) that count; and, where grad is set, head 0's logits and all votes with their graph.
     """
-    P = _view(buffer, torch.Size((q.size(0), q.size(1), k.size(1))))
+    R, (B, N) = q.size(1), F.shape
+    P = buffer[:len(q) * R * N].view(len(q), R, N)
     torch.bmm(q, k.transpose(1, 2), out=P)                      # L, the logits
-    L = P.view(F.size(0), -1, q.size(1), k.size(1))             # (B, H, R, a+R), the same memory
-    S = L[:, 0].clamp(min=0)
-    S[:, :, 0] = 0                                              # token 0 is never masked
-    S[:, :, a:].tril_(-1)                                       # the diagonal block: no vote on itself or the future
-    F_rows = S.cumsum(dim=1).sub_(S)
-    if scale is not None:
-        F_rows.mul_(scale)
-    F_rows.add_(F[:, None])
-    L.sub_(F_rows[:, None])
-    future = torch.full((q.size(1), q.size(1)), float('-inf'), dtype=q.dtype).triu_(1)
-    L[..., a:].add_(future)
+    L = P.view(B, -1, R, N)                                     # the same memory
+    L0 = L[:, 0].clone().requires_grad_() if grad else L[:, 0]
+    with torch.set_grad_enabled(grad):
+        votes = vote(L0)
+    S = constants.may_vote(votes.detach())
+    F_rows = torch.baddbmm(F[:, None], constants.sums_above(R).expand(B, -1, -1), S)
+    L.sub_(F_rows[:, None, :-1])
+    L[..., -R:] += constants.future(R)
     torch.softmax(P, dim=-1, out=P)
-    return P, S, F_rows
+    return P, F_rows, S, (L0, votes)
+
+
+class _Constants:
+    """Matrices of zeros and ones that blocks of R rows over up to T columns take slices of."""
+
+    def __init__(self, T, dtype):
+        R = min(BLOCK, T)
+        self.votes = torch.ones(R, T, dtype=dtype)
+        self.votes[:, T - R:].tril_(-1)                         # 1 where j < i; the last columns are the rows' own
+        self.minus_inf = torch.full((R, R), -math.inf, dtype=dtype).triu_(1)
+        self.below = torch.ones(R + 1, R, dtype=dtype).tril_(-1)
+
+    def may_vote(self, S):
+        """S (B, R, N) with zeros where a row has no vote: on token 0, on itself and on the future."""
+        S = S * self.votes[-S.size(1):, -S.size(2):]
+        S[:, :, 0] = 0
+        return S
+
+    def future(self, R):
+        return self.minus_inf[:R, :R]
+
+    def sums_above(self, R):
+        """(R+1, R): times S, for each row the sum of those above it, and last the sum of all."""
+        return self.below[:R + 1, :R]
+
+    def sums_below(self, R):
+        """(R+1, R): times dF, first the sum of all rows, then for each row the sum of those below it."""
+        return self.sums_above(R).flip(0, 1)
+
+
+def _scaled(q):
+    """(B, H, T, D) -> (B*H, T, D), divided by √D."""
+    return (q * q.size(3)**-0.5).flatten(0, 1)
+
+
+def _take(x, columns):
+    """x (B, H, N, D), columns (B, M) -> (B, H, M, D)."""
+    return torch.stack([x[b].index_select(1, j) for b, j in enumerate(columns)])
+
+
+def _bounds(q, k):
+    """|k|, and Q and m as they hold from each row on, all (B, H, T); q (B*H, T, D) is scaled."""
+    q = q.view(k.shape)
+    itself = (q * k).sum(dim=3)
+    before = fn.pad((q[:, :, 1:] * k[:, :, :-1]).sum(dim=3), (1, 0), value=-math.inf)
+    first = (q @ k[:, :, 0, :, None])[..., 0]
+    first[:, :, :2] = -math.inf                                 # which the other two have counted
+    l = torch.stack([itself, before, first]).logsumexp(dim=0)
+
+    def largest_from(x):
+        return x.flip(2).cummax(dim=2).values.flip(2)
+    return k.norm(dim=3), largest_from(q.norm(dim=3)), -largest_from(-l)
+
+
+def _can_be_negative(vote, q, k):
+    """Whether a vote on some logit that these queries and keys can have is below 0, as far as 1,000 examples tell."""
+    reach = q[:, 0].norm(dim=2).amax() * k[:, 0].norm(dim=2).amax() * q.size(3)**-0.5
+    logits = torch.linspace(-1, 1, 1001, dtype=q.dtype) * reach
+    return bool((vote(logits.expand(len(q), 1, -1).clone())[..., 1:] < 0).any())

@@ -28,11 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as fn
 
-from support import checkpoint as ckpt
-from kernels import cpu as kernels
+import kernels
 import model as m
-from support import settings
-from lab.peers import XTransformers, listing, x_transformers
+from lab.peers import XTransformers, x_transformers
+from support import checkpoint as ckpt, devices, files, settings
 from support.settings import UserError
 
 SHAPES = {'small': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257),
@@ -58,22 +57,32 @@ class BenchConfig:
 # What is compared
 
 
+def selective(q, kernel):
+    """Selective attention of a layer with this kernel, as a function of q, k, v like q; None where it cannot run."""
+    _, H, _, D = q.shape
+    gpt = m.GPT(m.GPTConfig(block_size=2, vocab_size=2, n_layer=1, n_head=H, n_embd=H * D, selective=True)).to(q.device)
+    try:
+        kernels.install(gpt, kernel, q.dtype)
+    except ValueError:
+        return None
+    layer = gpt.transformer.h[0].attn
+    return lambda q, k, v: layer.attention(q, k, v, layer.vote)[0]
+
+
 def attentions(q):
-    """What takes queries like q; a fast way is there where kernels.py has one for its device."""
-    cases = {'standard': lambda q, k, v: fn.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    if fast := kernels.pick(q, 0.0):
-        cases['selective'] = lambda q, k, v: fast(q, k, v)[0]
-    cases['selective, rows'] = lambda q, k, v: m.selective_attention(q, k, v)[0]
-    cases['selective, listing'] = listing
+    """What takes queries like q, by name; 'selective' is the kernel of kernels/ for its device, if it runs there."""
+    cases = {'standard': lambda q, k, v: fn.scaled_dot_product_attention(q, k, v, is_causal=True),
+             'selective': selective(q, 'gpu' if q.is_cuda else 'cpu'), 'selective, rows': selective(q, 'none'),
+             'selective, listing': selective(q, 'listing')}
     if x_transformers():
         attend = x_transformers().attend.Attend(causal=True, selective=True)
         cases['selective, x-transformers'] = lambda q, k, v: attend(q, k, v)[0]
-    return cases
+    return {name: case for name, case in cases.items() if case}
 
 
 def attention_cases(shape, T, tokens, device):
     H, B = shape['n_head'], max(1, tokens // T)
-    dtype = getattr(torch, ckpt.pick_dtype('auto', device))
+    dtype = getattr(torch, devices.pick_dtype('auto', device))
     qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, dtype=dtype, requires_grad=True)
     heads = lambda: [t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(shape['n_embd'], dim=2)]    # q, k, v
 
@@ -93,15 +102,13 @@ def step_case(name, shape, T, tokens, device):
     gpt.to(device)
     optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
     idx = torch.randint(shape['vocab_size'], (max(1, tokens // T), T), device=device)
-    dtype = ckpt.pick_dtype('auto', device)
+    dtype = devices.pick_dtype('auto', device)
+    if isinstance(gpt, m.GPT):
+        kernels.install(gpt, 'listing' if name == 'selective, listing' else 'auto', getattr(torch, dtype))
 
     def once():
-        swap = kernels.pick
-        if name == 'selective, listing':
-            kernels.pick = lambda *_: lambda q, k, v, tau, scale: (listing(q, k, v), None)
-        with ckpt.autocast(device, dtype):
+        with devices.autocast(device, dtype):
             loss = gpt(idx, idx)[1]
-        kernels.pick = swap
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -121,10 +128,16 @@ def peak_memory(case):
     return int(result.stdout)
 
 
+def model_for_generation(shape, T, device):
+    gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **shape)).to(device).eval()
+    kernels.fast_rows(gpt)
+    return gpt
+
+
 @torch.no_grad()
 def generate_case(shape, T, B, device, how):
     """Generation at its largest: a cache is allocated whole at the start, and without one the last token costs most."""
-    gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **SHAPES[shape])).to(device).eval()
+    gpt = model_for_generation(SHAPES[shape], T, device)
     idx = torch.zeros(B, T - 1, dtype=torch.long, device=device)
     return lambda: gpt(idx) if how == 'no cache' else gpt.generate(idx[:, :1], 20, budgets=how)
 
@@ -143,12 +156,9 @@ def one_memory_case(name, shape, T, tokens, device, how=None):
 
 def filled(gpt, B, budgets, text):
     """A KV cache that has read the text (T,), the same in every sequence."""
-    cache, one = m.KVCache(gpt, B, budgets), m.KVCache(gpt, 1, budgets)
-    gpt.prefill(text[None], one)
-    for layer, read in zip(cache.layers, one.layers):
-        for name in ('k', 'v', 'F', 'j'):
-            getattr(layer, name).copy_(getattr(read, name).expand_as(getattr(layer, name)))
-    cache.position.copy_(one.position)
+    cache = m.KVCache(gpt, 1, budgets)
+    m.prefill(gpt, text[None], cache)
+    cache.repeat(B)
     return cache
 
 
@@ -212,7 +222,7 @@ def main():
         raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}")
     if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
         raise UserError(f'--shapes is among {", ".join(SHAPES)}, --lengths are whole numbers like 256,512')
-    cfg.device = ckpt.pick_device(cfg.device)
+    cfg.device = devices.pick_device(cfg.device)
     machine = torch.cuda.get_device_name() if 'cuda' in cfg.device else \
         f'{platform.machine()}, {torch.get_num_threads()} threads'
     print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
@@ -223,7 +233,7 @@ def main():
             PARTS[part](table, cfg, shape, lengths)
             if part != 'profile':
                 table.growth(part, shape)
-    settings.write_file(cfg.to, json.dumps({'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds,
+    files.write_file(cfg.to, json.dumps({'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds,
                                             'command': ' '.join(sys.argv[1:]), 'rows': table.rows}, indent=1))
     print(cfg.to)
 
@@ -259,7 +269,7 @@ def decode_part(table, cfg, shape, lengths):
     """A step and its attention alone, with a full cache and with budgets of T/32; and without a cache at all."""
     s = SHAPES[shape]
     for T in lengths:
-        gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **s)).to(cfg.device).eval()
+        gpt = model_for_generation(s, T, cfg.device)
         text = torch.randint(s['vocab_size'], (T - cfg.rounds - 2,), device=cfg.device)
         K = max(2, T // 32)
         for B in (1, 32):
@@ -270,7 +280,7 @@ def decode_part(table, cfg, shape, lengths):
             table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
             q, k, v = torch.randn(3, B, s['n_head'], 1, s['n_embd'] // s['n_head'], device=cfg.device).unbind()
             values = times({f'{name}, attention alone': lambda cache=cache: [
-                layer.attend(q, k, v, cache.position, True) for layer in cache.layers]
+                layer.attend(q, k, v, cache.position, torch.relu) for layer in cache.layers]
                 for name, cache in caches.items()}, cfg.rounds, cfg.device)
             table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
             table.group(f'decode{B}', shape, T, {f'{n}, its size': c.bytes() / 2**20 for n, c in caches.items()}, 'MiB')
@@ -282,19 +292,19 @@ def prefill_part(table, cfg, shape, lengths):
     s = SHAPES[shape]
     H, D = s['n_head'], s['n_embd'] // s['n_head']
     for T in lengths:
-        dtype = getattr(torch, ckpt.pick_dtype('auto', cfg.device))
+        dtype = getattr(torch, devices.pick_dtype('auto', cfg.device))
         q, k, v = torch.randn(3, 1, H, T, D, device=cfg.device, dtype=dtype).unbind()
         K = max(2, T // 64)
 
         def read(budget):
             cache = m.LayerCache(1, H, budget, D, 'selective', cfg.device, dtype)
-            for a in range(0, T, m.GPT.prefill_rows):
-                rows = slice(a, a + m.GPT.prefill_rows)
+            for a in range(0, T, 64):                           # as model.prefill does
+                rows = slice(a, a + 64)
                 i = torch.arange(T, device=cfg.device)[rows]
-                cache.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], i, True)
+                cache.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], i, torch.relu)
         cases = {'full cache': lambda: read(T), f'budgets of {K}': lambda: read(K)}
-        if fast := kernels.pick(q, 0.0):
-            cases['all at once, no cache'] = lambda: fast(q, k, v)
+        at_once = selective(q, 'auto')
+        cases['all at once, no cache'] = lambda: at_once(q, k, v)
         values = times(cases, cfg.rounds, cfg.device)
         table.group('prefill', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms')
 
@@ -306,7 +316,7 @@ def generate_part(table, cfg, shape, lengths):
     s = SHAPES[shape]
     for T in [T for T in lengths if T >= 1024][:1] or lengths[-1:]:
         n = min(50 if cfg.quick else 1000, T - 1)
-        gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **s)).to(cfg.device).eval()
+        gpt = model_for_generation(s, T, cfg.device)
         for B in (1, 32):
             idx = torch.randint(s['vocab_size'], (B, T), device=cfg.device)
             n = n if B == 1 else n // 10    # a step costs the same at every length, but not without a cache: B = 1 only
@@ -314,7 +324,7 @@ def generate_part(table, cfg, shape, lengths):
             values = {}
             for name, budgets in {'full cache': None, f'budgets of {max(2, T // 32)}': max(2, T // 32)}.items():
                 cache, started = m.KVCache(gpt, B, budgets), time.perf_counter()
-                for _ in gpt.stream(idx[:, :1], n, cache=cache):
+                for _ in m.stream(gpt, idx[:, :1], n, cache=cache):
                     pass
                 synchronize(cfg.device)
                 values[name] = (time.perf_counter() - started) / n

@@ -33,16 +33,14 @@ from dataclasses import dataclass
 
 import torch
 
-from support import checkpoint as ckpt
 import data
-from support import pretrained
-from support import settings
 from model import KVCache, check_budgets
+from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 
 @dataclass
-class Settings(pretrained.Settings):
+class EvaluateConfig(pretrained.PretrainedConfig):
     out_dir: str = 'out/selective_small'    # folders of ckpt.pt, or what init_from names (gpt2, a folder), with commas
     tasks: str = 'wikitext,lambada,hellaswag,passkey'   # which
     budgets: str = ''                       # tokens that a layer may keep: a number, 4,9,16,8 or a budgets.json; 'none'
@@ -67,18 +65,18 @@ class Subject:
     model: torch.nn.Module
     tokenizer: object
     budgets: list
-    cfg: Settings
+    cfg: EvaluateConfig
 
     @torch.no_grad()
     def logits(self, x):
         """x (B, T) int64 -> logits (B, T, V), under the budgets."""
         model, dtype = self.model, self.cfg.dtype
-        with ckpt.autocast(self.cfg.device, dtype):
+        with devices.autocast(self.cfg.device, dtype):
             if self.budgets is None:
                 return model(x, x)[0]
             policy = 'selective' if model.config.selective else 'oldest'
             cache = KVCache(model, len(x), self.budgets, policy, getattr(torch, dtype))
-            return torch.cat([model(rows, rows, cache=cache)[0] for rows in x.split(model.prefill_rows, dim=1)], dim=1)
+            return torch.cat([model(rows, rows, cache=cache)[0] for rows in x.split(64, dim=1)], dim=1)
 
     def score(self, requests):
         """For each (tokens, n): the log-probability of the last n tokens, given those before them, in nats, and
@@ -285,7 +283,7 @@ def numbers(name, text, kind):
 
 
 def check(cfg):
-    """Settings as the tasks use them; UserError for those that cannot be."""
+    """Settings as the tasks use them; UserError for invalid ones."""
     cfg.tasks, cfg.out_dir = cfg.tasks.split(','), cfg.out_dir.split(',')
     for task in cfg.tasks:
         if task not in TASKS:
@@ -295,8 +293,8 @@ def check(cfg):
         raise UserError('--depths are from 0 to 1')
     if min(cfg.batch_size, cfg.passkeys) < 1 or min(cfg.limit, cfg.stride) < 0:
         raise UserError('batch_size and passkeys must be at least 1, limit and stride at least 0')
-    cfg.device = ckpt.pick_device(cfg.device)
-    cfg.dtype = ckpt.pick_dtype(cfg.dtype, cfg.device)
+    cfg.device = devices.pick_device(cfg.device)
+    cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
 
 
 def subjects(name, cfg):
@@ -331,7 +329,7 @@ def table(results):
 
 
 def main():
-    cfg = settings.parse(Settings)
+    cfg = settings.parse(EvaluateConfig)
     asked = dataclasses.asdict(cfg)
     check(cfg)
     items, results = {task: read_items(task, cfg) for task in cfg.tasks}, []
@@ -343,7 +341,7 @@ def main():
                 result['tasks'][task] = TASKS[task](subject, items[task], cfg)
             results.append(result)
     print(table(results))
-    settings.write_file(cfg.json, json.dumps({'settings': asked, 'results': results}, indent=1))
+    files.write_file(cfg.json, json.dumps({'settings': asked, 'results': results}, indent=1))
 
 
 if __name__ == '__main__':

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from support import checkpoint as ckpt
 import data
-from support import settings
+from support import checkpoint as ckpt, settings
 from support.settings import UserError
 
 
 @dataclass
-class Settings:
+class ExportConfig:
     out_dir: str = 'out/standard_small'     # folder of ckpt.pt
     folder: str = ''                        # where the files go; '': <out_dir>/hf
 
@@ -30,7 +29,7 @@ def export(model, folder, eot_token):
     except ImportError:
         raise UserError('this needs the package safetensors: pip install safetensors') from None
     c = model.config
-    for flag in 'selective', 'ssa':
+    for flag in 'selective', 'ssa', 'rope', 'qk_norm':
         if getattr(c, flag):
             raise UserError(f"the model has {flag}={getattr(c, flag)!r}, for which Hugging Face's GPT-2 has no place")
     tensors = {}
@@ -59,7 +58,7 @@ def export(model, folder, eot_token):
 
 
 def main():
-    cfg = settings.parse(Settings)
+    cfg = settings.parse(ExportConfig)
     folder = cfg.folder or os.path.join(cfg.out_dir, 'hf')
     model, checkpoint = ckpt.load_model(cfg.out_dir)
     export(model, folder, data.get_tokenizer(checkpoint['tokenizer']).eot_token)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as fn
 
 import data
+import kernels
 import model as m
 import prune
 from lab import ablate
@@ -49,10 +50,11 @@ def token_losses(run, windows, budgets=None, policy='selective', seed=1):
     rule = rule_of(run.folder)
     with ablate.changed(rule) if rule else contextlib.nullcontext():
         model, checkpoint = ckpt.load_model(run.folder)
+        rule or kernels.install(model)
         text, T, found = data.load_dataset(checkpoint['dataset']), model.config.block_size, []
         size = max(1, 4096 // T)
         for n in range(-(-windows // size)):
-            x, y = text.batch('val', n, size, T, seed, bos=checkpoint['config'].get('bos', False))
+            x, y = text.batch('val', n, size, T, seed, bos=ckpt.starts_with_bos(checkpoint))
             cache = m.KVCache(model, size, budgets, policy) if budgets else None
             logits, _ = model(x, y, cache=cache)
             found.append((fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'), kinds(x, y)))
@@ -142,7 +144,7 @@ def entropy(run, batches=4):
     m.fn.scaled_dot_product_attention = recorded
     try:
         for n in range(batches):
-            model(text.batch('val', n, 16, model.config.block_size, bos=checkpoint['config'].get('bos', False))[0])
+            model(text.batch('val', n, 16, model.config.block_size, bos=ckpt.starts_with_bos(checkpoint))[0])
     finally:
         m.fn.scaled_dot_product_attention = attention
     return statistics.mean(entropies)

@@ -13,8 +13,7 @@ import pathlib
 import sys
 from dataclasses import dataclass, field
 
-from support import checkpoint as ckpt
-from support import settings
+from support import checkpoint as ckpt, files, settings
 from support.settings import UserError
 
 
@@ -99,7 +98,7 @@ def save_figure(figure, path):
 
 def write(path, content):
     """Write bytes, and say so."""
-    settings.write_file(path, content)
+    files.write_file(path, content)
     print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
 
 

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from support import checkpoint as ckpt
 import data
-from support import settings
 from lab.plot import import_pyplot, save_figure, write
-from model import KVCache, attend, memory_requirement
+from model import F_dtype, KVCache, LayerCache, attend, memory_requirement
+from support import checkpoint as ckpt, devices, settings
 from support.settings import UserError
 
 
@@ -57,15 +56,15 @@ class Reading:
     temperatures: dict          # 'q', 'k' or 'v' -> (L, T, H)
 
 
-class Recorder:
-    """Stands where the model expects a LayerCache: one call of the attention core, whose F and mask it keeps."""
+class Recorder(LayerCache):
+    """A layer's memory that does all rows in one call of the attention core, and keeps their F and what they drop."""
 
     def __init__(self, budget, policy):
-        self.budget, self.policy = budget, policy
+        self.K, self.policy = budget, policy        # as `forget` reads them; budget None: nothing is dropped
 
-    def attend(self, q, k, v, i, selective, scale=None):
-        F = q.new_zeros(len(q), len(i)) if selective else None
-        y, self.F, self.hidden = attend(q, k, v, F, i, i[None], self.budget, self.policy, scale=scale)
+    def attend(self, q, k, v, i, vote):
+        F = q.new_zeros(len(q), len(i), dtype=F_dtype(q.dtype))
+        y, self.F, self.hidden = attend(q, k, v, F, i, i[None], vote, self.forget if self.K is not None else None)
         return y
 
 
@@ -73,12 +72,12 @@ class Recorder:
 def record(model, idx, budgets=None, policy='selective'):
     """One pass of the model over idx (1, T), as context pruning in its parallel form: a Recorder for each layer."""
     cache = KVCache(model, 1, budgets, policy)
-    cache.layers = [Recorder(K if budgets is not None else None, policy) for K in cache.budgets]
+    cache.layers = [Recorder(K if budgets is not None else None, cache.policy) for K in cache.budgets]
     model(idx, cache=cache)
     return cache.layers
 
 
-def read(model, idx, budgets=None, policy='selective', tau=1.0):
+def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
     """The Reading of idx, int64 (1, T). Raises ValueError where budgets or policy do not fit the model."""
     T, i = idx.size(1), torch.arange(idx.size(1), device=idx.device)
     temperatures = {name: [] for name in model.config.ssa}
@@ -90,15 +89,14 @@ def read(model, idx, budgets=None, policy='selective', tau=1.0):
         for hook in hooks:
             hook.remove()
     free = layers if budgets is None else record(model, idx)                                # M is defined without budgets
-    zeros = idx.new_zeros(1, T + 1, T).float()
-    F = torch.cat([zeros if layer.F is None else layer.F for layer in layers])              # (L, T+1, T)
+    F = torch.cat([layer.F for layer in layers])                                            # (L, T+1, T)
     hidden = torch.cat([layer.hidden for layer in layers])                                  # (L, T, T)
-    M = torch.cat([memory_requirement((zeros if layer.F is None else layer.F)[:, :-1], i, tau) for layer in free])
+    M = torch.cat([memory_requirement(layer.F[:, :-1], i, memory_tau) for layer in free])
     past = i[:, None] >= i
     return Reading(
         F=F[:, :-1].cpu().numpy(),
         votes=F.diff(dim=1).masked_fill(hidden, 0).cpu().numpy(),
-        dropped_at=(T - (hidden & past).sum(dim=1)).cpu().numpy(),                          # once gone, gone for good
+        dropped_at=(T - (hidden & past).sum(dim=1)).cpu().numpy(),                          # a dropped column never returns
         M=M.cpu().numpy(),
         temperatures={name: torch.stack(taus).cpu().numpy() for name, taus in temperatures.items()})
 
@@ -106,7 +104,7 @@ def read(model, idx, budgets=None, policy='selective', tau=1.0):
 def token_texts(ids, tokenizer):
     """What to show for each token: its characters, each at the token that completes it ('·' before that).
 
-    What would not show, or would act (controls, right-to-left overrides, broken UTF-8), is written as its escape.
+    Characters that are invisible or act (controls, right-to-left overrides, broken UTF-8) are written as escapes.
     """
     decoder, texts = codecs.getincrementaldecoder('utf-8')('backslashreplace'), []
     for n, token in enumerate(ids):
@@ -142,17 +140,18 @@ def vote_codes(votes):
     return np.where(votes < LEAST_VOTE, 0, codes).astype(np.uint8), step
 
 
-def page(reading, tokens, title, facts, config, budgets=None, policy='selective', tau=1.0):
+def page(reading, tokens, title, facts, config, budgets=None, policy='selective', memory_tau=1.0):
     """The HTML file as text. tokens as token_texts gives them; title and facts are plain text too."""
     T = len(tokens)
     below = np.tril_indices(T, -1)                          # nothing happens on the diagonal or above it
-    gone = (reading.F >= tau) | (np.arange(T)[:, None] >= reading.dropped_at[:, None])     # (L, T, T), and stays so
+    gone = (reading.F >= memory_tau) | (np.arange(T)[:, None] >= reading.dropped_at[:, None])     # (L, T, T), and stays so
     codes, step = vote_codes(reading.votes)
     content = {
         'title': title, 'facts': facts, 'tokens': tokens, 'layers': config.n_layer, 'heads': config.n_head,
-        'selective': config.selective, 'budgets': budgets, 'policy': policy, 'tau': tau,
+        'selective': config.selective, 'budgets': budgets, 'policy': policy, 'memoryTau': memory_tau,
         'leastVote': LEAST_VOTE, 'step': step, 'votes': [packed(c[below]) for c in codes],
-        'dropped': reading.dropped_at.tolist(), 'forgotten': (T - gone.sum(axis=1)).tolist(), 'M': np.round(reading.M.astype(float), 2).tolist(),
+        'dropped': reading.dropped_at.tolist(), 'forgotten': (T - gone.sum(axis=1)).tolist(),
+        'M': np.round(reading.M.astype(float), 2).tolist(),
         'tauSteps': TAU_STEPS,
         'temperatures': {name: [packed((t * TAU_STEPS).round().astype('<u2')) for t in taus]
                          for name, taus in reading.temperatures.items()}}
@@ -166,11 +165,11 @@ def page(reading, tokens, title, facts, config, budgets=None, policy='selective'
 # Terminal and PNG
 
 
-def dimmed(reading, tokens, tau=1.0):
+def dimmed(reading, tokens, memory_tau=1.0):
     """The text for a terminal, once for each layer: dim is masked as the last token sees it, struck through is dropped."""
     T, out = len(tokens), ''
     for l, (F, dropped_at) in enumerate(zip(reading.F[:, -1], reading.dropped_at)):
-        styles = np.where(dropped_at < T, '2;9', np.where(F >= tau, '2', '0'))
+        styles = np.where(dropped_at < T, '2;9', np.where(F >= memory_tau, '2', '0'))
         out += f'\x1b[1mlayer {l}: of {T - 1} earlier tokens the last one sees {(styles[:-1] == "0").sum()}\x1b[0m\n'
         for style, run in itertools.groupby(range(T), styles.__getitem__):
             out += f'\x1b[{style}m' + ''.join(tokens[j] for j in run) + '\x1b[0m'
@@ -230,7 +229,7 @@ def write_panels(reading, stem, config, budgets=None):
 
 
 def read_text(start):
-    """The text of the setting `start`; bytes that are no UTF-8 become U+FFFD."""
+    """The text of the setting `start`; bytes that are not UTF-8 become U+FFFD."""
     try:
         if start == '-':
             return sys.stdin.buffer.read().decode('utf-8', 'replace')
@@ -248,7 +247,7 @@ def main():
         raise UserError(f'memory_tau is {cfg.memory_tau}; it must be above 0')
     if cfg.png:
         import_pyplot()                                     # fail before the work
-    device = ckpt.pick_device(cfg.device)
+    device = devices.pick_device(cfg.device)
     model, checkpoint = ckpt.load_model(cfg.out_dir, device)
     c = model.config
     if not c.selective and not c.ssa:
@@ -260,7 +259,7 @@ def main():
     budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model) if c.selective else None
 
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    ids = tokenizer.encode_ordinary(read_text(cfg.start))
+    ids = data.encode_prompt(read_text(cfg.start), tokenizer, ckpt.starts_with_bos(checkpoint))
     if cfg.cut:
         ids = ids[:c.block_size]
     if len(ids) < 2:

@@ -15,13 +15,12 @@ import inspect
 import os
 import re
 import runpy
-import secrets
 import sys
 import types
 
 
 class UserError(Exception):
-    """What the user can mend: its text is one line that names the thing, what is wrong and what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
 
 
 def run(main):
@@ -33,28 +32,8 @@ def run(main):
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader went away, as `| head` does; keep the interpreter from complaining
+    except BrokenPipeError:  # the reader has gone, as in `| head`; without this the interpreter prints an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def write_file(path, content):
-    """Write text or bytes, beside the file and renamed, so that under its own name it is always whole.
-
-    Makes the folder. Raises UserError where that is impossible.
-    """
-    part = f'{path}.{secrets.token_hex(4)}.tmp'     # a name of our own: two runs may write the same file
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        try:
-            with open(part, 'xb') as f:
-                f.write(content.encode() if isinstance(content, str) else content)
-            os.replace(part, path)
-        except BaseException:
-            if os.path.exists(part):
-                os.remove(part)
-            raise
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e.strerror}') from None
 
 
 def parse(cls, argv=None, positional=None):

@@ -24,8 +24,8 @@ def lines(tmp_path_factory):
     """The folder of a data set of a few thousand bytes."""
     folder = tmp_path_factory.mktemp('data')
     (folder / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
-    prepare_text.prepare(prepare_text.Settings(paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes',
-                                               data_dir=str(folder)))
+    prepare_text.prepare(prepare_text.TextConfig(paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes',
+                                                 data_dir=str(folder)))
     return folder / 'lines'
 
 

@@ -37,7 +37,7 @@ def tokens_of(folder, name):
 def text_set(tmp_path, *paths, **settings):
     """prepare_text on paths; the folder that it made."""
     settings = {'tokenizer': 'bytes', 'name': 'set', 'data_dir': str(tmp_path / 'data')} | settings
-    return tmp_path / 'data' / prepare_text.prepare(prepare_text.Settings([str(p) for p in paths], **settings))
+    return tmp_path / 'data' / prepare_text.prepare(prepare_text.TextConfig([str(p) for p in paths], **settings))
 
 # ----------------------------------------------------------------------------- tokenizers
 
@@ -343,7 +343,7 @@ def test_command_line(tmp_path):
 
 def test_standard_library_is_there_in_seconds(tmp_path):
     start = time.time()
-    prepare_text.prepare(prepare_text.Settings(data_dir=str(tmp_path)))
+    prepare_text.prepare(prepare_text.TextConfig(data_dir=str(tmp_path)))
     ds = data.load_dataset('stdlib', tmp_path)
     assert time.time() - start < 20
     assert 5e6 < ds.tokens('train') < 40e6 and 0.01 < ds.tokens('val') / ds.tokens('train') < 0.06

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import checkpoint as ckpt
 import data
 import model as m
 from lab import evaluate
+from support import checkpoint as ckpt
 from support.settings import UserError
 from test_prepare_c4 import Handler, Server
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import cpu as kernels
-from support import settings
+import kernels
 from lab import bench
+from support import files, settings
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def test_refusals(script, args, words, run):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# settings.write_file
+# files.write_file
 
 
 def test_write_file(tmp_path):
     path = tmp_path / 'new' / 'file.json'
     for content in ('{"ö": 1}', b'bytes'):
-        settings.write_file(path, content)
+        files.write_file(path, content)
         assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
     with pytest.raises(settings.UserError, match='cannot write .*new'):
-        settings.write_file(path.parent, 'x')
+        files.write_file(path.parent, 'x')
     assert [p.name for p in path.parent.iterdir()] == ['file.json'] and len(list(tmp_path.iterdir())) == 1

@@ -19,6 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data
 import prepare_c4
+from support import download
 from support.settings import UserError
 
 
@@ -87,7 +88,7 @@ class Server(http.server.ThreadingHTTPServer):
 @pytest.fixture(scope='session')
 def workers():
     """One tokenizing process for all tests here, because starting one takes longer than a test."""
-    made = prepare_c4.Workers(prepare_c4.Settings(tokenizer='bytes', processes=1))
+    made = prepare_c4.Workers(prepare_c4.C4Config(tokenizer='bytes', processes=1))
     close, made.close = made.close, lambda: None
     yield made
     close()
@@ -112,7 +113,7 @@ def settings_of(server, tmp_path, **changes):
 
 
 def prepare(server, tmp_path, **changes):
-    prepare_c4.prepare(prepare_c4.Settings(**settings_of(server, tmp_path, **changes)))
+    prepare_c4.prepare(prepare_c4.C4Config(**settings_of(server, tmp_path, **changes)))
     return contents(tmp_path / 'c4')
 
 
@@ -276,10 +277,10 @@ def test_retry_after_is_respected(server, tmp_path, form):
 
 
 def test_retry_after_forms():
-    assert prepare_c4.retry_after('120') == 120
-    assert 55 < prepare_c4.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert download.retry_after('120') == 120
+    assert 55 < download.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
     for text in '', 'soon', '-5', email.utils.formatdate(0, usegmt=True):
-        assert prepare_c4.retry_after(text) == 0
+        assert download.retry_after(text) == 0
 
 
 @pytest.mark.parametrize('ranges', [True, False])
@@ -396,7 +397,7 @@ def test_other_data_in_the_folder_is_refused(server, tmp_path):
 
 
 def test_dataset_auto_prepares_the_slice(server, tmp_path, monkeypatch):
-    reachable = functools.partial(prepare_c4.Settings, base_url=server.url, tokenizer='bytes', tokens=100, val_tokens=10)
+    reachable = functools.partial(prepare_c4.C4Config, base_url=server.url, tokenizer='bytes', tokens=100, val_tokens=10)
     monkeypatch.setattr(prepare_c4, 'Settings', reachable)
     assert data.auto_dataset(str(tmp_path)) == 'c4'
     assert data.load_dataset('c4', tmp_path).tokens('train') >= 100

@@ -10,15 +10,13 @@ import threading
 import pytest
 import torch
 
-from support import checkpoint as ckpt
 import model as m
 import prepare_c4
-from support import pretrained
 import prune
 import sample
-from support import settings
 import train
 from lab import export_hf
+from support import checkpoint as ckpt, pretrained, settings
 from support.settings import UserError
 from test_prepare_c4 import Handler, Server, fault
 
@@ -55,7 +53,7 @@ def folder(theirs, tmp_path_factory):
 
 
 def load(folder, **changes):
-    return ckpt.build(pretrained.load(str(folder), pretrained.Settings()), **changes).eval()
+    return ckpt.build(pretrained.load(str(folder), pretrained.PretrainedConfig()), **changes).eval()
 
 
 def tokens(T=40, B=3):
@@ -225,7 +223,7 @@ WEIGHTS = 'model.safetensors'
 
 @pytest.fixture
 def hub(folder, monkeypatch):
-    quick = functools.partial(prepare_c4.Settings, backoff=0.01, retries=2, timeout=5)
+    quick = functools.partial(prepare_c4.C4Config, backoff=0.01, retries=2, timeout=5)
     monkeypatch.setattr(prepare_c4, 'Settings', quick)
     with Server(('127.0.0.1', 0), Hub) as s:
         s.files = {name: open(os.path.join(folder, name), 'rb').read() for name in ('config.json', WEIGHTS)}
@@ -237,7 +235,7 @@ def hub(folder, monkeypatch):
 
 
 def fetch(hub, tmp_path, name='gpt2-medium'):
-    return pretrained.fetch(name, pretrained.Settings(base_url=hub.url + '/', cache_dir=str(tmp_path)))
+    return pretrained.fetch(name, pretrained.PretrainedConfig(base_url=hub.url + '/', cache_dir=str(tmp_path)))
 
 
 def in_cache(tmp_path, name='gpt2-medium'):
@@ -408,4 +406,4 @@ def test_fetch_as_a_command(hub, tmp_path, run):
     assert run(pretrained, 'gpt2', *where).strip() == str(tmp_path / 'gpt2')
     assert in_cache(tmp_path, 'gpt2') == hub.files
     assert "'gpt4' is unknown" in run(pretrained, 'gpt4', *where)
-    assert settings.parse(pretrained.FetchSettings, [], 'models').models == ['gpt2']
+    assert settings.parse(pretrained.FetchConfig, [], 'models').models == ['gpt2']

@@ -4,10 +4,10 @@ import json
 import pytest
 import torch
 
-from support import checkpoint as ckpt
 import prune
 import sample
 from model import GPT, GPTConfig, KVCache
+from support import checkpoint as ckpt
 
 SHAPE = dict(block_size=32, vocab_size=257, n_layer=3, n_head=2, n_embd=16)
 

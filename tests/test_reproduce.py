@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import model as m
-from support import settings
 import train
 from lab import ablate, reproduce, runs, tasks
+from support import settings
 
 TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_size=4', '--eval_interval=4', '--eval_iters=1',
         '--gradient_accumulation_steps=1', '--device=cpu']

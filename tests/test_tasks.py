@@ -9,9 +9,9 @@ import torch
 import data
 import prune
 import sample
-from support import settings
 import train
 from lab import tasks
+from support import settings
 
 
 def records(run, tmp_path, task, *args):

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import checkpoint as ckpt
 import model
 import sample
-from support import settings
 import train
+from support import checkpoint as ckpt, settings
 
 ROOT = Path(__file__).parent.parent
 SMALL = ['--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--batch_size=4', '--device=cpu',
@@ -97,7 +96,7 @@ def test_learning_and_sampling(dataset, tmp_path, run, monkeypatch):
     assert greedy.split('---')[0] == from_file.split('---')[0] == from_stdin.split('---')[0]
     same = [run(sample, *args, '--seed=2').split('---')[0] for _ in range(2)]
     assert same[0] == same[1]
-    out = run(sample, *args, '--start=line 1', '--budgets=4,8', '--num_samples=2')
+    out = run(sample, *args, "--start=line 1", "--budgets=4,8", "--num_samples=2")
     assert '2.7x less' in out and out.count('line 1') >= 2
     for wrong, words in [('--budgets=1', 'a budget of 1'), ('--budgets=3,4,5', '3 budgets'), ('--budgets=17', '17'),
                          ('--budgets=nowhere.json', 'nowhere.json'), ('--start=FILE:nowhere', 'nowhere'),
@@ -122,7 +121,7 @@ def test_damaged_and_foreign_checkpoints(dataset, tmp_path, run):
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    ckpt.save(tmp_path, {'model': 1, 'model_args': 2})
+    ckpt.save(tmp_path, {'model': {'x': 1}, 'model_args': {}})
 
     def killed(checkpoint, file):
         file.write(b'half of it')
@@ -130,7 +129,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', killed)
     with pytest.raises(SystemExit):
         ckpt.save(tmp_path, {})
-    assert ckpt.load(tmp_path)['model'] == 1
+    assert ckpt.load(tmp_path)['model'] == {'x': 1} and os.listdir(tmp_path) == ['ckpt.pt']
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
@@ -199,8 +198,8 @@ def test_one_line_for_the_user(dataset, tmp_path, run):
     assert process.returncode == 1 and out == "train.py: --selectve: unknown setting; did you mean 'selective'?\n"
 
 
-def test_learning_rate():
-    cfg = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
-    rates = [train.learning_rate(cfg, n) for n in range(111)]
+def test_schedule():
+    cfg = train.TrainConfig(learning_rate=2.0, min_lr=0.2, warmup_iters=10, max_iters=110)
+    rates = [train.schedule(cfg, n) for n in range(111)]
     assert rates[0] == 1 / 11 and rates[10] == 1.0 and abs(rates[60] - 0.55) < 1e-9 and rates[110] == 0.1
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)

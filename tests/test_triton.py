@@ -12,11 +12,11 @@ import warnings
 import pytest
 import torch
 
-from support import checkpoint
-from kernels import cpu as kernels
+import kernels
 import model as m
 import train
 from model import GPT, GPTConfig
+from support import checkpoint
 
 try:
     from kernels import gpu as tk

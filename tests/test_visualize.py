@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as fn
 
-from support import checkpoint as ckpt
 import data
 from lab import plot, visualize
 from lab.visualize import Reading, page, read, token_texts, vote_codes
 from model import KVCache
+from support import checkpoint as ckpt
 from support.settings import UserError
 from test_model import make, naive_gpt, tokens
 
@@ -26,7 +26,7 @@ from test_model import make, naive_gpt, tokens
 @pytest.mark.parametrize('tau', [1.0, 0.6])
 def test_F_votes_and_M(T, ssa, tau):
     gpt, idx = make(selective=True, ssa=ssa), tokens(1, T + 1)
-    reading = read(gpt, idx[:, :T], tau=tau)
+    reading = read(gpt, idx[:, :T], memory_tau=tau)
     for l, F in enumerate(naive_gpt(gpt, idx)[1]):          # one token more shows what the last row votes
         F = F[0].detach()
         np.testing.assert_allclose(reading.F[l], F[:T, :T], atol=1e-9)

@@ -1,0 +1,131 @@
+"""Files: the one way to write them and the one way to read JSON.
+
+What JSON must hold is written as a shape:
+
+    int, float, str, bool, list, dict       a value of that type; float also takes whole numbers, but not nan or inf
+    None                                    null
+    range(a, b)                             a whole number from a to b - 1
+    [shape]                                 a list of such values
+    {str: shape}                            an object whose entries are such values, under any names
+    {'name': shape, 'other?': shape}        an object with these entries, `other` being optional; there may be more
+    (shape, shape)                          one of these
+"""
+import contextlib
+import glob
+import json
+import os
+import secrets
+
+from support.settings import UserError
+
+NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', list: 'a list', dict: 'an object',
+         None: 'null'}
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write; it gets its name when the block ends without an error, so under its name it is whole.
+
+        with replacing('out/x/ckpt.pt') as f:
+            f.write(b'...')
+
+    Makes the folder. On an error it removes what it made. Raises OSError where writing fails.
+    """
+    folder = os.path.dirname(path) or '.'
+    made = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    part = f'{path}.{secrets.token_hex(4)}.tmp'     # a name of its own: two processes may write the same file
+    try:
+        with open(part, 'xb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        with contextlib.suppress(FileNotFoundError):    # another process wrote the same file first and removed this one
+            os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        if made:
+            with contextlib.suppress(OSError):      # not empty: another file was written meanwhile
+                os.rmdir(folder)
+        raise
+    for stale in glob.glob(glob.escape(path) + '.*.tmp'):       # left by processes that were killed
+        with contextlib.suppress(OSError):
+            os.remove(stale)
+
+
+def write_file(path, content):
+    """Write content, which is text, bytes or a function that writes to a file object, as `replacing` does.
+
+    Raises UserError where writing fails.
+    """
+    path = os.fspath(path)
+    try:
+        with replacing(path) as f:
+            if callable(content):
+                content(f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror or e}') from None
+
+
+def read_json(path, shape, hint):
+    """The value in a JSON file, checked against the shape (see above).
+
+    Raises UserError where the file is missing, unreadable or holds something else; hint, the end of the message, says
+    what to do about it.
+    """
+    try:
+        with open(path, encoding='utf-8') as f:
+            return parse_json(f.read(), shape)
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: {hint}') from None
+    except OSError as e:
+        raise UserError(f'cannot read {path} ({e.strerror}): {hint}') from None
+    except ValueError as e:                         # UnicodeDecodeError is one
+        problem = 'it is not UTF-8 text' if isinstance(e, UnicodeDecodeError) else e
+        raise UserError(f'{path} is damaged ({problem}): {hint}') from None
+
+
+def parse_json(text, shape):
+    """The value of a JSON text, checked against the shape. Raises ValueError, in one line, if it does not fit."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError('it is not JSON') from None
+    problem = misfit(value, shape)
+    if problem:
+        raise ValueError(problem)
+    return value
+
+
+def misfit(value, shape, name='it'):
+    """What is wrong with a value that does not fit the shape, in a few words; '' if it fits."""
+    if isinstance(shape, tuple):
+        problems = [misfit(value, option, name) for option in shape]
+        return '' if '' in problems else problems[-1]
+    if isinstance(shape, range):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return '' if whole and value in shape else f'{name} is not a whole number from {shape[0]} to {shape[-1]}'
+    kind = type(shape) if isinstance(shape, (list, dict)) else shape
+    if kind is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+    elif kind is None:
+        fits = value is None
+    else:
+        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    if not fits:
+        return f'{name} is not {NAMES[kind]}'
+    if isinstance(shape, list):
+        return next(filter(None, (misfit(item, shape[0], f'{name}[{n}]') for n, item in enumerate(value))), '')
+    if isinstance(shape, dict) and str in shape:
+        return next(filter(None, (misfit(item, shape[str], f'{name}.{key}') for key, item in value.items())), '')
+    if isinstance(shape, dict):
+        for key, part in shape.items():
+            key, optional = key.removesuffix('?'), key.endswith('?')
+            if key not in value and not optional:
+                return f"{name} has no '{key}'"
+            if key in value and (problem := misfit(value[key], part, key if name == 'it' else f'{name}.{key}')):
+                return problem
+    return ''
