@@ -14,6 +14,7 @@ import prune
 from lab import ablate
 from lab.runs import command, spread, table
 from support import checkpoint as ckpt
+from support.settings import UserError
 
 # ---- Losses by kind of target
 
@@ -36,7 +37,7 @@ def kinds(x, y, near=NEAR):
 def rule_of(folder):
     """The rule of lab.ablate that a run was trained with, None for train.py: the Runner puts it first in the name."""
     rule = os.path.basename(folder).split('-')[0]
-    with contextlib.suppress(ablate.UserError):
+    with contextlib.suppress(UserError):
         ablate.parse(rule)
         return rule
 
@@ -178,27 +179,32 @@ def new_parameters(run):
 
 
 def search(runner, jobs, windows):
-    """Have prune.py look for budgets where it has not yet. jobs: [(run, policy, flags that say how far, file)]."""
+    """Have prune.py look for budgets where it has not yet. jobs: [(run, policy, flags that say how far, file)].
+
+    A model whose loss is above the target without pruning is left without a file.
+    """
     def one(run, policy, flags, file):
-        if not held_out(run, file):
-            command(['prune.py', f'--out_dir={run.folder}', *flags, f'--policy={policy}', f'--windows={windows}',
-                     f'--device={runner.cfg.device}', f'--to={file}'])
+        if holds(run, file, unfinished=True):
+            try:
+                command(['prune.py', f'--out_dir={run.folder}', *flags, f'--policy={policy}', f'--windows={windows}',
+                         f'--device={runner.cfg.device}', f'--to={file}'])
+            except UserError as e:
+                if 'nothing can be taken away' not in str(e):
+                    raise
     runner.each(one, jobs)
 
 
-def read_search(run, file):
-    with open(os.path.join(run.folder, file), encoding='utf-8') as f:
-        return json.load(f)
-
-
-def held_out(run, file):
-    """What a finished search wrote of validation windows that it did not see; None where it is missing or unfinished."""
+def holds(run, file, unfinished=False):
+    """The point with the least memory that keeps the loss on unseen windows, too, or None; unfinished: whether the search
+    of this file has yet to be done."""
     try:
-        return read_search(run, file)['held_out'] or None
+        with open(os.path.join(run.folder, file), encoding='utf-8') as f:
+            found = json.load(f)['held_out']
     except FileNotFoundError:
-        return None
+        found = {}
+    return not found if unfinished else found.get('holds')
 
 
 def saving(file):
     """A column of `table`: how many times less memory the budgets take that hold on unseen windows."""
-    return lambda runs: spread([(held_out(run, file)['holds'] or {}).get('saving') for run in runs], '{:.1f}x')
+    return lambda runs: spread([(holds(run, file) or {}).get('saving') for run in runs], '{:.1f}x')

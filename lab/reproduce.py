@@ -84,7 +84,7 @@ def gate(r):
     newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
     models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in ((16, 64) if r.cfg.quick else (8, 16, 32, 64))},
               'selective': '--selective'}
-    runs = r.train(models, r.cfg.config, 700, text(r), quick=100)
+    runs = r.train(models, r.cfg.config, 1000, text(r), quick=100)
     loss = {name: statistics.mean(run.val_loss[-1] for run in some) for name, some in runs.items()}
     windows = {name: loss[name] - loss['standard'] for name in models if name.startswith('newest')}
     passed = min(windows.values()) > 0 and all(gap >= 0.05 for name, gap in windows.items() if int(name.split()[1]) <= 32)
@@ -100,7 +100,7 @@ def headline(r):
               'memory loss 0.02': '--selective --memory_loss=0.02'}
     parts, kept = [], {}
     for T in [256] if r.cfg.quick else map(int, r.cfg.contexts.split(',')):
-        runs = r.train(models, r.cfg.config, 700, text(r, T), quick=100)
+        runs = r.train(models, r.cfg.config, 1000, text(r, T), quick=100)
         parts.append(f"**Context {T}**\n\n{measure.kinds_table(r, 'attention', models, runs, {'requirement': last('memory', '{:.1%}')})}")
         parts.append(equal_memory(r, T, runs, kept))
     return '\n\n'.join([measure.LEGEND, *parts, tokens_kept(r, kept)])
@@ -114,26 +114,24 @@ def equal_memory(r, T, runs, kept):
             jobs += [(run, policy, [f'--baseline={base.folder}'], f'budgets_{policy}_baseline.json')
                      for policy in ('selective', 'oldest')]
     measure.search(r, jobs, windows)
-    for name in list(runs)[1:]:
-        for run, base in zip(runs[name], runs['standard']):
-            found = {policy: measure.read_search(run, f'budgets_{policy}_baseline.json') for policy in ('selective', 'oldest')}
-            held = {policy: f['held_out'].get('holds') for policy, f in found.items()}
-            if not held['selective']:
-                rows.append([name, *['no budgets hold'] * 2, *[''] * 5])
-                continue
-            budgets = held['selective']['budgets']
-            kept.setdefault(name, {}).setdefault(T, []).append(statistics.mean(budgets))
-            if held['oldest']:
-                kept.setdefault(f'{name}, newest', {}).setdefault(T, []).append(statistics.mean(held['oldest']['budgets']))
-            K, count = max(2, round(statistics.mean(budgets))), 32 if r.cfg.quick else 64
-            trained = r.train({'window': f'window={K} --selective'}, r.cfg.config, 700, text(r, T), quick=100)['window']
-            reached = {'by F': (run, budgets, 'selective'), 'newest': (run, budgets, 'oldest'), 'random': (run, budgets, 'random'),
-                       'standard, newest': (base, budgets, 'oldest'), f'trained on {K}': (trained[0], None, '')}
-            found = {how: measure.by_kind(*measure.token_losses(one, count, budgets, policy))
-                     for how, (one, budgets, policy) in reached.items()}
-            rows.append([name, ' '.join(map(str, budgets)), f"{held['selective']['saving']:.1f}x",
-                         f"{held['oldest']['saving']:.1f}x" if held['oldest'] else 'none',
-                         *(f"{f['all']:.3f} / {f['recall']:.3f}" for f in found.values())])
+    found = [(name, run, base, *(measure.holds(run, f'budgets_{policy}_baseline.json') for policy in ('selective', 'oldest')))
+             for name in list(runs)[1:] for run, base in zip(runs[name], runs['standard'])]
+    least = min((statistics.mean(by_F['budgets']) for *_, by_F, _ in found if by_F), default=None)
+    for name, run, base, by_F, by_age in found:
+        for label, point in (name, by_F), (f'{name}, newest', by_age):
+            if point:
+                kept.setdefault(label, {}).setdefault(T, []).append(statistics.mean(point['budgets']))
+        if not by_F:
+            rows.append([name, 'not within standard\'s loss', '', *([f"{by_age['saving']:.1f}x"] if by_age else ['']), *[''] * 5])
+            continue
+        budgets, count = by_F['budgets'], 32 if r.cfg.quick else max(64, 32768 // T)
+        tried = [(run, budgets, 'selective'), (run, budgets, 'oldest'), (run, budgets, 'random'), (base, budgets, 'oldest')]
+        if statistics.mean(budgets) == least:
+            K = max(2, round(least))
+            tried.append((r.train({K: f'window={K} --selective'}, r.cfg.config, 1000, text(r, T), quick=100)[K][0], None, ''))
+        losses = [measure.by_kind(*measure.token_losses(one, count, kept, policy)) for one, kept, policy in tried]
+        rows.append([name, ' '.join(map(str, budgets)), f"{by_F['saving']:.1f}x", f"{by_age['saving']:.1f}x" if by_age else 'none',
+                     *(f"{loss['all']:.3f} / {loss['recall']:.3f}" for loss in losses), *[''] * (5 - len(losses))])
     header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest', 'trained on as many']
     rows = [header, ['---'] * len(header), *rows]
     return ("Tokens kept, by layer, for the loss of standard attention, and at this memory the loss of all / of recall tokens:\n\n"
@@ -158,7 +156,7 @@ def heads(r):
     """2410.02703 sections 4, 5: selective attention with H heads is as good as standard attention with about twice as
     many."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
-    runs = r.train(models, r.cfg.config, 700, text(r), quick=150)
+    runs = r.train(models, r.cfg.config, 1000, text(r), quick=150)
     loss = {name: statistics.mean(run.val_loss[-1] for run in some) for name, some in runs.items()}
     gain = loss['standard'] - loss['standard, 2x heads']
     verdict = f"Selective attention gains {loss['standard'] - loss['selective']:+.4f} on standard, twice the heads {gain:+.4f}."
