@@ -21,6 +21,7 @@ import numpy as np
 import data
 import prepare_text
 from support import settings
+from support.settings import UserError
 
 FIRST_NAME = 96         # names are the bytes from here on, everything else lies below
 
@@ -76,7 +77,7 @@ def prepare(cfg):
             try:
                 with tokenize.open(file) as f:
                     found = lexemes(f.read())
-            except (SyntaxError, UnicodeDecodeError):           # tokenize.TokenError is a SyntaxError
+            except (SyntaxError, tokenize.TokenError, UnicodeDecodeError):
                 continue
             for copy in range(cfg.copies):
                 rng = np.random.default_rng([cfg.seed % 2**64, number, copy])
@@ -87,5 +88,12 @@ def prepare(cfg):
     return folder
 
 
+def main():
+    cfg = settings.parse(NamesConfig)
+    if cfg.copies < 1:
+        raise UserError('copies is at least 1')
+    prepare(cfg)
+
+
 if __name__ == '__main__':
-    settings.run(lambda: prepare(settings.parse(NamesConfig)))
+    settings.run(main)
