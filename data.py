@@ -155,7 +155,7 @@ class Dataset:
         if bos:
             windows = np.pad(windows, ((0, 0), (1, 0)), constant_values=self.vocab_size - 1)
         windows = torch.from_numpy(windows.astype(np.int64))
-        x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        x, y = windows[:, :-1].contiguous(), windows[:, 1:].clone()
         if self.record_len:
             y[:, sorted(set(range(length - 1)) - {place - 1 for place in self.answers})] = -1
         return x, y
@@ -195,20 +195,37 @@ def read_meta(path):
         raise UserError(f'{file} is damaged (record_len and answers do not fit): {hint}')
     return meta
 
+
+def known_meta(path):
+    """The meta.json of a data set's folder; {} where it is missing or damaged: then the data set can be made again."""
+    try:
+        return read_meta(path)
+    except UserError:
+        return {}
+
 # ----------------------------------------------------------------------------- writing
 
-def output_folder(root, name, pattern):
+def output_folder(root, name, pattern=r'(train|val)\.bin', records=False):
     """root/<name>, the folder for a prepare script's .bin files, whose names match pattern (a regular expression).
 
-    Raises UserError for a name that no folder can have, and for a folder with .bin files of another script, because
-    training would read them all as one data set.
+    Raises UserError for a name that no folder can have, and for a folder that holds anything but such a data set:
+    training would read its files, too, and a script that replaces the folder would delete them.
     """
-    if name in ('', '.', '..') or os.path.basename(name) != name:
+    if name in ('', '.', '..') or os.path.basename(name) != name or len(name.encode()) > 200:
         raise UserError(f"--name: '{name}' cannot name a folder in {root}/")
     folder = os.path.join(root, name)
-    for file in sorted(glob.glob('*.bin', root_dir=folder)):
-        if not re.fullmatch(pattern, file):
-            raise UserError(f'{folder} has {file}, which belongs to another kind of data set: choose another --name')
+    if not os.path.lexists(folder):
+        return folder
+    try:
+        for file in sorted(os.listdir(folder)):
+            if not re.fullmatch(pattern + r'(\.cut)?(\.\w+\.tmp)?|meta\.json(\.\w+\.tmp)?', file) or \
+                    not os.path.isfile(os.path.join(folder, file)):
+                raise UserError(f'{folder} has {file}, which is not of such a data set: choose another --name')
+    except OSError as e:
+        raise UserError(f'{folder} cannot be used ({e.strerror}): choose another --name') from None
+    meta = known_meta(folder)
+    if meta and records != ('record_len' in meta):
+        raise UserError(f'{folder} is a data set of another kind ({meta["source"]}): choose another --name')
     return folder
 
 

@@ -28,12 +28,12 @@ import torch.nn.functional as fn
 @dataclass
 class GPTConfig:
     # model
-    block_size: int = 1024          # context length in tokens
-    vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64 for speed
-    n_layer: int = 12               # transformer blocks
-    n_head: int = 12                # attention heads in each
-    n_embd: int = 768               # channels; a multiple of n_head
-    dropout: float = 0.0            # probability; 0 for pre-training, 0.1 and up for fine-tuning
+    block_size: int = 1024          # context length in tokens [1 to 2**20]
+    vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64 for speed [1 to 2**20]
+    n_layer: int = 12               # transformer blocks [1 to 1000]
+    n_head: int = 12                # attention heads in each [1 to 1000]
+    n_embd: int = 768               # channels; a multiple of n_head [1 to 2**16]
+    dropout: float = 0.0            # probability; 0 for pre-training, 0.1 and up for fine-tuning [0 to below 1]
     bias: bool = False              # biases in linear layers and layer norms, as GPT-2 has them
     rope: bool = False              # rotary positions on queries and keys; False: learned position embeddings
     qk_norm: bool = False           # queries and keys are RMS-normalised per head, with a learned gain
@@ -41,7 +41,7 @@ class GPTConfig:
     vote_scale: bool = False        # selective: a learned factor on each layer's votes, from 0; for a trained model
     ssa: str = ''                   # SSA (2411.12892): which of q, k, v get a temperature; 'qv' is the paper's
     ssa_sharing: bool = True        # temperatures read the activations of q, k, v; False: a hidden layer of their own
-    gelu: str = 'none'              # GELU of the MLP: 'none', exact, or 'tanh', the approximation that GPT-2 has
+    gelu: str = 'none'              # GELU of the MLP: exact, or GPT-2's approximation by tanh ['none', 'tanh']
 
 
 # ---- Selective attention, 2410.02703 section 3 -----------------------------------------------------------------------

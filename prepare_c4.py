@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import TokenFile, get_tokenizer, output_folder, read_meta, write_meta
-from support import settings
+from data import TokenFile, get_tokenizer, known_meta, output_folder, write_meta
+from support import files, settings
 from support.download import Progress, Server
 from support.settings import UserError
 
@@ -38,8 +38,8 @@ BATCH_BYTES = 1 << 18  # text that a process tokenizes at a time; small, so that
 @dataclass
 class C4Config:
     # how much
-    tokens: int = 10_000_000        # training tokens, up to the end of a document; 0 = all of --shards
-    val_tokens: int = 500_000       # validation tokens, likewise; 0 = all of C4's validation set
+    tokens: int = 10_000_000        # training tokens, up to the end of a document; 0 = all of --shards [0 to 1e13]
+    val_tokens: int = 500_000       # validation tokens, likewise; 0 = all of C4's validation set [0 to 1e13]
     shards: str = '0:1024'          # training shards to take from, first:end; give each machine a range of its own
     # where
     base_url: str = 'https://huggingface.co/datasets/allenai/c4/resolve/main/en'  # folder of the shards
@@ -47,10 +47,10 @@ class C4Config:
     name: str = 'c4'                # the data set's name
     # how
     tokenizer: str = 'gpt2'         # gpt2, gpt2:N (N tokens, for small models) or bytes
-    processes: int = 0              # processes that tokenize; 0 = one per core, at most 16
-    retries: int = 8                # failures in a row of one download before giving up
-    backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60
-    timeout: float = 30.0           # seconds without a byte that count as a failure
+    processes: int = 0              # processes that tokenize; 0 = one per core, at most 16 [0 to 1000]
+    retries: int = 8                # failures in a row of one download before giving up [0 to 1000]
+    backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60 [0 to 3600]
+    timeout: float = 30.0           # seconds without a byte that count as a failure [above 0 to 3600]
 
 
 def prepare(cfg):
@@ -61,28 +61,30 @@ def prepare(cfg):
     """
     folder = output_folder(cfg.data_dir, cfg.name, r'(train|val)_\d{5}\.bin')
     shards = parse_range(cfg.shards)
-    for key in 'tokens', 'val_tokens', 'processes', 'retries', 'backoff', 'timeout':
-        if getattr(cfg, key) < 0:
-            raise UserError(f'--{key}={getattr(cfg, key)}: it cannot be negative')
-    if cfg.timeout == 0:
-        raise UserError('--timeout=0: nothing answers at once, 30 is usual')
-    made_with = old_meta(folder).get('tokenizer', cfg.tokenizer)
+    made_with = known_meta(folder).get('tokenizer', cfg.tokenizer)
     if made_with != cfg.tokenizer:
         raise UserError(f"{folder} was made with the tokenizer '{made_with}': choose another --name, or delete it")
-    workers, server = Workers(cfg), Server(cfg.base_url, cfg.retries, cfg.backoff, cfg.timeout)
+    server = Server(cfg.base_url, cfg.retries, cfg.backoff, cfg.timeout)
+    with files.locked(folder, shared=True):         # several processes may fill it, each with other shards
+        meta = fill(folder, cfg, shards, server)
+    train, val = (sum(n for file, n in meta['files'].items() if file.startswith(split)) for split in ('train', 'val'))
+    print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
+    return cfg.name
+
+
+def fill(folder, cfg, shards, server):
+    """Make the files that are missing; returns what meta.json then holds."""
+    workers = Workers(cfg)
     try:
         make_split(folder, 'val', range(VAL_SHARDS), cfg.val_tokens or math.inf, server, workers)
         make_split(folder, 'train', shards, cfg.tokens or math.inf, server, workers)
-        meta = update_meta(folder, workers.tokenizer, complete=True)
+        return update_meta(folder, workers.tokenizer, complete=True)
     except OSError as e:
         raise UserError(f'{e.filename or folder}: {e.strerror}') from None
     except concurrent.futures.BrokenExecutor:
         raise UserError('a tokenizing process died, perhaps for lack of memory: try fewer --processes') from None
     finally:
         workers.close()
-    train, val = (sum(n for file, n in meta['files'].items() if file.startswith(split)) for split in ('train', 'val'))
-    print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
-    return cfg.name
 
 
 def parse_range(text):
@@ -145,14 +147,6 @@ def make_shard(path, name, wanted, server, workers, show):
     return out.count
 
 
-def old_meta(folder):
-    """The meta.json of the folder, {} if there is none or it is damaged: it can be made anew from the files."""
-    try:
-        return read_meta(folder)
-    except UserError:
-        return {}
-
-
 def update_meta(folder, tokenizer, complete=False):
     """Write meta.json for the files that are there; complete once any run has done all that it was asked.
 
@@ -160,7 +154,7 @@ def update_meta(folder, tokenizer, complete=False):
     writes last has seen the files of all.
     """
     while True:
-        old = old_meta(folder)
+        old = known_meta(folder)
         files = {file: os.path.getsize(os.path.join(folder, file)) // 2
                  for file in os.listdir(folder) if file.endswith('.bin')}
         if old.get('files') == files and old['complete'] >= complete:

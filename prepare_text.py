@@ -4,20 +4,21 @@
     python prepare_text.py notes/ book.txt --name=mine          every file of a folder, and one more
     python prepare_text.py src/ --ext=.py,.md --tokenizer=bytes
 
-A document is a file, and ends with <|endoftext|>. Files that are not UTF-8 text are skipped and counted.
+A document is a file, and ends with <|endoftext|>. Files that are not UTF-8 text are skipped and counted; so
+are those that cannot be read. Data sets in a folder are left out.
 About 1 document in 30 is for validation, chosen by a hash of its path inside the folder named, so the same
 files give the same split on every machine. A single file is cut at a line: its last thirtieth is for validation.
 Without an argument the text is the .py sources of Python's own standard library (without its tests), in bytes.
 """
-import contextlib
 import hashlib
 import os
 import sysconfig
 from dataclasses import dataclass, field
 
-from data import TokenFile, get_tokenizer, output_folder, write_meta
+from data import TokenFile, get_tokenizer, known_meta, output_folder, write_meta
 from support import settings
 from support.download import Progress
+from support.files import replacing_folder
 from support.settings import UserError
 
 VAL_ONE_IN = 30
@@ -35,63 +36,69 @@ class TextConfig:
 def prepare(cfg):
     """Write <data_dir>/<name>: train.bin, val.bin and meta.json. Returns the name.
 
-    A data set of that name made from text before is replaced. Raises UserError for a path that is missing,
-    text that is empty or too short to split, a bad name, or a folder with token files of another kind.
+    A data set of that name made from text before is replaced, once the new one is whole. Raises UserError for a path
+    that is missing, text that is empty or too short to split, a bad name, or a folder that holds anything else.
     """
     paths, ext = cfg.paths, tuple(e for e in cfg.ext.split(',') if e)
     name = cfg.name or (os.path.splitext(os.path.basename(os.path.abspath(paths[0])))[0] if paths else 'stdlib')
-    folder = output_folder(cfg.data_dir, name, r'(train|val)\.bin')
+    folder = output_folder(cfg.data_dir, name)
     tokenizer = get_tokenizer(cfg.tokenizer or ('gpt2' if paths else 'bytes'))
     source = ', '.join(paths) or f'standard library of Python {sysconfig.get_python_version()}'
     try:
-        found = list_documents(paths, ext) if paths else stdlib_documents()
+        found, unreadable = list_documents(paths, ext) if paths else stdlib_documents()
         documents = [(file, key) for file, key in found if is_text(file)]
         pieces = split_documents(documents, source)
         total, done = sum(end - begin for _, begin, end, _ in pieces), 0
-        train, val = (TokenFile(os.path.join(folder, f'{split}.bin')) for split in ('train', 'val'))
-        with train, val, Progress() as progress:
-            for path, begin, end, is_val in pieces:
-                out = val if is_val else train
-                for text in read_blocks(path, begin, end):
-                    out.write(tokenizer.encode_ordinary(text))
-                out.write([tokenizer.eot_token])
-                done += end - begin
-                progress.show(done / 1e6, train.count + val.count, done / total)
-            # Without meta.json a stop between the two renames leaves a data set that is known to be unfinished.
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, 'meta.json'))
-        write_meta(folder, tokenizer, source, True, {'train.bin': train.count, 'val.bin': val.count})
+        with replacing_folder(folder) as new:
+            train, val = (TokenFile(os.path.join(new, f'{split}.bin')) for split in ('train', 'val'))
+            with train, val, Progress() as progress:
+                for path, begin, end, is_val in pieces:
+                    out = val if is_val else train
+                    for text in read_blocks(path, begin, end):
+                        out.write(tokenizer.encode_ordinary(text))
+                    out.write([tokenizer.eot_token])
+                    done += end - begin
+                    progress.show(done / 1e6, train.count + val.count, done / total)
+            write_meta(new, tokenizer, source, True, {'train.bin': train.count, 'val.bin': val.count})
     except OSError as e:
         raise UserError(f'{e.filename or folder}: {e.strerror}') from None
+    except UnicodeDecodeError:
+        raise UserError(f'{path} changed while it was read: run it again') from None
     skipped = len(found) - len(documents)
     print(f'{folder}: {train.count:,} train and {val.count:,} val tokens ({tokenizer.name}) from '
-          f'{len(documents):,} file(s)' + (f', {skipped:,} not UTF-8 skipped' if skipped else ''))
+          f'{len(documents):,} file(s)' + (f', {skipped:,} not text skipped' if skipped else '')
+          + (f', {unreadable:,} file(s) and folder(s) not readable skipped' if unreadable else ''))
     return name
 
 
 def list_documents(paths, ext):
-    """[(file, its path relative to the folder named)], without hidden and empty files, in a fixed order."""
-    found = {}
+    """[(file, its path relative to the folder named)] in a fixed order, and how many files and folders are not readable.
+
+    Without hidden and empty files, and data sets that lie in a folder; a file that has several names counts once.
+    """
+    found, unreadable = {}, []
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"'{path}' does not exist")
         if os.path.isdir(path):
-            for folder, folders, files in os.walk(path):
-                folders[:] = [f for f in folders if not f.startswith('.')]
+            for folder, folders, files in os.walk(path, onerror=unreadable.append):
+                folders[:] = [f for f in folders if not f.startswith('.') and not known_meta(os.path.join(folder, f))]
                 for file in (os.path.join(folder, f) for f in files if not f.startswith('.')):
                     if not ext or file.endswith(ext):
-                        found[file] = os.path.relpath(file, path).replace(os.sep, '/')
+                        found.setdefault(os.path.realpath(file), (file, os.path.relpath(file, path).replace(os.sep, '/')))
         else:
-            found[path] = os.path.basename(path)
-    return sorted(((file, key) for file, key in found.items() if os.path.isfile(file) and os.path.getsize(file)),
-                  key=lambda document: (document[1], document[0]))
+            found.setdefault(os.path.realpath(path), (path, os.path.basename(path)))
+    found = [(file, key) for file, key in found.values() if os.path.isfile(file) and os.path.getsize(file)]
+    readable = [(file, key) for file, key in found if os.access(file, os.R_OK)]
+    return (sorted(readable, key=lambda document: (document[1], document[0])),
+            len(unreadable) + len(found) - len(readable))
 
 
 def stdlib_documents():
     """The standard library's own modules: not what pip installed beside them, and not the tests (half of it)."""
     outside = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
-    return [(file, key) for file, key in list_documents([sysconfig.get_path('stdlib')], ('.py',))
-            if not outside & set(key.split('/'))]
+    found, unreadable = list_documents([sysconfig.get_path('stdlib')], ('.py',))
+    return [(file, key) for file, key in found if not outside & set(key.split('/'))], unreadable
 
 
 def split_documents(documents, source):
@@ -130,11 +137,9 @@ def read_blocks(path, begin, end):
 
 
 def is_text(path):
-    """Whether the whole file is UTF-8."""
+    """Whether the whole file is UTF-8 without zero bytes, which only binary files have."""
     try:
-        for _ in read_blocks(path, 0, os.path.getsize(path)):
-            pass
-        return True
+        return not any('\0' in block for block in read_blocks(path, 0, os.path.getsize(path)))
     except UnicodeDecodeError:
         return False
 

@@ -42,19 +42,19 @@ class PruneConfig(pretrained.PretrainedConfig):
     out_dir: str = 'out/selective_small'    # folder of ckpt.pt; budgets.json is written there
     init_from: str = 'resume'               # 'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder
     dataset: str = ''                       # data set whose validation loss counts; '': the one it was trained on
-    windows: int = 32                       # validation sequences of block_size tokens that the search measures on
-    seed: int = 0                           # which windows these are
+    windows: int = 32                       # validation sequences that the search measures on [1 to 100_000]
+    seed: int = 0                           # which windows these are [0 to 2**31]
     # how far: give one of the three
     baseline: str = ''                      # folder of a model whose loss on the same windows is the target
-    target_loss: float = 0.0                # the target, in nats
-    tolerance: float = 0.0                  # the target is the model's own unpruned loss and this much
+    target_loss: float = 0.0                # the target, in nats [0 to 1000]
+    tolerance: float = 0.0                  # the target is the model's own unpruned loss and this much [0 to 1000]
     # how
-    policy: str = 'selective'               # what a full layer drops: 'selective' (by F); controls: 'oldest', 'random'
-    search: str = 'quick'                   # 'quick', or 'plain': the paper's search
-    bite: int = 8                           # tokens taken at a time in the plain search
+    policy: str = 'selective'               # what is dropped at the budget ['selective', 'oldest', 'random']
+    search: str = 'quick'                   # plain is the paper's search ['quick', 'plain']
+    bite: int = 8                           # tokens taken at a time in the plain search [1 to 2**20]
     to: str = ''                            # file in out_dir; '': budgets.json, budgets_<policy>.json for controls
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
-    batch_size: int = 16                    # sequences that are computed at a time
+    batch_size: int = 16                    # sequences that are computed at a time [1 to 100_000]
 
 
 class Trials:
@@ -218,8 +218,6 @@ def main():
         raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance')
     if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
         raise UserError(f'--init_from={cfg.init_from} needs an --out_dir: the folder for its budgets')
-    if cfg.search not in ('quick', 'plain') or cfg.bite < 1 or cfg.windows < 1 or cfg.batch_size < 1:
-        raise UserError("search is 'quick' or 'plain'; bite, windows and batch_size are at least 1")
     cfg.device = devices.pick_device(cfg.device)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, cfg.device)
     size = model.config.block_size

@@ -29,15 +29,15 @@ class SampleConfig(pretrained.PretrainedConfig):
     out_dir: str = 'out/selective_small'    # folder of ckpt.pt
     init_from: str = 'resume'               # 'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder
     start: str = ''                         # text, FILE:path, or - for standard input; '': the beginning of a text
-    num_samples: int = 1                    # how many texts
-    max_new_tokens: int = 500               # tokens of each
-    temperature: float = 0.8                # 1 samples from the model as it is, below 1 more careful, 0 the most likely
-    top_k: int = 200                        # only the k most likely tokens; 0: all
-    seed: int = 1337                        # same seed, same text
+    num_samples: int = 1                    # how many texts [1 to 10_000]
+    max_new_tokens: int = 500               # tokens of each [1 to 1e6]
+    temperature: float = 0.8                # 1: the model as it is, below 1 more careful, 0 the most likely [0 to 100]
+    top_k: int = 200                        # only the k most likely tokens; 0: all [0 to 2**20]
+    seed: int = 1337                        # same seed, same text [0 to 2**31]
     budgets: str = ''                       # tokens that a layer may keep: a number, 4,9,16,8 or a budgets.json; 'none'
-    policy: str = 'selective'               # what is dropped at the budget: 'selective', 'oldest' or 'random'
+    policy: str = 'selective'               # what is dropped at the budget ['selective', 'oldest', 'random']
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
-    dtype: str = 'auto'                     # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 where a GPU has it
+    dtype: str = 'auto'                     # bfloat16 where a GPU has it ['auto', 'float32', 'bfloat16', 'float16']
 
 
 def read_text(start):
@@ -64,8 +64,6 @@ def show(tokens, tokenizer):
 
 def main():
     cfg = settings.parse(SampleConfig)
-    if cfg.num_samples < 1 or cfg.max_new_tokens < 1 or cfg.temperature < 0 or cfg.top_k < 0:
-        raise UserError('num_samples and max_new_tokens must be at least 1, temperature and top_k at least 0')
     device = devices.pick_device(cfg.device)
     dtype = devices.pick_dtype(cfg.dtype, device)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, device)

@@ -39,35 +39,35 @@ class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
     out_dir: str = 'out/run'            # folder of ckpt.pt and log.jsonl
     init_from: str = 'scratch'          # 'scratch', 'resume' (<out_dir>/ckpt.pt), 'gpt2', 'gpt2-xl', … or a folder
     eval_only: bool = False             # evaluate <out_dir>/ckpt.pt or init_from, print it, and write nothing
-    freeze: str = ''                    # 'base': train only what SSA and vote_scale add to the model; '': everything
-    seed: int = 1337                    # of the weights, the batches and dropout
-    max_iters: int = 600000             # steps in all
-    eval_interval: int = 2000           # steps between evaluations; each also saves a checkpoint
-    eval_iters: int = 200               # validation batches of an evaluation, the same ones every time
-    log_interval: int = 10              # steps between lines of progress
+    freeze: str = ''                    # 'base': train only what SSA and vote_scale add to the model ['', 'base']
+    seed: int = 1337                    # of the weights, the batches and dropout [0 to 2**31]
+    max_iters: int = 600000             # steps in all [1 to 1e9]
+    eval_interval: int = 2000           # steps between evaluations; each also saves a checkpoint [1 to 1e9]
+    eval_iters: int = 200               # validation batches of an evaluation, the same ones every time [1 to 1e6]
+    log_interval: int = 10              # steps between lines of progress [1 to 1e9]
     # data
     dataset: str = 'stdlib'             # data/<name>; 'stdlib', Python's standard library, is prepared where missing
-    vocab_size: int = 0                 # 0: that of the data set
+    vocab_size: int = 0                 # 0: that of the data set [0 to 2**20]
     bos: bool = True                    # <|endoftext|> in front of every window, as token 0, which is never masked
-    batch_size: int = 12                # sequences of a micro-step
-    gradient_accumulation_steps: int = 40   # micro-steps of a step, over all processes together
+    batch_size: int = 12                # sequences of a micro-step [1 to 2**20]
+    gradient_accumulation_steps: int = 40   # micro-steps of a step, over all processes together [1 to 2**20]
     # optimizer
-    learning_rate: float = 6e-4         # its maximum, after warmup
-    min_lr: float = 6e-5                # at the end of the decay
-    warmup_iters: int = 2000            # steps of linear warmup
-    lr_decay_iters: int = 0             # step at which the cosine ends; 0: max_iters
-    ssa_lr: float = 1.0                 # SSA's temperatures learn at this multiple of the learning rate
-    weight_decay: float = 0.1           # of matrices and embeddings
-    beta1: float = 0.9                  # AdamW's memory of the gradient
-    beta2: float = 0.95                 # AdamW's memory of its square
-    grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
+    learning_rate: float = 6e-4         # its maximum, after warmup [above 0 to 1000]
+    min_lr: float = 6e-5                # at the end of the decay [0 to 1000]
+    warmup_iters: int = 2000            # steps of linear warmup [0 to 1e9]
+    lr_decay_iters: int = 0             # step at which the cosine ends; 0: max_iters [0 to 1e9]
+    ssa_lr: float = 1.0                 # SSA's temperatures learn at this multiple of the learning rate [0 to 1e6]
+    weight_decay: float = 0.1           # of matrices and embeddings [0 to 1000]
+    beta1: float = 0.9                  # AdamW's memory of the gradient [0 to below 1]
+    beta2: float = 0.95                 # AdamW's memory of its square [0 to below 1]
+    grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping [0 to 1e6]
     # memory loss, 2410.02703 section 6
-    memory_loss: float = 0.0            # its weight, epsilon; the paper's is 0.1; 0: off
-    memory_tau: float = 1.0             # the F at which a token counts as wholly masked
+    memory_loss: float = 0.0            # its weight, epsilon; the paper's is 0.1; 0: off [0 to 1000]
+    memory_tau: float = 1.0             # the F at which a token counts as wholly masked [above 0 to 1e6]
     # machine
-    kernel: str = 'auto'                # of selective attention: 'auto', 'none' (model.py's code), 'listing', 'cpu', 'gpu'
+    kernel: str = 'auto'                # 'none': model.py's own code ['auto', 'none', 'listing', 'cpu', 'gpu']
     device: str = 'auto'                # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is
-    dtype: str = 'auto'                 # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 where a GPU has it
+    dtype: str = 'auto'                 # 'auto': bfloat16 where a GPU has it ['auto', 'float32', 'bfloat16', 'float16']
     compile: bool = True                # torch.compile, where it helps: on CUDA
 
 
@@ -77,18 +77,8 @@ def check(cfg, world):
         check_config(dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 1))     # 0: known with the data
     except ValueError as e:
         raise UserError(str(e)) from None
-    for name in 'max_iters eval_interval eval_iters log_interval batch_size gradient_accumulation_steps'.split():
-        if getattr(cfg, name) < 1:
-            raise UserError(f'{name} is {getattr(cfg, name)}; it must be at least 1')
-    for name in 'learning_rate', 'memory_tau':
-        if getattr(cfg, name) <= 0:
-            raise UserError(f'{name} is {getattr(cfg, name)}; it must be above 0')
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
-    if cfg.kernel not in kernels.KERNELS:
-        raise UserError(f"kernel {cfg.kernel!r}: it is one of {', '.join(kernels.KERNELS)}")
-    if cfg.freeze not in ('', 'base'):
-        raise UserError(f"freeze {cfg.freeze!r}: it is 'base' or ''")
     if cfg.freeze and not (cfg.ssa or cfg.vote_scale):
         raise UserError("freeze='base' leaves nothing to train: set ssa or vote_scale")
     if cfg.gradient_accumulation_steps % world:

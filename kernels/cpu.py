@@ -22,7 +22,6 @@ the list is dead, it is packed. The backward walks up again and undoes each pack
     after            0 3 5 7 | 8 9 …        first = 4
 
 Every sequence of a batch has its own list. Lists are as long as the longest; the others are filled up with dead columns.
-Denormal numbers, which a CPU multiplies slowly, arise from columns that are nearly dead; their infinite F ends them.
 """
 import math
 
@@ -33,6 +32,7 @@ import model
 
 BLOCK = 64              # rows of a block
 TOKENS = 4096           # so many tokens of a batch are computed together: short sequences side by side
+TINY = 1e-30            # a smaller P is 0: far below rounding, and products of denormal numbers are slow on a CPU
 
 
 def selective_attention(q, k, v, vote, dropout=0.0, memory_tau=None):
@@ -212,6 +212,7 @@ def _probabilities(q, k, F, vote, constants, buffer, grad=False):
     L.sub_(F_rows[:, None, :-1])
     L[..., -R:] += constants.future(R)
     torch.softmax(P, dim=-1, out=P)
+    fn.threshold_(P, TINY, 0.0)
     return P, F_rows, S, (L0, votes)
 
 

@@ -146,7 +146,7 @@ class DoubleHeads(m.CausalSelfAttention):
         q, k, v = self.c_attn(x).view(B, T, 3, 2 * self.config.n_head, -1).unbind(dim=2)        # (B, T, 2H, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope:
-            q, k = m.rotate(q, pos), m.rotate(k, pos)
+            q, k = m.rotate(q, k, pos)
         y = fn.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, 2 * C)), None
 

@@ -42,11 +42,11 @@ MODELS = {'standard': {}, 'selective': dict(selective=True), 'SSA': dict(ssa='qv
 
 @dataclass
 class BenchConfig:
-    what: str = 'attention,step,memory,decode,prefill,generate'     # which parts
+    what: str = 'attention,step,memory,decode,prefill,generate'     # which parts, with commas
     shapes: str = 'small,124m'      # 'small': 4 layers of 4 heads of 32; '124m': 12 layers of 12 heads of 64
-    lengths: str = '256,512,1024,2048,4096'     # context lengths T
-    tokens: int = 4096              # of a batch; the batch size is tokens / T, at least 1
-    rounds: int = 5                 # of which the median is taken
+    lengths: str = '256,512,1024,2048,4096'     # context lengths T [list of 1 to 2**20]
+    tokens: int = 4096              # of a batch; the batch size is tokens / T, at least 1 [1 to 2**24]
+    rounds: int = 5                 # of which the median is taken [1 to 1000]
     quick: bool = False             # the small shape, two lengths, three rounds
     device: str = 'auto'            # 'cuda', 'mps', 'cpu'
     to: str = 'out/bench.json'      # the table as JSON

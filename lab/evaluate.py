@@ -46,15 +46,15 @@ class EvaluateConfig(pretrained.PretrainedConfig):
     budgets: str = ''                       # tokens that a layer may keep: a number, 4,9,16,8 or a budgets.json; 'none'
     data_dir: str = 'data/benchmarks'       # folder of wiki.test.raw, lambada_test.jsonl, hellaswag_val.jsonl
     json: str = 'out/evaluate.json'         # where the figures go
-    limit: int = 0                          # items of each task (articles of wikitext); 0: all
-    batch_size: int = 8                     # texts at a time
-    stride: int = 0                         # wikitext: tokens from one window to the next; 0: block_size
-    lengths: str = ''                       # passkey: tokens, with commas; '': a quarter, half and all of block_size
-    depths: str = '0,0.25,0.5,0.75,1'       # passkey: where the number is, 0 to 1
-    passkeys: int = 20                      # passkey: numbers for each length and depth
-    seed: int = 1337                        # passkey: of the numbers
+    limit: int = 0                          # items of each task (articles of wikitext); 0: all [0 to 1e9]
+    batch_size: int = 8                     # texts at a time [1 to 100_000]
+    stride: int = 0                         # wikitext: tokens from one window to the next; 0: block_size [0 to 2**20]
+    lengths: str = ''                       # passkey: tokens; '': quarter, half and all of block_size [list of 1 to 2**20]
+    depths: str = '0,0.25,0.5,0.75,1'       # passkey: where the number is, 0 to 1 [list of 0.0 to 1.0]
+    passkeys: int = 20                      # passkey: numbers for each length and depth [1 to 100_000]
+    seed: int = 1337                        # passkey: of the numbers [0 to 2**31]
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
-    dtype: str = 'auto'                     # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 where a GPU has it
+    dtype: str = 'auto'                     # bfloat16 where a GPU has it ['auto', 'float32', 'bfloat16', 'float16']
 
 # ----------------------------------------------------------------------------- scoring
 

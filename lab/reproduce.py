@@ -32,15 +32,15 @@ class ReproduceConfig:
     claims: list = field(default_factory=list)  # names of the claims, written without dashes
     list: bool = False                  # print the claims and how long each takes
     quick: bool = False                 # a smaller version of each, in minutes
-    seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, …
-    steps: int = 0                      # of each run; 0: the claim's own number
+    seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, … [1 to 100]
+    steps: int = 0                      # of each run; 0: the claim's own number [0 to 1000000000]
     # the claims about text: gate, headline, heads, rules, ssa, finetune
     dataset: str = ''                   # data/<name>; '': the offline default, stdlib
     config: str = 'config/claims.py'    # the size of models and steps; rules, ssa and finetune have smaller models
     contexts: str = '256,512,1024'      # headline: tokens of context
     # where
     device: str = 'cpu'                 # of the runs
-    workers: int = os.cpu_count()       # runs at a time
+    workers: int = os.cpu_count()       # runs at a time [1 to 1000]
     out_dir: str = 'out/reproduce'      # folder of the runs
     data_dir: str = 'data'              # where the data sets are, or are made
     to: str = 'RESULTS.md'              # its sections are written here, pictures into results/ beside it
@@ -326,8 +326,6 @@ def main():
     unknown = sorted(set(cfg.claims) - set(claims))
     if unknown or not cfg.claims:
         raise UserError(f"{unknown[0] + ' is no claim' if unknown else 'which claims?'}: {', '.join(claims)}")
-    if cfg.seeds < 1 or cfg.workers < 1 or cfg.steps < 0:
-        raise UserError('seeds and workers are at least 1, steps at least 0')
     if not all(T.isascii() and T.isdigit() and int(T) >= 32 for T in cfg.contexts.split(',')):
         raise UserError(f'--contexts={cfg.contexts}: numbers of 32 and more, as 256,512')
     plot.import_pyplot()                                        # what can be wrong is known before the work

@@ -8,7 +8,6 @@ Each record is a line of text with a question at its end, or several on the way.
 reports look at the answers alone. All records of a data set are equally long, and the answers are at the same places;
 a token is a byte. What the records of each task look like is in its docstring below.
 """
-import contextlib
 import dataclasses
 import os
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import data
-from support import settings
+from support import files, settings
 from support.settings import UserError
 
 
@@ -27,13 +26,13 @@ class TaskConfig:
     tasks: list = field(default_factory=list)   # names of the tasks, written without dashes
     data_dir: str = 'data'                      # the data sets go into <data_dir>/<task>
     name: str = ''                              # another name than the task's, for a single task
-    records: int = 100_000                      # of training; a twentieth of it for validation
-    length: int = 0                             # of a record: statements, bits, letters or words; 0: the task's own
-    variables: int = 3                          # variable_assignment: in each record, out of the letters a to l
-    every: int = 4                              # variable_assignment: statements between questions
-    depth: float = -1.0                         # passkey: where the key lies, from 0 (first) to 1 (last); -1: anywhere
-    letters: int = 8                            # denoising: how many of the letters are to be kept
-    seed: int = 0                               # same seed, same data
+    records: int = 100_000                      # of training; a twentieth of it for validation [20 to 1e8]
+    length: int = 0                             # of a record: statements, bits, words; 0: the task's own [0 to 10_000]
+    variables: int = 3                          # variable_assignment: in each record, of the letters a to l [1 to 12]
+    every: int = 4                              # variable_assignment: statements between questions [1 to 10_000]
+    depth: float = -1.0                         # passkey: the key's place, 0 first, 1 last; -1: anywhere [-1 to 1]
+    letters: int = 8                            # denoising: how many of the letters are to be kept [1 to 10_000]
+    seed: int = 0                               # same seed, same data [0 to 2**31]
 
 
 def variable_assignment(rng, cfg):
@@ -112,12 +111,8 @@ def check(cfg):
         raise UserError(f"name a task: {', '.join(TASKS)}")
     if cfg.name and len(cfg.tasks) > 1:
         raise UserError('--name is for one data set: name one task')
-    if cfg.length < 0 or cfg.records < 20 or cfg.depth > 1:
-        raise UserError('length is 1 or more, records 20 or more, depth 1 at most')
     for task in cfg.tasks:
         length = cfg.length or TASKS[task][1]
-        if task == 'variable_assignment' and not 1 <= cfg.variables <= 12:
-            raise UserError(f'variables is {cfg.variables}: a record has 1 to 12')
         if task == 'variable_assignment' and not 1 <= cfg.every <= length:
             raise UserError(f'every is {cfg.every}: from 1 to length, which is {length}')
         if task == 'denoising' and not 1 <= cfg.letters <= length:
@@ -138,20 +133,19 @@ def make(task, cfg):
     source = described(task, cfg)
     cfg = dataclasses.replace(cfg, length=cfg.length or length)
     tokenizer = data.get_tokenizer('bytes')
-    folder, files = data.output_folder(cfg.data_dir, cfg.name or task, r'(train|val)\.bin'), {}
-    with contextlib.suppress(FileNotFoundError):            # without it, what a stop leaves is known to be unfinished
-        os.remove(os.path.join(folder, 'meta.json'))
-    for number, (split, records) in enumerate((('train', cfg.records), ('val', cfg.records // 20))):
-        rng = np.random.default_rng([cfg.seed % 2**64, number])
-        with data.TokenFile(os.path.join(folder, f'{split}.bin')) as out:
-            for _ in range(records):
-                # a token in front, as the first one can never be masked; then what is read and what is asked, in turns
-                pieces = ['\n', ''] + question(rng, cfg)
-                out.write(np.frombuffer(''.join(pieces).encode('latin-1'), np.uint8))
-        files[f'{split}.bin'] = out.count
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    answers = [place for a, b in zip(ends[0::2], ends[1::2]) for place in range(a, b)]
-    data.write_meta(folder, tokenizer, source, True, files, record_len=ends[-1], answers=answers)
+    folder, counts = data.output_folder(cfg.data_dir, cfg.name or task, records=True), {}
+    with files.replacing_folder(folder) as new:
+        for number, (split, records) in enumerate((('train', cfg.records), ('val', cfg.records // 20))):
+            rng = np.random.default_rng([cfg.seed % 2**64, number])
+            with data.TokenFile(os.path.join(new, f'{split}.bin')) as out:
+                for _ in range(records):
+                    # a token in front, as the first can never be masked; then what is read and what is asked, in turns
+                    pieces = ['\n', ''] + question(rng, cfg)
+                    out.write(np.frombuffer(''.join(pieces).encode('latin-1'), np.uint8))
+            counts[f'{split}.bin'] = out.count
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        answers = [place for a, b in zip(ends[0::2], ends[1::2]) for place in range(a, b)]
+        data.write_meta(new, tokenizer, source, True, counts, record_len=ends[-1], answers=answers)
     print(f'{folder}: {cfg.records:,} records of {ends[-1]} tokens to train, {len(answers)} of each an answer; one of them:')
     print(readable(''.join(pieces).strip()))
     return folder

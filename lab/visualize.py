@@ -37,8 +37,8 @@ class VisualizeConfig:
     text: bool = False                      # also print the text, what is forgotten at its end dimmed
     cut: bool = False                       # of a text longer than block_size, read what fits, from its beginning
     budgets: str = ''                       # tokens that a layer may keep: a number, 4,9,16,8 or a budgets.json; 'none'
-    policy: str = 'selective'               # what is dropped at the budget: 'selective', 'oldest' or 'random'
-    memory_tau: float = 1.0                 # the F at which a token counts as wholly masked
+    policy: str = 'selective'               # what is dropped at the budget ['selective', 'oldest', 'random']
+    memory_tau: float = 1.0                 # the F at which a token counts as wholly masked [above 0 to 1e6]
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
 
 
@@ -243,8 +243,6 @@ def read_text(start):
 
 def main():
     cfg = settings.parse(VisualizeConfig)
-    if cfg.memory_tau <= 0:
-        raise UserError(f'memory_tau is {cfg.memory_tau}; it must be above 0')
     if cfg.png:
         import_pyplot()                                     # fail before the work
     device = devices.pick_device(cfg.device)

@@ -15,11 +15,72 @@ import glob
 import json
 import os
 import secrets
+import shutil
 
 from support.settings import UserError
 
+try:
+    import fcntl
+except ImportError:     # Windows: two processes may then write to one folder
+    fcntl = None
+
 NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', list: 'a list', dict: 'an object',
          None: 'null'}
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def made(folder):
+    """Makes a folder, and the ones above it. If the block ends with an error, those that it made go again, if empty.
+
+    Raises UserError where that fails.
+    """
+    missing = []
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder) or '.'
+    try:
+        if missing:
+            os.makedirs(missing[0], exist_ok=True)
+    except OSError as e:
+        raise UserError(f'cannot make the folder {missing[0]}: {e.strerror}') from None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                os.rmdir(folder)
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder, shared=False):
+    """Makes a folder and keeps it to this process while the block runs, or to all that share it. UserError if another
+    process has it.
+
+    The lock is on the folder itself: it leaves no file behind, and ends with its process, even if that is killed.
+    """
+    with made(folder), contextlib.ExitStack() as stack:
+        fd = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, fd)
+        try:
+            fcntl and fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'{folder} is in use by {holder(fd)}: wait for it, or choose another folder') from None
+        except OSError:         # some network file systems have no locks
+            pass
+        yield
+
+
+def holder(fd):
+    """The process that has locked an open file or folder, in words."""
+    with contextlib.suppress(OSError, IndexError):          # there is /proc on Linux only
+        with open('/proc/locks') as f:
+            pid = [line.split()[4] for line in f if line.split()[5].endswith(f':{os.fstat(fd).st_ino}')][0]
+        with open(f'/proc/{pid}/cmdline') as f:
+            return f"process {pid} ({' '.join(f.read().split(chr(0))[:3]).strip()})"
+    return 'another process'
 
 
 @contextlib.contextmanager
@@ -31,27 +92,66 @@ def replacing(path):
 
     Makes the folder. On an error it removes what it made. Raises OSError where writing fails.
     """
-    folder = os.path.dirname(path) or '.'
-    made = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
     part = f'{path}.{secrets.token_hex(4)}.tmp'     # a name of its own: two processes may write the same file
-    try:
-        with open(part, 'xb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        with contextlib.suppress(FileNotFoundError):    # another process wrote the same file first and removed this one
-            os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        if made:
-            with contextlib.suppress(OSError):      # not empty: another file was written meanwhile
-                os.rmdir(folder)
-        raise
+    with made(os.path.dirname(path) or '.'):
+        try:
+            with open(part, 'xb') as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            with contextlib.suppress(FileNotFoundError):    # another process wrote the same file first and removed this
+                os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            raise
     for stale in glob.glob(glob.escape(path) + '.*.tmp'):       # left by processes that were killed
         with contextlib.suppress(OSError):
             os.remove(stale)
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """A folder to fill, which takes the place of the one at path when the block ends without an error.
+
+        with replacing_folder('data/x') as folder:
+            ...
+
+    One process at a time fills it: see `locked`. On an error the old one stays as it was.
+    """
+    path = os.path.realpath(path)           # a link stays a link
+    with locked(path):
+        for stale in glob.glob(glob.escape(path) + '.*.tmp'):       # left by processes that were killed
+            shutil.rmtree(stale, ignore_errors=True)
+        new, old = (f'{path}.{secrets.token_hex(4)}.tmp' for _ in range(2))
+        try:
+            os.mkdir(new)
+            yield new
+            os.rename(path, old)
+            os.rename(new, path)
+        finally:
+            for folder in new, old:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(path, ending, sign):
+    """Raises UserError unless a script may write the file: it has the ending, a folder that takes it, and what it would
+    replace is a file of the same kind, which has `sign` in its first lines."""
+    if not path.endswith(ending):
+        raise UserError(f'{path} is not a file name for this: it ends in {ending}')
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f'{path} cannot be written: {folder} is not a folder that takes files')
+    if os.path.lexists(path):
+        try:
+            with open(path, 'rb') as f:
+                ours = sign.encode() in f.read(4096) if os.path.isfile(path) else False
+        except OSError:
+            ours = False
+        if not ours:
+            raise UserError(f'{path} is there and was not written by this script: choose another name')
 
 
 def write_file(path, content):
@@ -68,6 +168,9 @@ def write_file(path, content):
                 f.write(content.encode() if isinstance(content, str) else content)
     except OSError as e:
         raise UserError(f'cannot write {path}: {e.strerror or e}') from None
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_json(path, shape, hint):

@@ -12,7 +12,6 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data
-import prepare_c4
 import prepare_text
 from support.settings import UserError
 
@@ -183,9 +182,9 @@ def test_files_of_other_machines_are_read_too(tmp_path):
 
 @pytest.mark.parametrize('damage, message', [
     (lambda p: (p / 'meta.json').unlink(), 'meta.json is missing'),
-    (lambda p: (p / 'meta.json').write_text('{'), 'meta.json is corrupt'),
-    (lambda p: (p / 'meta.json').write_text('{"tokenizer": "bytes"}'), 'meta.json is corrupt'),
-    (lambda p: (p / 'meta.json').write_text('[]'), 'meta.json is corrupt'),
+    (lambda p: (p / 'meta.json').write_text('{'), 'meta.json is damaged .it is not JSON'),
+    (lambda p: (p / 'meta.json').write_text('{"tokenizer": "bytes"}'), "meta.json is damaged .it has no 'vocab_size'"),
+    (lambda p: (p / 'meta.json').write_text('[]'), 'meta.json is damaged .it is not an object'),
     (lambda p: (p / 'train.bin').write_bytes(b''), 'train.bin is empty'),
     (lambda p: (p / 'train.bin').write_bytes(b'abc'), 'train.bin has 3 bytes'),
     (lambda p: (p / 'train.bin').write_bytes(b'ab'), 'train.bin has 2 bytes, meta.json says 90 tokens'),
@@ -212,35 +211,30 @@ def test_missing_set_lists_what_is_there(tmp_path):
     with pytest.raises(UserError, match='is not in'):
         data.load_dataset('', tmp_path)
 
-# ----------------------------------------------------------------------------- dataset auto
-
-def test_auto_takes_c4_if_complete(tmp_path):
-    make(tmp_path / 'c4', {'train.bin': range(9), 'val.bin': range(9)})
-    assert data.auto_dataset(tmp_path) == 'c4'
-
-
-def test_auto_falls_back_on_the_standard_library(tmp_path, monkeypatch, capsys):
-    make(tmp_path / 'c4', {'train.bin': range(9), 'val.bin': range(9)}, complete=False)
-
-    def unreachable(cfg):
-        raise UserError('no network')
-    monkeypatch.setattr(prepare_c4, 'check_reach', unreachable)
-    monkeypatch.setattr(prepare_text, 'stdlib_documents', lambda: [(data.__file__, 'a.py'), (__file__, 'b.py')])
-    assert data.auto_dataset(tmp_path) == 'stdlib'
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("dataset auto: no C4 (no network); using 'stdlib'")
-    assert data.load_dataset('stdlib', tmp_path).tokenizer_name == 'bytes'
-    assert data.auto_dataset(tmp_path) == 'stdlib' and len(capsys.readouterr().out.splitlines()) == 1  # made once
+def test_bos_is_token_0_of_every_window(tmp_path):
+    """With bos, x = <|endoftext|> t0 ... and y = t0 t1 ...; the last token of a window is predicted all the same."""
+    ds = make(tmp_path / 'x', {'train.bin': range(100), 'val.bin': range(9)})
+    x, y = ds.batch('train', 3, 5, 8, bos=True)
+    assert x.shape == y.shape == (5, 8) and (x[:, 0] == 256).all() and x.is_contiguous()
+    assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y - y[:, :1], torch.arange(8).expand(5, 8))
+    ds = make(tmp_path / 'y', {'train.bin': range(6), 'val.bin': [1, 2, 3]})
+    assert {int(t) for i in range(50) for t in ds.batch('train', i, 4, 3, bos=True)[1][:, 0]} == {0, 1, 2, 3}
+    assert ds.batch('val', 0, 2, 3, bos=True)[0].tolist() == [[256, 1, 2]] * 2      # a token less is read
+    with pytest.raises(UserError, match='val has 3 tokens, a window needs 4'):
+        ds.batch('val', 0, 2, 4, bos=True)
 
 
-def test_auto_does_not_wait_for_ever(tmp_path, monkeypatch):
-    real, asked = data.within, []
-    monkeypatch.setattr(data, 'within', lambda seconds, *args: (asked.append(seconds), real(0.1, *args))[1])
-    monkeypatch.setattr(prepare_c4, 'check_reach', lambda cfg: time.sleep(5))
-    monkeypatch.setattr(prepare_text, 'stdlib_documents', lambda: [(data.__file__, 'a.py'), (__file__, 'b.py')])
-    start = time.time()
-    assert data.auto_dataset(tmp_path) == 'stdlib'
-    assert time.time() - start < 2 and asked[0] < 10
+def test_records_get_no_bos(tmp_path):
+    ds = make(tmp_path / 'x', {'train.bin': [1, 2, 3] * 9, 'val.bin': [1, 2, 3]}, record_len=3, answers=[2])
+    for bos in False, True:
+        assert [t.tolist() for t in ds.batch('train', 0, 1, 8, bos=bos)] == [[[1, 2]], [[-1, 3]]]
+
+
+def test_prompts():
+    tokenizer = data.get_tokenizer('bytes')
+    assert data.encode_prompt('ab', tokenizer, bos=False) == [97, 98]
+    assert data.encode_prompt('ab', tokenizer, bos=True) == [256, 97, 98]
+    assert data.encode_prompt('', tokenizer, bos=False) == data.encode_prompt('', tokenizer, bos=True) == [256]
 
 # ----------------------------------------------------------------------------- prepare_text
 
@@ -325,7 +319,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(UserError, match='no text there'):
         text_set(tmp_path, tmp_path, ext='.md')
     make(tmp_path / 'data' / 'c4', {'train_00000.bin': range(9), 'val_00000.bin': range(9)})
-    with pytest.raises(UserError, match='train_00000.bin, of a data set not made here'):
+    with pytest.raises(UserError, match='train_00000.bin, which belongs to another kind'):
         text_set(tmp_path, tmp_path / 'a.txt', name='c4')
 
 

@@ -270,7 +270,7 @@ def test_mistakes(run, files, models, tmp_path):
     assert "'arc' is unknown" in run(models, '--tasks=wikitext,arc')
     assert 'from 0 to 1' in run(models, '--depths=0,2')
     assert 'numbers with commas' in run(models, '--lengths=4,x')
-    assert 'at least 1' in run(models, '--batch_size=0')
+    assert 'not in the range 1 to' in run(models, '--batch_size=0')
     assert 'sel: 3 budgets for a model of 2 layers' in run(models, '--tasks=lambada', '--budgets=3,4,5')
     assert 'no such folder' in run(f'--out_dir={tmp_path}/nowhere', '--tasks=lambada')
     (tmp_path / 'lambada_test.jsonl').write_text('{"txt": 1}\n')

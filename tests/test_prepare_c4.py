@@ -1,6 +1,5 @@
 """prepare_c4.py against a real HTTP server on 127.0.0.1, which serves small gzip shards and misbehaves when told to."""
 import email.utils
-import functools
 import gzip
 import http.server
 import json
@@ -284,7 +283,7 @@ def test_retry_after_forms():
 
 
 @pytest.mark.parametrize('ranges', [True, False])
-def test_cut_connection_goes_on(server, tmp_path, ranges):
+def test_cut_connection_is_continued(server, tmp_path, ranges):
     server.ranges = ranges
     size = len(server.files[NAME])
     server.faults[NAME] = [fault(send=size // 3), fault(send=size // 3 if ranges else size // 2)]
@@ -306,7 +305,7 @@ def test_short_body_is_noticed_by_its_length(server, tmp_path, monkeypatch):
     assert good(prepare(server, tmp_path))
 
 
-def test_connection_that_stalls_goes_on(server, tmp_path):
+def test_connection_that_stalls_is_continued(server, tmp_path):
     def stall(answer):
         time.sleep(1)
     server.faults[NAME] = [stall]
@@ -392,15 +391,5 @@ def test_other_data_in_the_folder_is_refused(server, tmp_path):
     with pytest.raises(UserError, match="made with the tokenizer 'bytes'"):
         prepare(server, tmp_path, tokenizer='gpt2')
     (tmp_path / 'c4' / 'train.bin').write_bytes(b'ab')
-    with pytest.raises(UserError, match='has train.bin, of a data set not made here'):
+    with pytest.raises(UserError, match='has train.bin, which belongs to another kind'):
         prepare(server, tmp_path)
-
-
-def test_dataset_auto_prepares_the_slice(server, tmp_path, monkeypatch):
-    reachable = functools.partial(prepare_c4.C4Config, base_url=server.url, tokenizer='bytes', tokens=100, val_tokens=10)
-    monkeypatch.setattr(prepare_c4, 'Settings', reachable)
-    assert data.auto_dataset(str(tmp_path)) == 'c4'
-    assert data.load_dataset('c4', tmp_path).tokens('train') >= 100
-    del server.files[NAME]
-    with pytest.raises(UserError, match='HTTP 404'):
-        prepare_c4.check_reach(reachable())

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 import model as m
-import prepare_c4
 import prune
 import sample
 import train
 from lab import export_hf
-from support import checkpoint as ckpt, pretrained, settings
+from support import checkpoint as ckpt, download, pretrained, settings
 from support.settings import UserError
 from test_prepare_c4 import Handler, Server, fault
 
@@ -142,7 +141,7 @@ def test_flags_on_the_loaded_model(folder):
     ({'activation_function': 'relu'}, 'activation_function'), ({'scale_attn_weights': False}, 'scale_attn_weights'),
     ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by'), ({'tie_word_embeddings': False}, 'tie_word'),
     ({'n_layer': 3}, 'does not fit model.py'), ({'n_layer': 1}, 'does not fit'), ({'vocab_size': 299}, 'does not fit'),
-    ({'n_embd': 'x'}, 'damaged'), ('{"n_layer"', 'config.json is damaged'), (None, 'config.json does not exist')])
+    ({'n_embd': 'x'}, 'damaged'), ('{"n_layer"', 'config.json is damaged'), (None, 'config.json is missing')])
 def test_configs_that_are_refused(folder, tmp_path, change, message):
     config = open(os.path.join(folder, 'config.json')).read()
     if change is not None:
@@ -223,8 +222,7 @@ WEIGHTS = 'model.safetensors'
 
 @pytest.fixture
 def hub(folder, monkeypatch):
-    quick = functools.partial(prepare_c4.C4Config, backoff=0.01, retries=2, timeout=5)
-    monkeypatch.setattr(prepare_c4, 'Settings', quick)
+    monkeypatch.setattr(download, 'Server', functools.partial(download.Server, backoff=0.01, retries=2, timeout=5))
     with Server(('127.0.0.1', 0), Hub) as s:
         s.files = {name: open(os.path.join(folder, name), 'rb').read() for name in ('config.json', WEIGHTS)}
         s.faults, s.requests, s.asked, s.ranges, s.delay, s.sent, s.lies, s.statuses = {}, [], [], True, 0, 0, {}, []
@@ -264,7 +262,7 @@ def test_a_cut_is_resumed(hub, tmp_path, can_resume):
     assert ranges(hub) == ['bytes=10000-', 'bytes=30000-' if can_resume else 'bytes=20000-']
 
 
-def test_a_run_that_failed_goes_on(hub, tmp_path):
+def test_a_run_that_failed_is_continued(hub, tmp_path):
     hub.faults[WEIGHTS] = [fault(send=10_000)] + [fault(status=503, body=b'')] * 2
     with pytest.raises(UserError, match='3 times in a row'):
         fetch(hub, tmp_path)
@@ -301,7 +299,7 @@ def test_a_part_of_something_else(hub, tmp_path, part):
     ({'X-Linked-Size': '100000'}, {}, '[0-9,]+ bytes came, 100,000 were announced'),
     ({'X-Linked-Size': '1000'}, {}, '[0-9,]+ bytes came, 1,000 were announced'),
     ({}, {'headers': {'Content-Length': 5000}}, '5,000 bytes came, [0-9,]+ were announced'),
-    ({}, {'headers': {'Content-Length': 10**6}}, 'it cannot resume'),
+    ({}, {'headers': {'Content-Length': 10**6}}, 'it cannot continue'),
     ({}, {'status': 404}, 'HTTP 404'),
 ])
 def test_what_was_not_announced_is_not_kept(hub, tmp_path, lies, answer, message):

@@ -82,7 +82,7 @@ def test_plain_search_is_greedy(runs, run):
         assert after['val_loss'] == min(choices)
 
 
-def test_a_stopped_search_goes_on(runs, run, monkeypatch):
+def test_a_stopped_search_continues(runs, run, monkeypatch):
     run(*SMALL, '--tolerance=0.05')
     whole = found(runs)
     count = []
@@ -101,7 +101,7 @@ def test_a_stopped_search_goes_on(runs, run, monkeypatch):
     monkeypatch.setattr(prune, 'write', write)
     assert len(found(runs)['curve']) == 5
     first = len(count)
-    assert 'going on with' in run(*SMALL, '--tolerance=0.05')
+    assert 'continuing with' in run(*SMALL, '--tolerance=0.05')
     second = len(count) - first
     assert found(runs) == whole
     count.clear()
@@ -132,7 +132,7 @@ def test_sampling_inside_the_budgets(runs, run):
     (runs / 'selective/budgets.json').write_text(moved)
     assert 'made for another checkpoint' in run('--device=cpu', script=sample)
     (runs / 'selective/budgets.json').write_text('{"budgets": 1')
-    assert 'no budgets.json' in run('--device=cpu', script=sample)
+    assert 'is damaged (it is not JSON)' in run('--device=cpu', script=sample)
 
 
 @pytest.mark.parametrize('args, words', [

@@ -110,7 +110,7 @@ def losses(folder):
     ('alibi', ['--selective', '--rope']), ('double_heads', ['--rope', '--qk_norm']), ('no_position', ['--ssa=qv']),
     ('position_only', ['--ssa=q', '--ssa_lr=10']), ('ssmax', ['--ssa=q'])])
 def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
-    args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.01', *flags]
+    args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.05', *flags]
     run(train, *args, f'--out_dir={tmp_path / "plain"}')
     run(ablate, rule, *args, f'--out_dir={tmp_path / "changed"}')
     plain, changed = losses(tmp_path / 'plain'), losses(tmp_path / 'changed')
@@ -275,5 +275,5 @@ def test_list_and_refusals(run):
     out = run(reproduce, '--list')
     assert all(claim.__name__ in out for claim in reproduce.CLAIMS)
     assert 'which claims' in run(reproduce) and 'nothing is no claim' in run(reproduce, 'nothing')
-    assert 'at least 1' in run(reproduce, 'text', '--seeds=0')
+    assert 'not in the range 1 to 100' in run(reproduce, 'text', '--seeds=0')
     assert '--to=nowhere.md: No such file' in run(reproduce, 'text', '--to=nowhere.md')

@@ -99,7 +99,7 @@ def test_meta_that_is_no_records(run, tmp_path, meta):
     records(run, tmp_path, 'copying', '--length=5')
     path = tmp_path / 'copying' / 'meta.json'
     path.write_text(json.dumps({**json.loads(path.read_text()), **meta}))
-    with pytest.raises(settings.UserError, match='corrupt'):
+    with pytest.raises(settings.UserError, match='damaged'):
         data.load_dataset('copying', root=str(tmp_path))
 
 
