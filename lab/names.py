@@ -21,7 +21,6 @@ import numpy as np
 import data
 import prepare_text
 from support import settings
-from support.settings import UserError
 
 FIRST_NAME = 96         # names are the bytes from here on, everything else lies below
 
@@ -30,8 +29,8 @@ FIRST_NAME = 96         # names are the bytes from here on, everything else lies
 class NamesConfig:
     data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
     name: str = 'names'             # data set's name
-    copies: int = 5                 # of each file, with other names
-    seed: int = 0                   # same seed, same data
+    copies: int = 5                 # of each file, with other names [1 to 1000]
+    seed: int = 0                   # same seed, same data [0 to 2**31]
 
 
 LAYOUT = [token.NEWLINE, token.INDENT, token.DEDENT]
@@ -88,12 +87,5 @@ def prepare(cfg):
     return folder
 
 
-def main():
-    cfg = settings.parse(NamesConfig)
-    if cfg.copies < 1:
-        raise UserError('copies is at least 1')
-    prepare(cfg)
-
-
 if __name__ == '__main__':
-    settings.run(main)
+    settings.run(lambda: prepare(settings.parse(NamesConfig)))

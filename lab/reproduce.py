@@ -33,7 +33,7 @@ class ReproduceConfig:
     list: bool = False                  # print the claims and how long each takes
     quick: bool = False                 # a smaller version of each, in minutes
     seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, … [1 to 100]
-    steps: int = 0                      # of each run; 0: the claim's own number [0 to 1000000000]
+    steps: int = 0                      # of each run; 0: the claim's own number [0 to 1_000_000_000]
     # the claims about text: gate, headline, heads, rules, ssa, finetune
     dataset: str = ''                   # data/<name>; '': the offline default, stdlib
     config: str = 'config/claims.py'    # the size of models and steps; rules, ssa and finetune have smaller models
@@ -309,7 +309,7 @@ def footer(runner):
     cfg = runner.cfg
     flags = ''.join(f' --{name}={getattr(cfg, name)}' for name, default in vars(ReproduceConfig()).items()
                     if name in ('dataset', 'steps', 'config', 'contexts', 'device') and getattr(cfg, name) != default)
-    seeds = 'seed 1' if runner.seeds == 1 else f'seeds 1 to {runner.seeds}'
+    seeds = 'one seed' if runner.seeds == 1 else f'the seeds 1 to {runner.seeds}'
     return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}{flags} --seeds={runner.seeds}`: {seeds}. "
             f'{runner.about + " " if runner.about else ""}Runs of one thread each, {platform.machine()}, torch {torch.__version__}. '
             'A word in FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of `python train.py`. The runs:\n\n'

@@ -129,14 +129,15 @@ def test_refusals(args, words, run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_names(run, tmp_path, monkeypatch):
+def test_names(tmp_path, monkeypatch):
     """Names are drawn anew for each file and copy; keywords, operators and layout are not."""
     (tmp_path / 'a.py').write_text('def f(x):\n    # a comment\n    return x + 1  # x\n')
     (tmp_path / 'broken.py').write_text('def (((\n')
     (tmp_path / 'b.py').write_text(''.join(f'v{n} = v{n - 1}\n' for n in range(1, 400)))
     files = [(str(tmp_path / name), name) for name in ('a.py', 'b.py', 'broken.py')]
     monkeypatch.setattr(names.prepare_text, 'stdlib_documents', lambda: files)
-    run(names, f'--data_dir={tmp_path}', '--copies=3')
+    cfg = names.NamesConfig(data_dir=str(tmp_path), copies=3)
+    names.prepare(cfg)
     dataset = data.load_dataset('names', root=str(tmp_path))
     assert dataset.vocab_size == 257 and dataset.tokens('train') > 0
     first = names.lexemes('def f(x):\n    # a comment\n    return x + 1  # x\n')
@@ -150,5 +151,5 @@ def test_names(run, tmp_path, monkeypatch):
     assert (many[0::2] == many[1::2]).all() and len(set(many.tolist())) == 160
     assert len(set(many[-320:].tolist())) == 160                # the newest 160 names have one each
     whole = (tmp_path / 'names/train.bin').read_bytes()
-    run(names, f'--data_dir={tmp_path}', '--copies=3')
+    names.prepare(cfg)
     assert (tmp_path / 'names/train.bin').read_bytes() == whole
