@@ -29,10 +29,10 @@ TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
 # ----------------------------------------------------------------------------- tokenizers
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding called 'gpt2' (50,257 tokens), 'gpt2:N' (N tokens) or 'bytes' (256 bytes and <|endoftext|>).
+    """The tiktoken.Encoding called 'gpt2' (50,257 tokens), 'gpt2:N' (N) or 'bytes' (256 bytes and <|endoftext|>).
 
-    'gpt2:N' is for small models: the first N - 1 entries of GPT-2's table, then <|endoftext|>. The table lists the single
-    bytes and then the merges in the order in which they were learned, so every beginning of it is a vocabulary.
+    'gpt2:N' is for small models: the first N - 1 entries of GPT-2's table, then <|endoftext|>. The table lists the
+    single bytes and then the merges in the order in which they were learned, so every beginning of it is a vocabulary.
     'bytes' needs no download. tiktoken downloads GPT-2's table once and keeps it, in the folder named by
     TIKTOKEN_CACHE_DIR if that is set. Raises UserError, within 8 seconds, if it is out of reach.
     """
@@ -41,7 +41,8 @@ def get_tokenizer(name):
         return tiktoken.Encoding('bytes', pat_str=r'(?s).{1,64}', special_tokens={END_OF_TEXT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     family, _, count = name.partition(':')
-    if name != 'gpt2' and not (family == 'gpt2' and re.fullmatch('[1-9][0-9]{2,4}', count) and 257 <= int(count) <= 50257):
+    beginning = family == 'gpt2' and re.fullmatch('[1-9][0-9]{2,4}', count) and 257 <= int(count) <= 50257
+    if name != 'gpt2' and not beginning:
         raise UserError(f"tokenizer {name!r} is unknown: it is 'gpt2', 'gpt2:N' with N from 257 to 50257, or 'bytes'")
     try:
         gpt2 = within(8, tiktoken.get_encoding, 'gpt2')

@@ -182,8 +182,8 @@ def windows_of(dataset, cfg, block_size, bos, held_out=False):
 def bootstrap(values, counts=None, samples=10_000):
     """95% interval of the mean of values, one for each window, when windows are drawn again with replacement.
 
-    counts: how many tokens each value is the sum of; the mean is then over tokens. Differences of two models on the same
-    windows give the paired bootstrap.
+    counts: how many tokens each value is the sum of; the mean is then over tokens. Differences of two models on the
+    same windows give the paired bootstrap.
     """
     values = values.double().cpu()
     counts = torch.ones_like(values) if counts is None else counts.double().cpu()
@@ -193,13 +193,14 @@ def bootstrap(values, counts=None, samples=10_000):
 
 
 def unseen(trials, curve, target):
-    """What the curve is worth on windows that the search has not seen. trials: on these windows; target: the loss of each.
+    """What the curve is worth on windows that the search has not seen: those of trials, where target is the loss of each.
 
     Returns a dictionary: 'target'; 'unpruned', 'pruned', the losses at the ends of the curve; 'difference', of the end
-    to the target, with its 95% interval; 'holds', the point of the curve with the least memory whose loss on these windows
-    is at most the target, or None. Only this point counts as memory saved.
+    to the target, with its 95% interval; 'holds', the point of the curve with the least memory whose loss on these
+    windows is at most the target, or None. Only this point counts as memory saved.
     """
-    found = {'target': target.mean().item(), 'unpruned': trials.windows(curve[0]['budgets']).mean().item(), 'holds': None}
+    unpruned = trials.windows(curve[0]['budgets']).mean().item()
+    found = {'target': target.mean().item(), 'unpruned': unpruned, 'holds': None}
     for p in reversed(curve):
         losses = trials.windows(p['budgets'])
         if p is curve[-1]:

@@ -15,9 +15,10 @@ Votes, with --selective (2410.02703 section 3):
 
     as_published        nothing is changed: what the others are compared with
     no_relu             negative votes count: S = L[0], so a masked token can be unmasked
-    fox                 S[i,j] = softplus(-L[0,i,0] - 4), after the Forgetting Transformer (arXiv 2503.02130). The gate of row i
-                        is its logit of token 0: q.k of a key that is the same in all texts, so a linear function of the
-                        row, at no new parameters. Theirs has a gate of its own for each head, and acts at once.
+    fox                 S[i,j] = softplus(-L[0,i,0] - 4), after the Forgetting Transformer (arXiv 2503.02130). The gate
+                        of row i is its logit of token 0: q.k of a key that is the same in all texts, so a linear
+                        function of the row, at no new parameters. Theirs has its own gate for each head, and acts at
+                        once.
 
 What is masked, with --selective. T x T matrices:
 
@@ -32,13 +33,14 @@ What is masked, with --selective. T x T matrices:
 Temperatures, with --ssa (2411.12892 section 3):
 
     no_position         --ssa=qv without the position-aware part
-    position_only       --ssa=q, the position-aware part alone as in the authors' code: 1 + exp(-exp(β)) log n, one β a layer
+    position_only       --ssa=q, the position-aware part alone as in the authors' code: 1 + exp(-exp(β)) log n, one β
+                        a layer
     ssmax               --ssa=q, the scalable softmax (arXiv 2501.19399): s log n, one s a head
 
 And double_heads: standard attention with twice the heads, of the same size, and so twice its parameters.
 
-The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or refuse it. To resume,
-give the same rule again.
+The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or refuse it. To
+resume, give the same rule again.
 """
 import contextlib
 import math
@@ -118,7 +120,7 @@ class ScalableSoftmax(nn.Module):
         self.s = nn.Parameter(torch.full((config.n_head,), 0.43))       # 1 at the tenth token
 
     def forward(self, x, activations, pos):
-        return self.s * torch.log(pos + 2.0)[:, None]           # (T, H); of n + 1, as log 1 = 0 leaves row 1 no gradient
+        return self.s * torch.log(pos + 2.0)[:, None]           # (T, H); n + 1, as log 1 = 0
 
 
 def no_position(config, position_aware, original=m.Temperature):
@@ -174,8 +176,8 @@ def changed(rule):
     """model.py with this rule, until the block ends."""
     name, K = parse(rule)
     layer = m.CausalSelfAttention
-    before = [(m, 'selective_attention', m.selective_attention), (layer, 'attention', staticmethod(m.selective_attention)),
-              (layer, 'vote', layer.vote), (m, 'Temperature', m.Temperature), (m, 'CausalSelfAttention', layer)]
+    before = [(m, name, getattr(m, name)) for name in ('selective_attention', 'Temperature', 'CausalSelfAttention')]
+    before += [(layer, 'attention', staticmethod(m.selective_attention)), (layer, 'vote', layer.vote)]
     try:
         if name in VOTES:
             layer.vote = VOTES[name]

@@ -44,7 +44,7 @@ def rule_of(folder):
 
 @torch.no_grad()
 def token_losses(run, windows, budgets=None, policy='selective', seed=1):
-    """Cross-entropy of each target and its kind, (windows, T) each, on validation windows that prune.py does not search on.
+    """Cross-entropy of each target and its kind, (windows, T) each, on validation windows that prune.py does not see.
 
     budgets, policy: of a KVCache; None: the whole context.
     """
@@ -80,15 +80,15 @@ def against(losses, base):
 
 
 def against_recall(losses, base, which):
-    """The same for recall tokens alone. Windows have different numbers of them, so the resampled figure is their mean."""
+    """The same for recall tokens alone. The figure is a mean over tokens, of which windows have unequal numbers."""
     mask = (which == KINDS.index('recall')).float()
     low, high = prune.bootstrap((losses - base).mul(mask).sum(dim=1), mask.sum(dim=1))
     return f'{(losses - base).mul(mask).sum() / mask.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
 
 
-LEGEND = f"""Losses in nats per token, on windows of validation that are the same in all rows. Kinds of targets: new did not occur in
-the window before, recall occurred, but not among the newest {NEAR} tokens, near are the others. In brackets the share of the kind,
-or a 95% interval over windows (paired bootstrap), which leaves out how runs differ by their seeds."""
+LEGEND = f"""Losses in nats per token, on the same validation windows for all rows. Kinds of targets: *new* did not occur in the
+window before; *recall* did, but not among the newest {NEAR} tokens; *near* are the others. In brackets: the share of a kind, or a
+95% interval over windows (paired bootstrap), which does not cover how runs differ by their seeds."""
 
 
 def kinds_table(r, first, models, runs, extra=None, base='standard'):
@@ -103,7 +103,10 @@ def kinds_table(r, first, models, runs, extra=None, base='standard'):
         return lambda some: spread([by_kind(*measured)[kind] for measured in found[name_of[id(some)]]])
 
     def difference(function, *more):
-        return lambda some: '' if name_of[id(some)] == base else function(all_losses[name_of[id(some)]], all_losses[base], *more)
+        def column(some):
+            name = name_of[id(some)]
+            return '' if name == base else function(all_losses[name], all_losses[base], *more)
+        return column
     name_of = {id(some): name for name, some in runs.items()}
     share = shares(which)
     columns = {'validation loss': kind('all'), f'against {base}': difference(against),
@@ -128,8 +131,8 @@ def records_right(run, folder, batches=8):
 
 @torch.no_grad()
 def entropy(run, batches=4):
-    """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest that it could have,
-    mean over rows, heads and layers. 0: one key gets everything; 1: all the same."""
+    """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest possible, mean
+    over rows, heads and layers. 0: one key gets everything; 1: all the same."""
     rule = rule_of(run.folder)
     with ablate.changed(rule) if rule else contextlib.nullcontext():
         model, checkpoint = ckpt.load_model(run.folder)
@@ -195,8 +198,8 @@ def search(runner, jobs, windows):
 
 
 def holds(run, file, unfinished=False):
-    """The point with the least memory that keeps the loss on unseen windows, too, or None; unfinished: whether the search
-    of this file has yet to be done."""
+    """The point with the least memory that keeps the loss on unseen windows, too, or None; unfinished: whether the
+    search of this file has yet to be done."""
     try:
         with open(os.path.join(run.folder, file), encoding='utf-8') as f:
             found = json.load(f)['held_out']

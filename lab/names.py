@@ -3,11 +3,11 @@
     python -m lab.names
     python train.py config/claims.py --dataset=names --selective --out_dir=out/names
 
-What makes long context worth something in real text, names and terms that return, is hard to learn in a few million tokens:
-a small model first learns what follows what, for which the newest tokens are enough. Here it is most of what there is to
-learn. The tokens of the standard library's sources, without comments, become one byte each: a keyword or an operator has its
-own; a name, string or number gets one of 160 bytes at random when its file first has it, and keeps it, until the file has
-160 newer ones. So nothing can be known of a name but from the text before it, and the same file is another text in each copy.
+In real text, names and terms that return make long context worth something, but a small model learns that late: first it
+learns what follows what, for which the newest tokens are enough. Here names are most of what there is to learn. Each token
+of the standard library's sources, without comments, becomes one byte. Keywords and operators have fixed ones; a name, string
+or number gets one of 160 bytes at random when its file first has it, and keeps it until the file has 160 newer ones. So all
+that one can know of a name comes from the text before it, and each copy of a file is another text.
 """
 import io
 import keyword
@@ -51,7 +51,7 @@ def lexemes(source):
 
 
 def named(found, rng):
-    """uint8 tokens of the lexemes of a file, with names drawn by rng. Of bytes in use the one unseen for longest is given again."""
+    """uint8 tokens of the lexemes of a file, with names drawn by rng. With all bytes in use, the one unseen for longest goes."""
     byte_of, free = {}, list(rng.permutation(np.arange(FIRST_NAME, 256)))
     tokens = []
     for text in found:

@@ -1,4 +1,4 @@
-"""Runs of train.py with several seeds, and what they logged as tables and pictures: what lab/reproduce.py is made of."""
+"""Runs of train.py with several seeds, and what they logged as tables and pictures, for lab/reproduce.py."""
 import concurrent.futures
 import dataclasses
 import os
@@ -44,7 +44,8 @@ def read_run(folder, max_iters):
     if not evaluations or evaluations[-1]['iter'] < max_iters:
         return None
     clock = [line['seconds'] for line in log if 'seconds' in line] + [0.0]      # a resumed run starts it again
-    return Run(folder, *([e[name] for e in evaluations if name in e] for name in ('iter', 'val_loss', 'accuracy', 'memory')),
+    figures = 'iter', 'val_loss', 'accuracy', 'memory'
+    return Run(folder, *([e[name] for e in evaluations if name in e] for name in figures),
                seconds=sum(before for before, after in zip(clock, clock[1:]) if after < before))
 
 
@@ -57,7 +58,7 @@ class Runner:
         self.folder = os.path.join(cfg.out_dir, 'quick') if cfg.quick else cfg.out_dir
 
     def train(self, models, config, steps, extra=(), quick=0):
-        """models: {name: its flags, as text}; a flag that is a word is a rule of lab.ablate. {name: [Run of each seed]}.
+        """models: {name: its flags, as text}; a word among them is a rule of lab.ablate. {name: [Run of each seed]}.
 
         steps: of each run, unless --steps says otherwise; quick: of a quick one, 0: a quarter. extra: flags of all.
         """
@@ -65,7 +66,8 @@ class Runner:
         always = [*extra, f'--max_iters={steps}']
         if not any(flag.startswith('--warmup_iters') for flag in extra):
             always.append(f'--warmup_iters={steps // 10}')
-        self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED --device={self.cfg.device}")
+        self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED "
+                             f'--device={self.cfg.device}')
         for seed in range(1, self.seeds + 1):
             for name, flags in models.items():
                 words = [flag for flag in flags.split() if not flag.startswith('--')]

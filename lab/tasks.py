@@ -92,8 +92,8 @@ WORDS = 'the grass is green and sky blue sun warm here we go there back again ov
 
 
 def passkey(rng, cfg):
-    """A number of five digits, as theirs, hidden in filler, after 2411.12892 section 5: `the sky [40712] is blue [` asks,
-    `40712` is the answer."""
+    """Five digits, as theirs, hidden in filler, after 2411.12892 section 5: `the sky [40712] is blue [` asks, `40712` is
+    the answer."""
     words = list(rng.choice(WORDS, cfg.length))
     key = f'{rng.integers(100_000):05}'
     words.insert(round((rng.random() if cfg.depth < 0 else cfg.depth) * cfg.length), f'[{key}]')
