@@ -129,6 +129,12 @@ def records_right(run, folder, batches=8):
     return statistics.mean(right)
 
 
+def right_in(folders):
+    """Columns of `table` from {header: folder of a data set}."""
+    return {header: lambda runs, folder=folder: spread([records_right(run, folder) for run in runs], '{:.1%}')
+            for header, folder in folders.items()}
+
+
 @torch.no_grad()
 def entropy(run, batches=4):
     """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest possible, mean

@@ -6,8 +6,8 @@
     python -m lab.reproduce gate --dataset=mine --steps=20000       on a text of yours, for longer
 
 Runs are python train.py, or python -m lab.ablate, in processes of one thread each. Finished runs are kept, stopped ones
-are resumed. A claim writes its section of RESULTS.md, between two markers, and a picture into results/; the words around
-the markers stay. Begin with the gate: it says whether the text and the runs can show anything about long context.
+are resumed. A claim writes its section of RESULTS.md, between two markers, and a picture into results/; the words
+around the markers stay. Begin with the gate: it says whether text and runs can show anything about long context.
 """
 import os
 import platform
@@ -21,7 +21,7 @@ import data
 import prepare_text
 import train
 from lab import measure, plot, tasks
-from lab.runs import Runner, command, curves, last, spread, table
+from lab.runs import Runner, command, curves, last, mean_loss, spread, steps_to, table
 from support import checkpoint as ckpt
 from support import settings
 from support.settings import UserError
@@ -50,7 +50,7 @@ class ReproduceConfig:
 
 
 def task_data(runner, task, **changed):
-    """A synthetic data set, made where it is missing; its folder. changed: what differs from the task's own settings."""
+    """The folder of a synthetic data set, made where it is missing. changed: what differs from the task's settings."""
     cfg = tasks.TaskConfig(tasks=[task], name='_'.join([task, *(f'{key}_{value}' for key, value in changed.items())]),
                            data_dir=runner.cfg.data_dir, **changed)
     folder = os.path.join(cfg.data_dir, cfg.name)
@@ -68,10 +68,11 @@ def text(runner, T=256):
     if not cfg.dataset and not os.path.isfile(os.path.join(folder, 'meta.json')):
         prepare_text.prepare(prepare_text.TextConfig(data_dir=cfg.data_dir))
     dataset = data.load_dataset(cfg.dataset or 'stdlib', cfg.data_dir)
-    runner.about = (f'Text: {dataset.name}, {dataset.tokens("train"):,} tokens of the tokenizer {dataset.tokenizer_name} '
-                    f'({dataset.tokens("val"):,} for validation).')
+    runner.about = (f'Text: {dataset.name}, {dataset.tokens("train"):,} tokens of the tokenizer '
+                    f'{dataset.tokenizer_name} ({dataset.tokens("val"):,} for validation).')
     size = settings.parse(train.TrainConfig, [cfg.config])
-    return [f'--dataset={folder}', f'--block_size={T}', f'--batch_size={max(1, size.batch_size * size.block_size // T)}']
+    batch_size = max(1, size.batch_size * size.block_size // T)
+    return [f'--dataset={folder}', f'--block_size={T}', f'--batch_size={batch_size}']
 
 
 # ---- The claims. Each takes a Runner and returns the text of its section
@@ -82,15 +83,19 @@ ATTENTIONS = {'standard': '', 'selective': '--selective', 'SSA': '--ssa=qv', 'se
 def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained on token 0 and the
     newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
-    models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in ((16, 64) if r.cfg.quick else (8, 16, 32, 64))},
-              'selective': '--selective'}
+    Ks = (16, 64) if r.cfg.quick else (8, 16, 32, 64)
+    models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'selective': '--selective'}
     runs = r.train(models, r.cfg.config, 1000, text(r), quick=100)
-    loss = {name: statistics.mean(run.val_loss[-1] for run in some) for name, some in runs.items()}
-    windows = {name: loss[name] - loss['standard'] for name in models if name.startswith('newest')}
-    passed = min(windows.values()) > 0 and all(gap >= 0.05 for name, gap in windows.items() if int(name.split()[1]) <= 32)
+    gaps = {K: mean_loss(runs[f'newest {K}']) - mean_loss(runs['standard']) for K in Ks}
+    passed = min(gaps.values()) > 0 and all(gap >= 0.05 for K, gap in gaps.items() if K <= 32)
     verdict = f"**The gate {'passes' if passed else 'fails'}**: against standard " + ', '.join(
-        f'{name} {gap:+.3f}' for name, gap in windows.items()) + '.'
-    return f"{verdict}\n\n{measure.LEGEND}\n\n{measure.kinds_table(r, 'attention', models, runs)}\n\n{curves(r, {'gate': runs})}"
+        f'newest {K} {gap:+.3f}' for K, gap in gaps.items()) + '.'
+    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs)])
+
+
+def by_kinds(r, first, models, runs):
+    """The parts of a section about losses by kind of target: what they are, the table, the picture."""
+    return measure.LEGEND, measure.kinds_table(r, first, models, runs), curves(r, {r.claim: runs})
 
 
 def headline(r):
@@ -101,41 +106,45 @@ def headline(r):
     parts, kept = [], {}
     for T in [256] if r.cfg.quick else map(int, r.cfg.contexts.split(',')):
         runs = r.train(models, r.cfg.config, 1000, text(r, T), quick=100)
-        parts.append(f"**Context {T}**\n\n{measure.kinds_table(r, 'attention', models, runs, {'requirement': last('memory', '{:.1%}')})}")
-        parts.append(equal_memory(r, T, runs, kept))
+        columns = {'requirement': last('memory', '{:.1%}')}
+        parts += [f'**Context {T}**', measure.kinds_table(r, 'attention', models, runs, columns),
+                  equal_memory(r, T, runs, kept)]
     return '\n\n'.join([measure.LEGEND, *parts, tokens_kept(r, kept)])
 
 
 def equal_memory(r, T, runs, kept):
     """Tokens kept for standard attention's loss, and what simple policies and models reach with as many."""
-    windows, rows, jobs = 32 if r.cfg.quick else max(32, 16384 // T), [], []
+    windows, rows, jobs, file = 32 if r.cfg.quick else max(32, 16384 // T), [], [], 'budgets_{}_baseline.json'
     for name in list(runs)[1:]:
         for run, base in zip(runs[name], runs['standard']):
-            jobs += [(run, policy, [f'--baseline={base.folder}'], f'budgets_{policy}_baseline.json')
+            jobs += [(run, policy, [f'--baseline={base.folder}'], file.format(policy))
                      for policy in ('selective', 'oldest')]
     measure.search(r, jobs, windows)
-    found = [(name, run, base, *(measure.holds(run, f'budgets_{policy}_baseline.json') for policy in ('selective', 'oldest')))
+    found = [(name, run, base, *(measure.holds(run, file.format(policy)) for policy in ('selective', 'oldest')))
              for name in list(runs)[1:] for run, base in zip(runs[name], runs['standard'])]
     least = min((statistics.mean(by_F['budgets']) for *_, by_F, _ in found if by_F), default=None)
     for name, run, base, by_F, by_age in found:
         for label, point in (name, by_F), (f'{name}, newest', by_age):
             if point:
                 kept.setdefault(label, {}).setdefault(T, []).append(statistics.mean(point['budgets']))
+        saved = [f"{point['saving']:.1f}x" if point else 'none' for point in (by_F, by_age)]
         if not by_F:
-            rows.append([name, 'not within standard\'s loss', '', *([f"{by_age['saving']:.1f}x"] if by_age else ['']), *[''] * 5])
+            rows.append([name, 'above the loss of standard', *saved, *[''] * 5])
             continue
         budgets, count = by_F['budgets'], 32 if r.cfg.quick else max(64, 32768 // T)
-        tried = [(run, budgets, 'selective'), (run, budgets, 'oldest'), (run, budgets, 'random'), (base, budgets, 'oldest')]
+        tried = [*((run, budgets, policy) for policy in ('selective', 'oldest', 'random')), (base, budgets, 'oldest')]
         if statistics.mean(budgets) == least:
             K = max(2, round(least))
-            tried.append((r.train({K: f'window={K} --selective'}, r.cfg.config, 1000, text(r, T), quick=100)[K][0], None, ''))
+            trained = r.train({K: f'window={K} --selective'}, r.cfg.config, 1000, text(r, T), quick=100)
+            tried.append((trained[K][0], None, ''))
         losses = [measure.by_kind(*measure.token_losses(one, count, kept, policy)) for one, kept, policy in tried]
-        rows.append([name, ' '.join(map(str, budgets)), f"{by_F['saving']:.1f}x", f"{by_age['saving']:.1f}x" if by_age else 'none',
+        rows.append([name, ' '.join(map(str, budgets)), *saved,
                      *(f"{loss['all']:.3f} / {loss['recall']:.3f}" for loss in losses), *[''] * (5 - len(losses))])
-    header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest', 'trained on as many']
+    header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest',
+              'trained on as many']
     rows = [header, ['---'] * len(header), *rows]
-    return ("Tokens kept, by layer, for the loss of standard attention, and at this memory the loss of all / of recall tokens:\n\n"
-            + '\n'.join(f"| {' | '.join(row)} |" for row in rows))
+    return ('Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows; and with as many '
+            'tokens, the loss of all / of recall tokens:\n\n' + '\n'.join(f"| {' | '.join(row)} |" for row in rows))
 
 
 def tokens_kept(r, kept):
@@ -146,7 +155,8 @@ def tokens_kept(r, kept):
         colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
         ax.plot(list(points), [statistics.mean(values) for values in points.values()], color=colour, linestyle=line,
                 marker=marker, label=name)
-    ax.set(xlabel='context', ylabel='tokens kept a layer', xscale='log', yscale='log', title="at standard attention's loss")
+    ax.set(xlabel='context', ylabel='tokens kept a layer', xscale='log', yscale='log',
+           title="at standard attention's loss")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
     return r.save(picture)
@@ -157,10 +167,9 @@ def heads(r):
     many."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
     runs = r.train(models, r.cfg.config, 1000, text(r), quick=150)
-    loss = {name: statistics.mean(run.val_loss[-1] for run in some) for name, some in runs.items()}
-    gain = loss['standard'] - loss['standard, 2x heads']
-    verdict = f"Selective attention gains {loss['standard'] - loss['selective']:+.4f} on standard, twice the heads {gain:+.4f}."
-    return f"{verdict}\n\n{measure.LEGEND}\n\n{measure.kinds_table(r, 'attention', models, runs)}\n\n{curves(r, {'heads': runs})}"
+    double, selective = (mean_loss(runs['standard']) - mean_loss(runs[name]) for name in list(models)[1:])
+    verdict = f'Selective attention gains {selective:+.4f} on standard attention, twice the heads {double:+.4f}.'
+    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs)])
 
 
 def rules(r):
@@ -173,7 +182,7 @@ def rules(r):
     if r.cfg.quick:
         models = {name: models[name] for name in list(models)[:5]}
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
-    return f"{measure.LEGEND}\n\n{measure.kinds_table(r, 'rule', models, runs)}\n\n{curves(r, {'2 layers of 64, context 128': runs})}"
+    return '\n\n'.join(by_kinds(r, 'rule', models, runs))
 
 
 def ssa(r):
@@ -187,7 +196,7 @@ def ssa(r):
     if r.cfg.quick:
         models = {name: models[name] for name in list(models)[:7:2]}
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
-    goal = statistics.mean(run.val_loss[-1] for run in runs['standard'])
+    goal = mean_loss(runs['standard'])
     columns = {'validation loss': last('val_loss'), 'against standard': lambda some: f'{mean_loss(some) - goal:+.4f}',
                "steps to standard's loss": steps_to('val_loss', goal), 'position part': measure.position_part,
                'new parameters': lambda some: f'{measure.new_parameters(some[0]):.2%}',
@@ -195,18 +204,10 @@ def ssa(r):
     return f"{table('temperatures', models, runs, columns)}\n\n{curves(r, {'2 layers of 64, context 128': runs})}"
 
 
-def mean_loss(runs):
-    return statistics.mean(run.val_loss[-1] for run in runs)
-
-
-def steps_to(figure, goal):
-    return lambda runs: spread([run.crossing(figure, goal) for run in runs], '{:.0f}')
-
-
 def finetune(r):
     """2411.12892: SSA put into a trained model reaches the loss of going on without it in 1.45x fewer steps (theirs,
     second-hand)."""
-    size = [*text(r, 128), '--n_layer=2', '--n_embd=64', '--rope=False', '--bias=True', '--gelu=tanh']     # GPT-2's build
+    size = [*text(r, 128), '--n_layer=2', '--n_embd=64', '--rope=False', '--bias=True', '--gelu=tanh']  # GPT-2's build
     base = r.train({'base': ''}, r.cfg.config, 600, size, quick=150)['base'][0]
     folder = os.path.join(r.folder, f'exported_{ckpt.fingerprint(ckpt.load_model(base.folder)[0])}')
     if not os.path.isfile(os.path.join(folder, 'config.json')):
@@ -221,29 +222,25 @@ def finetune(r):
     return f"{table('put in', models, runs, columns)}\n\n{curves(r, {'fine-tuning': runs})}"
 
 
-def right_in(folders):
-    """Columns of `table` from {header: folder of a data set}."""
-    return {header: lambda runs, folder=folder: spread([measure.records_right(run, folder) for run in runs], '{:.1%}')
-            for header, folder in folders.items()}
-
-
 def variable_assignment(r):
     """2410.02703 section 2: selective attention solves variable assignment and generalises; standard does less."""
     trained = task_data(r, 'variable_assignment')
-    others = {f'{n} variables': task_data(r, 'variable_assignment', variables=n, records=2000, seed=1) for n in (2, 6, 12)}
+    others = {f'{n} variables': task_data(r, 'variable_assignment', variables=n, records=2000, seed=1)
+              for n in (2, 6, 12)}
     runs = r.train(ATTENTIONS, 'config/tasks.py', 1000, [f'--dataset={trained}'], quick=250)
-    return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; the columns on the right are
-of other numbers of variables, and there all six answers of a record must be right.
+    columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
+               **measure.right_in({'records of 3 right': trained, **others})}
+    return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; columns on the
+right are of other numbers of variables, and there all six answers of a record must be right.
 
-{table('attention', ATTENTIONS, runs, {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
-                                       **right_in({'records of 3 right': trained, **others})})}
+{table('attention', ATTENTIONS, runs, columns)}
 
 {curves(r, {'3 variables, as trained': runs}, 'accuracy', 'accuracy of the answers')}"""
 
 
 def passkey(r):
-    """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA (theirs, of a pre-trained
-    model)."""
+    """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA (theirs, of a
+    pre-trained model)."""
     depths = {f'depth {d:g}': task_data(r, 'passkey', depth=d, records=2000, seed=1) for d in (0.0, 0.5, 1.0)}
     return answers(r, 'passkey', {**ATTENTIONS, 'SSA, learning rate x 10': '--ssa=qv --ssa_lr=10'}, depths)
 
@@ -258,7 +255,7 @@ def answers(r, task, models, tests):
     trained = task_data(r, task)
     runs = r.train(models, 'config/tasks.py', 600, [f'--dataset={trained}'], quick=200)
     columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
-               **right_in({'records right': trained, **tests})}
+               **measure.right_in({'records right': trained, **tests})}
     return f"""Accuracy is that of single tokens; in the columns after it all of a record must be right.
 
 {table('attention', models, runs, columns)}
@@ -267,20 +264,22 @@ def answers(r, task, models, tests):
 
 
 def memory(r):
-    """How much tasks need for 0.01 nats over the model's own loss: parity and copying bound the method from both sides."""
+    """How much tasks need for 0.01 nats over the model's own loss: parity and copying bound it from both sides."""
     models, parts, file = {'selective': '--selective'}, [], 'budgets_{}_tolerance.json'
     for task, context, steps in ('parity', 64, 500), ('variable_assignment', 36, 1000), ('copying', 49, 1000):
         runs = r.train(models, 'config/tasks.py', steps, [f'--dataset={task_data(r, task)}'], quick=steps // 5)
         measure.search(r, [(run, policy, ['--tolerance=0.01'], file.format(policy)) for run in runs['selective']
                            for policy in ('selective', 'oldest', 'random')], 64 if r.cfg.quick else 256)
-        columns = {'validation loss': last('val_loss'), **{name: measure.saving(file.format(policy)) for name, policy in (
-            ('by F', 'selective'), ('newest', 'oldest'), ('random', 'random'))}}
+        policies = {'by F': 'selective', 'newest': 'oldest', 'random': 'random'}
+        columns = {'validation loss': last('val_loss'),
+                   **{name: measure.saving(file.format(policy)) for name, policy in policies.items()}}
         parts.append(f"**{task}**, {context} tokens\n\n{table('model', models, runs, columns)}")
     return '\n\n'.join(parts)
 
 
 # minutes on two cores
-CLAIMS = {gate: 60, headline: 150, heads: 40, rules: 45, ssa: 40, finetune: 15, variable_assignment: 20, passkey: 10, denoising: 8, memory: 10}
+CLAIMS = {gate: 40, headline: 120, heads: 15, rules: 30, ssa: 30, finetune: 15, variable_assignment: 20, passkey: 10,
+          denoising: 8, memory: 10}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,8 +311,9 @@ def footer(runner):
                     if name in ('dataset', 'steps', 'config', 'contexts', 'device') and getattr(cfg, name) != default)
     seeds = 'one seed' if runner.seeds == 1 else f'the seeds 1 to {runner.seeds}'
     return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}{flags} --seeds={runner.seeds}`: {seeds}. "
-            f'{runner.about + " " if runner.about else ""}Runs of one thread each, {platform.machine()}, torch {torch.__version__}. '
-            'A word in FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of `python train.py`. The runs:\n\n'
+            f'{runner.about + " " if runner.about else ""}Runs of one thread each, {platform.machine()}, torch '
+            f'{torch.__version__}. A word in FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of '
+            '`python train.py`. The runs:\n\n'
             + '\n'.join(f'    {c}' for c in dict.fromkeys(runner.commands)))
 
 

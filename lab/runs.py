@@ -142,6 +142,16 @@ def last(figure, form='{:.4f}'):
     return lambda runs: spread([getattr(run, figure)[-1] for run in runs], form) if getattr(runs[0], figure) else ''
 
 
+def mean_loss(runs):
+    """The validation loss at the end, mean over the runs."""
+    return statistics.mean(run.val_loss[-1] for run in runs)
+
+
+def steps_to(figure, goal):
+    """A column of `table`: the step at which a figure gets to the goal."""
+    return lambda runs: spread([run.crossing(figure, goal) for run in runs], '{:.0f}')
+
+
 def table(first, models, runs, columns):
     """Markdown: a row for each model, with its flags, its columns {header: function of [Run]} and its minutes."""
     columns = {**columns, 'minutes': lambda runs: f'{statistics.mean(run.seconds for run in runs) / 60:.1f}'}
