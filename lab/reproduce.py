@@ -12,7 +12,6 @@ around the markers stay. Begin with the gate: it says whether text and runs can 
 import os
 import platform
 import statistics
-import sys
 from dataclasses import dataclass, field
 
 import torch
