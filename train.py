@@ -79,13 +79,13 @@ def check(cfg, world):
         raise UserError(str(e)) from None
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
-    if cfg.freeze and not (cfg.ssa or cfg.vote_scale):
-        raise UserError("freeze='base' leaves nothing to train: set ssa or vote_scale")
-    if cfg.gradient_accumulation_steps % world:
-        raise UserError(f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} cannot be shared out '
-                        f'among {world} processes')
-    if cfg.memory_loss and not cfg.selective:
-        raise UserError('memory_loss needs selective=True: standard attention masks nothing')
+    for wrong, why in [
+            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' leaves nothing to train: set ssa, vote_scale"),
+            (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
+             f'cannot be shared out among {world} processes'),
+            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: nothing else masks')]:
+        if wrong:
+            raise UserError(why)
 
 
 def schedule(cfg, iter_num):
@@ -101,14 +101,13 @@ def schedule(cfg, iter_num):
 
 def find_start(cfg, processes):
     """The checkpoint that the run begins with, of out_dir or of a pretrained model; None: it begins from scratch."""
-    if cfg.init_from == 'scratch':
-        if os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')):
-            raise UserError(f'{cfg.out_dir} has a checkpoint: resume it with --init_from=resume, delete the folder, or '
-                            'give another --out_dir')
-        return None
     if cfg.init_from == 'resume':
         return ckpt.load(cfg.out_dir)
-    return processes.after_master(pretrained.load, cfg.init_from, cfg)      # the master downloads it
+    if os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')) and not cfg.eval_only:
+        raise UserError(f'{cfg.out_dir} has a checkpoint: resume it with --init_from=resume, delete the folder, or '
+                        'give another --out_dir')
+    if cfg.init_from != 'scratch':
+        return processes.after_master(pretrained.load, cfg.init_from, cfg)      # the master downloads it
 
 
 def take_settings(cfg, start):
@@ -143,10 +142,7 @@ def take_settings(cfg, start):
 
 
 def open_data(cfg, processes, tokenizer):
-    """The data set of the run. Prepares the default one, which needs no network, where it is missing.
-
-    tokenizer: that of the model's checkpoint, or None.
-    """
+    """The data set of the run; tokenizer: the checkpoint's, or None. Prepares 'stdlib' where missing, off the network."""
     def opened():
         if cfg.dataset == 'stdlib' and not os.path.exists('data/stdlib'):
             prepare_text.prepare(prepare_text.TextConfig())
@@ -186,8 +182,10 @@ def get_batch(cfg, dataset, split, index):
 @torch.no_grad()
 def evaluate(cfg, model, dataset, processes):
     """Figures on the validation set: val_loss, the plain cross-entropy; memory, what a selective model needs of it;
-    accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token."""
+    accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token; live, with
+    kernels/cpu.py: the share of attention that it computed, as the rest is provably masked."""
     model.eval()
+    kernels.live_share()                    # from here on
     names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len)
     totals, batches = [0.0] * len(names), range(processes.rank, cfg.eval_iters, processes.world)
     for n in batches:
@@ -198,6 +196,9 @@ def evaluate(cfg, model, dataset, processes):
             figures.append((logits.argmax(dim=-1) == y)[y >= 0].float().mean())
         totals = [total + figure.item() for total, figure in zip(totals, figures)]
     model.train()
+    live = kernels.live_share()
+    if live is not None:
+        names, totals = [*names, 'live'], [*totals, live * len(batches)]
     *totals, count = processes.mean(*totals, len(batches))
     return {name: total / count for name, total in zip(names, totals)}
 
@@ -252,8 +253,8 @@ def main():
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)
     attention = ' + '.join(['selective'] * cfg.selective + [f'SSA {cfg.ssa}'] * bool(cfg.ssa)) or 'standard'
     say(f'{cfg.out_dir}: {attention} attention, {raw_model.num_params() / 1e6:.2f}M parameters, {processes.world} x '
-        f'{cfg.device} {cfg.dtype}; data {cfg.dataset} ({dataset.tokens("train"):,} tokens of {dataset.tokenizer_name}); '
-        f'{tokens_per_step:,} tokens a step')
+        f'{cfg.device} {cfg.dtype}; data {cfg.dataset} ({dataset.tokens("train"):,} tokens of '
+        f'{dataset.tokenizer_name}); {tokens_per_step:,} tokens a step')
     say(kernel)
     if cfg.eval_only:
         say(f'step {iter_num}{shown(evaluate(cfg, raw_model, dataset, processes))}')

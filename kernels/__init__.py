@@ -55,6 +55,15 @@ def install(model, kernel='auto', dtype=torch.float32):
     return f'attention: {KERNELS[name]}, which gives the numbers of model.py'
 
 
+def live_share():
+    """The share of pairs (row, column) that kernels/cpu.py computed since the last call, None if it did not run.
+
+    Columns that provably no later row can see are dropped; without that it would be 1.
+    """
+    from kernels import cpu
+    return cpu.live.share()
+
+
 def fast_rows(model):
     """Make the linear layers of a model on a CPU fast for a single row, as in the generation of one text."""
     for module in model.modules():

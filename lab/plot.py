@@ -7,7 +7,6 @@ Reads each run's log.jsonl (train.py) and what there is of budgets.json, budgets
 (prune.py). Writes loss.png and memory.png.
 """
 import io
-import json
 import os
 import pathlib
 import sys
@@ -27,6 +26,8 @@ class PlotConfig:
 STYLES = [('#0072b2', '-', 'o'), ('#d55e00', '--', 's'), ('#009e73', '-.', '^'), ('#cc79a7', ':', 'D'),
           ('#56b4e9', '-', 'v'), ('#e69f00', '--', 'P'), ('#000000', '-.', 'X'), ('#999999', ':', '*')]
 
+CURVE = {'curve': [{'saving': float, 'val_loss': float}], 'baseline_loss?': (float, None)}      # of a budgets.json
+
 
 def read_losses(run):
     """(steps, training loss), (steps, validation loss) of a run's log.jsonl."""
@@ -42,8 +43,7 @@ def budget_files(run):
 
 def read_budgets(path):
     """The curve of a budgets.json as (factors saved, validation losses), and the loss of the baseline, or None."""
-    with open(path, encoding='utf-8') as f:
-        found = json.load(f)
+    found = files.read_json(path, CURVE, 'run prune.py again')
     points = sorted((point['saving'], point['val_loss']) for point in found['curve'])
     return tuple(zip(*points)), found.get('baseline_loss')
 
@@ -113,13 +113,13 @@ def main():
             name = run                                      # two runs of one name in different folders
         try:
             logs[name] = read_losses(run)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except UserError as e:
             print(f'{run} is left out: {e}', file=sys.stderr)
         for path in budget_files(run):
             try:
                 curves[name + path.stem.removeprefix('budgets').replace('_', ', ')] = read_budgets(path)
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                print(f'{path} is left out: {type(e).__name__} {e}', file=sys.stderr)
+            except UserError as e:
+                print(f'{path} is left out: {e}', file=sys.stderr)
     if not any(steps for log in logs.values() for steps, _ in log):
         raise UserError('none of these folders has a log.jsonl of train.py with a loss in it')
     plt = import_pyplot()

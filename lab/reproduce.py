@@ -19,7 +19,7 @@ import torch
 import data
 import prepare_text
 import train
-from lab import measure, plot, tasks
+from lab import figures, plot, tasks
 from lab.runs import Runner, command, curves, last, mean_loss, spread, steps_to, table
 from support import checkpoint as ckpt
 from support import settings
@@ -94,7 +94,7 @@ def gate(r):
 
 def by_kinds(r, first, models, runs):
     """The parts of a section about losses by kind of target: what they are, the table, the picture."""
-    return measure.LEGEND, measure.kinds_table(r, first, models, runs), curves(r, {r.claim: runs})
+    return figures.LEGEND, figures.kinds_table(r, first, models, runs), curves(r, {r.claim: runs})
 
 
 def headline(r):
@@ -106,9 +106,9 @@ def headline(r):
     for T in [256] if r.cfg.quick else map(int, r.cfg.contexts.split(',')):
         runs = r.train(models, r.cfg.config, 1000, text(r, T), quick=100)
         columns = {'requirement': last('memory', '{:.1%}')}
-        parts += [f'**Context {T}**', measure.kinds_table(r, 'attention', models, runs, columns),
+        parts += [f'**Context {T}**', figures.kinds_table(r, 'attention', models, runs, columns),
                   equal_memory(r, T, runs, kept)]
-    return '\n\n'.join([measure.LEGEND, *parts, tokens_kept(r, kept)])
+    return '\n\n'.join([figures.LEGEND, *parts, tokens_kept(r, kept)])
 
 
 def equal_memory(r, T, runs, kept):
@@ -118,8 +118,8 @@ def equal_memory(r, T, runs, kept):
         for run, base in zip(runs[name], runs['standard']):
             jobs += [(run, policy, [f'--baseline={base.folder}'], file.format(policy))
                      for policy in ('selective', 'oldest')]
-    measure.search(r, jobs, windows)
-    found = [(name, run, base, *(measure.holds(run, file.format(policy)) for policy in ('selective', 'oldest')))
+    figures.search(r, jobs, windows)
+    found = [(name, run, base, *(figures.holds(run, file.format(policy)) for policy in ('selective', 'oldest')))
              for name in list(runs)[1:] for run, base in zip(runs[name], runs['standard'])]
     least = min((statistics.mean(by_F['budgets']) for *_, by_F, _ in found if by_F), default=None)
     for name, run, base, by_F, by_age in found:
@@ -136,7 +136,7 @@ def equal_memory(r, T, runs, kept):
             K = max(2, round(least))
             trained = r.train({K: f'window={K} --selective'}, r.cfg.config, 1000, text(r, T), quick=100)
             tried.append((trained[K][0], None, ''))
-        losses = [measure.by_kind(*measure.token_losses(one, count, kept, policy)) for one, kept, policy in tried]
+        losses = [figures.by_kind(*figures.token_losses(one, count, kept, policy)) for one, kept, policy in tried]
         rows.append([name, ' '.join(map(str, budgets)), *saved,
                      *(f"{loss['all']:.3f} / {loss['recall']:.3f}" for loss in losses), *[''] * (5 - len(losses))])
     header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest',
@@ -197,9 +197,9 @@ def ssa(r):
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
     goal = mean_loss(runs['standard'])
     columns = {'validation loss': last('val_loss'), 'against standard': lambda some: f'{mean_loss(some) - goal:+.4f}',
-               "steps to standard's loss": steps_to('val_loss', goal), 'position part': measure.position_part,
-               'new parameters': lambda some: f'{measure.new_parameters(some[0]):.2%}',
-               'entropy of attention': lambda some: spread([measure.entropy(run) for run in some], '{:.3f}')}
+               "steps to standard's loss": steps_to('val_loss', goal), 'position part': figures.position_part,
+               'new parameters': lambda some: f'{figures.new_parameters(some[0]):.2%}',
+               'entropy of attention': lambda some: spread([figures.entropy(run) for run in some], '{:.3f}')}
     return f"{table('temperatures', models, runs, columns)}\n\n{curves(r, {'2 layers of 64, context 128': runs})}"
 
 
@@ -217,7 +217,7 @@ def finetune(r):
                                                      '--warmup_iters=20', '--eval_interval=20'], quick=60)
     goal = mean_loss(runs['going on'])
     columns = {'validation loss': last('val_loss'), 'against going on': lambda some: f'{mean_loss(some) - goal:+.4f}',
-               "steps to its loss": steps_to('val_loss', goal), 'position part': measure.position_part}
+               "steps to its loss": steps_to('val_loss', goal), 'position part': figures.position_part}
     return f"{table('put in', models, runs, columns)}\n\n{curves(r, {'fine-tuning': runs})}"
 
 
@@ -228,7 +228,7 @@ def variable_assignment(r):
               for n in (2, 6, 12)}
     runs = r.train(ATTENTIONS, 'config/tasks.py', 1000, [f'--dataset={trained}'], quick=250)
     columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
-               **measure.right_in({'records of 3 right': trained, **others})}
+               **figures.right_in({'records of 3 right': trained, **others})}
     return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; columns on the
 right are of other numbers of variables, and there all six answers of a record must be right.
 
@@ -254,7 +254,7 @@ def answers(r, task, models, tests):
     trained = task_data(r, task)
     runs = r.train(models, 'config/tasks.py', 600, [f'--dataset={trained}'], quick=200)
     columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
-               **measure.right_in({'records right': trained, **tests})}
+               **figures.right_in({'records right': trained, **tests})}
     return f"""Accuracy is that of single tokens; in the columns after it all of a record must be right.
 
 {table('attention', models, runs, columns)}
@@ -267,11 +267,11 @@ def memory(r):
     models, parts, file = {'selective': '--selective'}, [], 'budgets_{}_tolerance.json'
     for task, context, steps in ('parity', 64, 500), ('variable_assignment', 36, 1000), ('copying', 49, 1000):
         runs = r.train(models, 'config/tasks.py', steps, [f'--dataset={task_data(r, task)}'], quick=steps // 5)
-        measure.search(r, [(run, policy, ['--tolerance=0.01'], file.format(policy)) for run in runs['selective']
+        figures.search(r, [(run, policy, ['--tolerance=0.01'], file.format(policy)) for run in runs['selective']
                            for policy in ('selective', 'oldest', 'random')], 64 if r.cfg.quick else 256)
         policies = {'by F': 'selective', 'newest': 'oldest', 'random': 'random'}
         columns = {'validation loss': last('val_loss'),
-                   **{name: measure.saving(file.format(policy)) for name, policy in policies.items()}}
+                   **{name: figures.saving(file.format(policy)) for name, policy in policies.items()}}
         parts.append(f"**{task}**, {context} tokens\n\n{table('model', models, runs, columns)}")
     return '\n\n'.join(parts)
 

@@ -295,7 +295,7 @@ def test_files_that_are_not_text_are_skipped(tmp_path, capsys):
         (tmp_path / f'{i}.txt').write_text('fine')
     (tmp_path / 'z.bin').write_bytes(b'\xff\xfe' * 9)
     folder = text_set(tmp_path, *sorted(tmp_path.iterdir()))
-    assert '4 file(s), 1 not UTF-8 skipped' in capsys.readouterr().out
+    assert '4 file(s), 1 not text skipped' in capsys.readouterr().out
     assert len(tokens_of(folder, 'train.bin') + tokens_of(folder, 'val.bin')) == 4 * 5
 
 
@@ -319,7 +319,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(UserError, match='no text there'):
         text_set(tmp_path, tmp_path, ext='.md')
     make(tmp_path / 'data' / 'c4', {'train_00000.bin': range(9), 'val_00000.bin': range(9)})
-    with pytest.raises(UserError, match='train_00000.bin, which belongs to another kind'):
+    with pytest.raises(UserError, match='train_00000.bin, which is not of such a data set'):
         text_set(tmp_path, tmp_path / 'a.txt', name='c4')
 
 

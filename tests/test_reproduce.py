@@ -8,7 +8,7 @@ import torch
 
 import model as m
 import train
-from lab import ablate, measure, reproduce, runs, tasks
+from lab import ablate, figures, reproduce, runs, tasks
 from support import settings
 
 TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_size=4', '--eval_interval=4', '--eval_iters=1',
@@ -217,14 +217,14 @@ def test_records_right_and_entropy(run, tmp_path):
     run(tasks, *tasks_args)
     run(train, *TINY, f'--dataset={tmp_path}/copying', '--max_iters=1', f'--out_dir={tmp_path}/out', '--ssa=qv')
     trained = runs.read_run(str(tmp_path / 'out'), 1)
-    assert 0 <= measure.records_right(trained, f'{tmp_path}/copying', batches=1) < 0.5
-    spread_out = measure.entropy(trained, batches=1)
+    assert 0 <= figures.records_right(trained, f'{tmp_path}/copying', batches=1) < 0.5
+    spread_out = figures.entropy(trained, batches=1)
     assert 0.95 < spread_out <= 1                               # a fresh model looks everywhere
     gpt, saved = reproduce.ckpt.load_model(str(tmp_path / 'out'))
     with torch.no_grad():
         saved['model']['transformer.h.0.attn.c_attn.weight'][:32] *= 1e4
     torch.save(saved, tmp_path / 'out/ckpt.pt')
-    assert measure.entropy(trained, batches=1) < 0.2
+    assert figures.entropy(trained, batches=1) < 0.2
 
 
 def test_a_run_that_was_resumed(tmp_path):
@@ -263,43 +263,43 @@ def test_data_sets_are_what_their_settings_say(run, tmp_path):
 def test_searches(tmp_path, monkeypatch):
     """Unfinished ones are resumed, finished ones kept; a model that misses the target unpruned is left out."""
     ran = []
-    monkeypatch.setattr(measure, 'command', ran.append)
+    monkeypatch.setattr(figures, 'command', ran.append)
     runner, one = runs.Runner(reproduce.ReproduceConfig(), 'small'), runs.Run(str(tmp_path), [], [], [], [], 0.0)
     for policy, held_out in ('selective', {'holds': {'saving': 4.0}}), ('oldest', {}), ('none', {'holds': None}):
         (tmp_path / f'{policy}.json').write_text(json.dumps({'held_out': held_out}))
     policies = 'selective', 'oldest', 'random', 'none'
     jobs = [(one, policy, ['--tolerance=0.01'], f'{policy}.json') for policy in policies]
-    measure.search(runner, jobs, 64)
+    figures.search(runner, jobs, 64)
     assert sorted(args[3] for args in ran) == ['--policy=oldest', '--policy=random']
-    assert [measure.saving(f'{policy}.json')([one]) for policy in policies] == ['4.0x', 'never', 'never', 'never']
+    assert [figures.saving(f'{policy}.json')([one]) for policy in policies] == ['4.0x', 'never', 'never', 'never']
 
     def fails(args):
         raise settings.UserError('prune.py: the loss is above the target: ' + words)
-    monkeypatch.setattr(measure, 'command', fails)
+    monkeypatch.setattr(figures, 'command', fails)
     words = 'nothing can be taken away'
-    measure.search(runner, jobs, 64)
+    figures.search(runner, jobs, 64)
     words = 'something else'
     with pytest.raises(settings.UserError, match='something else'):
-        measure.search(runner, jobs, 64)
+        figures.search(runner, jobs, 64)
 
 
 def test_kinds_of_targets():
     """Against loops: new, among the newest, farther back."""
     tokens = torch.randint(9, (3, 41), generator=torch.Generator().manual_seed(0))
     x, y = tokens[:, :-1], tokens[:, 1:]
-    found = measure.kinds(x, y, near=5)
+    found = figures.kinds(x, y, near=5)
     for b in range(3):
         for t in range(40):
             seen = x[b, :t + 1].tolist()
             kind = 'new' if y[b, t] not in seen else 'near' if y[b, t] in seen[-5:] else 'recall'
-            assert measure.KINDS[found[b, t]] == kind
+            assert figures.KINDS[found[b, t]] == kind
     assert set(found.flatten().tolist()) == {0, 1, 2}
     losses = torch.rand(3, 40)
-    by_kind, shares = measure.by_kind(losses, found), measure.shares(found)
-    assert by_kind['all'] == pytest.approx(sum(by_kind[kind] * shares[kind] for kind in measure.KINDS))
+    by_kind, shares = figures.by_kind(losses, found), figures.shares(found)
+    assert by_kind['all'] == pytest.approx(sum(by_kind[kind] * shares[kind] for kind in figures.KINDS))
     assert by_kind['recall'] == pytest.approx(losses[found == 2].mean())
-    assert measure.against(losses, losses) == measure.against_recall(losses, losses, found) == '+0.0000 [+0.0000, +0.0000]'
-    assert measure.against(losses + 0.5, losses) == '+0.5000 [+0.5000, +0.5000]'
+    assert figures.against(losses, losses) == figures.against_recall(losses, losses, found) == '+0.0000 [+0.0000, +0.0000]'
+    assert figures.against(losses + 0.5, losses) == '+0.5000 [+0.5000, +0.5000]'
 
 
 def test_token_losses(run, dataset, tmp_path):
@@ -308,14 +308,14 @@ def test_token_losses(run, dataset, tmp_path):
     run(ablate, 'window=4', *args, f'--out_dir={tmp_path}/window=4-x')
     run(train, *args, f'--out_dir={tmp_path}/plain')
     window, plain = (runs.read_run(str(tmp_path / name), 4) for name in ('window=4-x', 'plain'))
-    assert (measure.rule_of(window.folder), measure.rule_of(plain.folder)) == ('window=4', None)
-    losses, which = measure.token_losses(window, 6)
+    assert (figures.rule_of(window.folder), figures.rule_of(plain.folder)) == ('window=4', None)
+    losses, which = figures.token_losses(window, 6)
     assert losses.shape == which.shape == (6, 12)
-    pruned, _ = measure.token_losses(window, 6, [4], 'oldest')      # the same tokens; the votes are tiny
+    pruned, _ = figures.token_losses(window, 6, [4], 'oldest')      # the same tokens; the votes are tiny
     torch.testing.assert_close(pruned, losses, atol=1e-3, rtol=0)
-    with_rule, _ = measure.token_losses(runs.Run(f'{tmp_path}/plain', [], [], [], [], 0.0), 6)
+    with_rule, _ = figures.token_losses(runs.Run(f'{tmp_path}/plain', [], [], [], [], 0.0), 6)
     assert not torch.allclose(with_rule, losses)
-    assert measure.position_part([plain]) == '' and measure.new_parameters(plain) == 0
+    assert figures.position_part([plain]) == '' and figures.new_parameters(plain) == 0
 
 
 def test_list_and_refusals(run):

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import model
+import prune
 import sample
 import train
 from support import checkpoint as ckpt, settings
@@ -75,7 +77,8 @@ def test_two_processes_train_as_one(dataset, tmp_path, run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, run):
-    out = run(train, dataset, *SMALL, '--max_iters=30', f'--out_dir={tmp_path}', '--learning_rate=1e30', '--grad_clip=0')
+    out = run(train, dataset, *SMALL, '--max_iters=30', f'--out_dir={tmp_path}', '--learning_rate=1000',
+              '--weight_decay=1000')
     assert 'is not finite' in out and 'ckpt.pt has step 0' in out
     assert all(p.isfinite().all() for p in ckpt.load(tmp_path)['model'].values())
 
@@ -102,6 +105,111 @@ def test_learning_and_sampling(dataset, tmp_path, run, monkeypatch):
                          ('--budgets=nowhere.json', 'nowhere.json'), ('--start=FILE:nowhere', 'nowhere'),
                          ('--out_dir=nowhere', 'nowhere/ckpt.pt does not exist'), ('--top_k=-1', 'top_k')]:
         assert words in run(sample, *args, wrong)
+
+
+@pytest.mark.parametrize('flags', [[], ['--rope', '--budgets']])
+def test_texts_of_one_batch(dataset, tmp_path, run, flags):
+    """num_samples texts are N texts after one prompt; greedy ones are that of a single run."""
+    run(train, dataset, *SMALL, '--max_iters=60', f'--out_dir={tmp_path}', '--selective', *flags[:1])
+    args = [f'--out_dir={tmp_path}', '--max_new_tokens=40', '--device=cpu', '--start=line 1', *[b + '=4' for b in flags[1:]]]
+    one = run(sample, *args, '--temperature=0').split('-' * 40)
+    three = run(sample, *args, '--temperature=0', '--num_samples=3').split('-' * 40)
+    assert len(three) == 4 and [text.strip() for text in three[:3]] == [one[0].strip()] * 3
+    texts = run(sample, *args, '--num_samples=3').split('-' * 40)[:3]
+    assert len(set(texts)) == 3 and all(text.strip().startswith('line 1') for text in texts)
+
+
+def test_bos(dataset, tmp_path, run, monkeypatch):
+    """<|endoftext|> stands in front of what a model reads exactly if it was trained so."""
+    seen, batches = [], []
+    read, batch = sample.stream, data.Dataset.batch
+    monkeypatch.setattr(sample, 'stream', lambda model, idx, *args, **more: (seen.append(idx[0].tolist()),
+                                                                              read(model, idx, *args, **more))[1])
+    monkeypatch.setattr(data.Dataset, 'batch', lambda *args, **more: (batches.append(batch(*args, **more)), batches[-1])[1])
+    for bos in True, False:
+        out_dir = tmp_path / str(bos)
+        run(train, dataset, *SMALL, '--max_iters=1', f'--out_dir={out_dir}', f'--bos={bos}', '--selective')
+        assert ckpt.starts_with_bos(ckpt.load(out_dir)) == bos
+        assert batches and all((x[:, 0] == 256).all() == bos for x, _ in batches)
+        batches.clear()
+        run(prune, f'--out_dir={out_dir}', '--tolerance=1', '--windows=4', '--device=cpu')
+        assert batches and all((x[:, 0] == 256).all() == bos for x, _ in batches)
+        batches.clear()
+        out = run(sample, f'--out_dir={out_dir}', '--start=li', '--max_new_tokens=2', '--device=cpu')
+        assert seen.pop() == [256] * bos + list(b'li') and out.startswith('li')
+
+
+def test_eval_only(dataset, tmp_path, run):
+    """It prints what the run logged at its end, takes the model from the checkpoint, and writes nothing."""
+    args = [*SMALL, f'--out_dir={tmp_path}']
+    run(train, dataset, *args, '--max_iters=20', '--selective', '--rope', '--ssa=qv')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    logged = json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[-1])
+    for more in [], ['--selective=False', '--n_layer=5', '--init_from=resume', '--kernel=none']:
+        out = run(train, *args, '--eval_only', *more)
+        assert f"step 20 | validation loss {logged['val_loss']:.4f} | memory {logged['memory']:.1%}" in out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert 'does not exist' in run(train, dataset, *SMALL, '--eval_only', f'--out_dir={tmp_path / "x"}')
+    assert not (tmp_path / 'x').exists()
+
+
+def as_of_old(checkpoint):
+    """A checkpoint in the form of the first version: a kernel in model_args, none of the newer settings."""
+    for part in 'model_args', 'config':
+        checkpoint[part]['kernel'] = 'rows'
+        for name in 'rope', 'qk_norm', 'bos', 'ssa_lr', 'eval_only':
+            checkpoint[part].pop(name, None)
+    return checkpoint
+
+
+def test_checkpoints_of_old(dataset, tmp_path, run):
+    """They load, sample, and resume as they would have: without BOS, with the same losses and weights."""
+    args = [dataset, *SMALL, '--selective', '--ssa=qv', '--bos=False', '--max_iters=20']
+    run(train, *args, f'--out_dir={tmp_path / "whole"}')
+    old = tmp_path / 'old'
+    run(train, *args, f'--out_dir={old}', '--max_iters=10', '--lr_decay_iters=20')
+    ckpt.save(old, as_of_old(ckpt.load(old)))
+    out = run(train, *args[:-2], '--max_iters=20', f'--out_dir={old}', '--init_from=resume')
+    assert 'bos=False: this run began without' in out
+    assert log(tmp_path / 'whole') == log(old)
+    a, b = (ckpt.load(folder)['model'] for folder in (tmp_path / 'whole', old))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    ckpt.save(old, as_of_old(ckpt.load(old)))
+    assert 'KV cache' in run(sample, f'--out_dir={old}', '--max_new_tokens=2', '--device=cpu')
+    assert 'has rope=False, this run True: resume with --rope=False' in run(
+        train, *args, f'--out_dir={old}', '--init_from=resume', '--rope')
+
+
+def test_ssa_has_its_own_learning_rate(dataset, tmp_path, run, monkeypatch):
+    """A multiplier of the schedule; a resumed run may change it, and the moments stay with their parameters."""
+    args = [dataset, *SMALL, '--ssa=qv', f'--out_dir={tmp_path}']
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self: (rates.append([g['lr'] for g in self.param_groups]),
+                                                                 step(self))[1])
+    run(train, *args, '--max_iters=10')
+    assert all(len(set(r)) == 1 and len(r) == 2 for r in rates)
+    before = ckpt.load(tmp_path)
+    rates.clear()
+    run(train, *args, '--max_iters=11', '--ssa_lr=50', '--init_from=resume', '--eval_interval=100')
+    assert len(rates) == 1 and rates[0][2] == pytest.approx(50 * rates[0][0]) and rates[0][0] == rates[0][1]
+    gpt = ckpt.build(before)
+    optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
+    ckpt.load_optimizer(optimizer, gpt, before)
+    same = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    same.load_state_dict(before['optimizer'])
+    for name, p in gpt.named_parameters():
+        assert torch.equal(optimizer.state[p]['exp_avg'], same.state[p]['exp_avg']), name
+
+
+def test_the_first_command_needs_no_network(tmp_path, tree):
+    """train.py prepares Python's standard library where it is missing, and opens no connection."""
+    tree('prepare_text.py', 'documents = [(file, key) for file, key in found if is_text(file)]',
+         'found = found[:60]\n        documents = [(file, key) for file, key in found if is_text(file)]')
+    (tree.path / 'sitecustomize.py').write_text('import socket\n\ndef refuse(*_):\n    raise SystemExit("a connection")\n'
+                                                'socket.socket.connect = socket.getaddrinfo = refuse\n')
+    out = tree.run('train.py', 'config/selective_small.py', *SMALL, '--max_iters=1', f'--out_dir={tmp_path / "out"}')
+    assert 'data stdlib (' in out and 'step 1/1' in out and 'a connection' not in out
+    assert sorted(os.listdir(tree.path / 'data')) == ['stdlib']
 
 
 def test_damaged_and_foreign_checkpoints(dataset, tmp_path, run):

@@ -196,7 +196,7 @@ def test_dimmed_tells_masked_from_dropped():
     (dict(), ['--start=abc'], 'standard attention'),
     (dict(ssa='qv'), ['--start=abc', '--text'], 'nothing is forgotten'),
     (dict(ssa='qv'), ['--start=abc', '--budgets=4'], 'nothing is forgotten'),
-    (dict(selective=True), [], '--start has 0 tokens'),
+    (dict(selective=True), [], '--start has 1 token'),
     (dict(selective=True), ['--start=a'], '--start has 1 token'),
     (dict(selective=True), ['--start=' + 'a' * 49], '49 tokens, the model reads 48'),
     (dict(selective=True), ['--start=FILE:nowhere'], 'nowhere'),

@@ -1,48 +1,56 @@
-"""What the Triton kernels of triton_kernels.py become on NVIDIA GPUs. No GPU is needed: Triton brings the assembler.
+"""Triton and ptxas take the kernels of kernels/gpu.py for GPUs that are not here, and their loops stay in registers.
 
-    python -m lab.compiled                                          bfloat16, heads of 64 channels, A100 and H100
-    python -m lab.compiled --capabilities=80,90,120 --head_sizes=16,32,64,128 --dtype=float32
+    python tests/test_compiled.py 80 64 votes,forward,columns,tile      sm_80 (an A100; 90 is an H100), heads of 64
 
-One line for each kernel: its tile, registers of a thread, bytes of shared memory, bytes of a thread's stack (what did
+prints a line for each kernel: its tile, registers of a thread, bytes of shared memory, bytes of a thread's stack (what did
 not fit into registers), and, for its inner loop (over the tiles off the diagonal, in `tile` over the heads), its
 instructions in one warp, how many of them are tensor core products (on sm_80 all of 16 x 8 x 16; on sm_90 they are
-larger), and how many go to the stack.
+larger), and how many go to the stack. No GPU is needed: Triton brings the assembler.
 """
 import collections
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
 
+import pytest
 import torch
 
-from support import settings
-from support.settings import UserError
-
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TYPES = {'float32': 'fp32', 'bfloat16': 'bf16', 'float16': 'fp16'}
 # what has the type of q, k and v; all other tensors are float32
 LIKE_Q = ('q', 'k', 'v', 'y', 'dy', 'dk', 'dv')
 
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+except ImportError:
+    if os.environ.get('CI'):
+        raise
+    pytest.skip('triton is not installed', allow_module_level=True)
 
-@dataclass
-class CompiledConfig:
-    capabilities: str = '80,90'     # of GPUs: 80 is an A100, 90 an H100
-    head_sizes: str = '64'          # among 16, 32, 64, 128
-    dtype: str = 'bfloat16'         # 'bfloat16', 'float16', 'float32'
-    kernels: str = 'votes,forward,columns,tile'
-    memory: bool = False            # with the memory requirement
+
+@pytest.mark.parametrize('capability, D, names', [(80, 16, 'columns,tile'), (90, 64, 'forward')])
+def test_compiles_for_gpus(capability, D, names):
+    """In a process of its own, as these tests run Triton's interpreter; a part of the kernels, as each takes seconds."""
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    done = subprocess.run([sys.executable, __file__, str(capability), str(D), names], capture_output=True, text=True,
+                          env={**environment, 'PYTHONPATH': ROOT})
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == names.split(',')
+    for row in rows:
+        registers, shared, _, _, _, stack_use = map(int, row[5:])
+        assert 0 < registers <= 255 and shared <= 99 * 1024     # of all GPUs since sm_80, the least
+        assert stack_use <= 2, f'the loop of {row[0]} does not stay in registers'
 
 
 def compile_kernel(kernel, D, dtype, capability, memory):
     """A kernel as it is launched for a T and strides that are multiples of 16: Triton's compiled kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    from kernels import gpu as triton_kernels
-    run = dict(triton_kernels.tiles(D, getattr(torch, dtype))[kernel])
+    run = dict(gpu.tiles(D, getattr(torch, dtype))[kernel])
     options = {name: run.pop(name) for name in ('num_warps', 'num_stages')}
-    constants = dict(run, D=D, G=triton_kernels.G, PRECISION='tf32', MEMORY=memory)
+    constants = dict(run, D=D, G=gpu.G, PRECISION='tf32', MEMORY=memory)
     signature, attributes, constexprs = {}, {}, {}
     for n, name in enumerate(kernel.arg_names):
         aligned = [['tt.divisibility', 16]]
@@ -62,7 +70,6 @@ def compile_kernel(kernel, D, dtype, capability, memory):
 
 def figures(compiled):
     """(registers, bytes of stack, Counter of the instructions of the loop, empty without one) from the machine code."""
-    import triton
     programs = os.path.join(os.path.dirname(triton.__file__), 'backends', 'nvidia', 'bin')
     with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
         f.write(compiled.asm['cubin'])
@@ -91,34 +98,20 @@ def products(loop):
     return loop['HMMA'] + loop['HGMMA']
 
 
-def main():
-    cfg = settings.parse(CompiledConfig)
-    try:
-        from kernels import gpu as triton_kernels
-    except ImportError:
-        raise UserError('this needs triton: pip install -r requirements-dev.txt') from None
-    if triton_kernels.INTERPRETED:
-        raise UserError('with TRITON_INTERPRET set nothing is compiled: unset it')
-    if cfg.dtype not in TYPES:
-        raise UserError(f'dtype {cfg.dtype!r}: it is one of {", ".join(TYPES)}')
-    for name, allowed in (('capabilities', None), ('head_sizes', triton_kernels.HEAD_SIZES),
-                          ('kernels', ('votes', 'forward', 'columns', 'tile'))):
-        for word in getattr(cfg, name).split(','):
-            if not (word.isdigit() if allowed is None else word in map(str, allowed)):
-                raise UserError(f"--{name}: {word!r} is not {'a number' if allowed is None else f'one of {allowed}'}")
+def main(capability, D, names, dtype='bfloat16'):
     print(f"{'kernel':8} {'sm':>4} {'D':>4} {'R':>4} {'N':>4} {'registers':>10} {'shared':>8} {'stack':>6} "
           f"{'loop':>6} {'products':>9} {'stack use':>10}")
-    for capability in cfg.capabilities.split(','):
-        for D in cfg.head_sizes.split(','):
-            for name in cfg.kernels.split(','):
-                kernel = getattr(triton_kernels, name + '_kernel')
-                tile = triton_kernels.tiles(int(D), getattr(torch, cfg.dtype))[kernel]
-                compiled = compile_kernel(kernel, int(D), cfg.dtype, int(capability), cfg.memory)
-                registers, stack, loop = figures(compiled)
-                print(f"{name:8} {capability:>4} {D:>4} {tile['R']:>4} {tile['N']:>4} {registers:>10} "
-                      f"{compiled.metadata.shared:>8} {stack:>6} {loop.total():>6} {products(loop):>9} "
-                      f"{loop['LDL'] + loop['STL']:>10}", flush=True)
+    for name in names.split(','):
+        kernel = getattr(gpu, name + '_kernel')
+        tile = gpu.tiles(int(D), getattr(torch, dtype))[kernel]
+        compiled = compile_kernel(kernel, int(D), dtype, int(capability), memory=True)
+        registers, stack, loop = figures(compiled)
+        print(f"{name:8} {capability:>4} {D:>4} {tile['R']:>4} {tile['N']:>4} {registers:>10} "
+              f"{compiled.metadata.shared:>8} {stack:>6} {loop.total():>6} {products(loop):>9} "
+              f"{loop['LDL'] + loop['STL']:>10}", flush=True)
 
 
 if __name__ == '__main__':
-    settings.run(main)
+    sys.path.insert(0, ROOT)
+    from kernels import gpu
+    main(*sys.argv[1:])
