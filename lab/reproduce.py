@@ -37,6 +37,7 @@ class ReproduceConfig:
     dataset: str = ''                   # data/<name>; '': the offline default, stdlib
     config: str = 'config/claims.py'    # the size of models and steps; rules, ssa and finetune have smaller models
     contexts: str = '256,512,1024'      # headline: tokens of context
+    models: int = 0                     # rules, ssa: the first so many of the models, 0: all [0 to 100]
     # where
     device: str = 'cpu'                 # of the runs
     workers: int = os.cpu_count()       # runs at a time [1 to 1000]
@@ -178,8 +179,7 @@ def rules(r):
               'the last head selects': 'last_head --selective', 'a selector for every two heads': 'groups --selective',
               'no ReLU': 'no_relu --selective', 'token 0 may be masked': 'first_too --selective',
               'votes act at once': 'at_once --selective', 'a token may mask itself': 'self_too --selective'}
-    if r.cfg.quick:
-        models = {name: models[name] for name in list(models)[:5]}
+    models = dict(list(models.items())[:r.cfg.models or (5 if r.cfg.quick else None)])
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
     return '\n\n'.join(by_kinds(r, 'rule', models, runs))
 
@@ -192,8 +192,7 @@ def ssa(r):
               's log n (ssmax), x 10': 'ssmax --ssa=q --ssa_lr=10', 'qv without position': 'no_position --ssa=qv',
               'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
               'qv without sharing': '--ssa=qv --ssa_sharing=False'}
-    if r.cfg.quick:
-        models = {name: models[name] for name in list(models)[:7:2]}
+    models = dict(list(models.items())[:r.cfg.models or (5 if r.cfg.quick else None)])
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
     goal = mean_loss(runs['standard'])
     columns = {'validation loss': last('val_loss'), 'against standard': lambda some: f'{mean_loss(some) - goal:+.4f}',
@@ -307,7 +306,7 @@ def footer(runner):
     """How the figures of a section were made."""
     cfg = runner.cfg
     flags = ''.join(f' --{name}={getattr(cfg, name)}' for name, default in vars(ReproduceConfig()).items()
-                    if name in ('dataset', 'steps', 'config', 'contexts', 'device') and getattr(cfg, name) != default)
+                    if name in ('dataset', 'steps', 'config', 'contexts', 'models', 'device') and getattr(cfg, name) != default)
     seeds = 'one seed' if runner.seeds == 1 else f'the seeds 1 to {runner.seeds}'
     return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}{flags} --seeds={runner.seeds}`: {seeds}. "
             f'{runner.about + " " if runner.about else ""}Runs of one thread each, {platform.machine()}, torch '
