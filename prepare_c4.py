@@ -47,7 +47,7 @@ class C4Config:
     data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
     name: str = 'c4'                # the data set's name
     # how
-    tokenizer: str = 'gpt2'         # gpt2 or bytes
+    tokenizer: str = 'gpt2'         # gpt2, gpt2:N (N tokens, for small models) or bytes
     processes: int = 0              # processes that tokenize; 0 = one per core, at most 16 [0 to 1000]
     retries: int = 8                # failures in a row of one download before giving up [0 to 1000]
     backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60 [0 to 3600]
