@@ -357,8 +357,8 @@ def check_config(c):
 
 
 # ---- You may stop here -----------------------------------------------------------------------------------------------
-# That is all of training. Next: generation with context pruning, 2410.02703 section 5. A layer remembers at most K tokens.
-# Token i first drops the token of largest F if K are held, then is stored with F = 0, then attends, then votes.
+# That is all of training. Next, generation with context pruning, 2410.02703 section 5: a layer remembers at most K
+# tokens. Token i first drops the token of largest F if K are held, then is stored with F = 0, attends, and votes.
 
 EMPTY = 2**30   # position of an empty slot: later than any row, so the causal mask hides it
 

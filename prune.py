@@ -33,7 +33,8 @@ from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 # what a search needs of an earlier one
-EARLIER = {'checkpoint': str, 'policy': str, 'dataset': str, 'block_size': int, 'search': dict, 'trials': [[float]]}
+EARLIER = {'checkpoint': str, 'code': str, 'policy': str, 'dataset': str, 'block_size': int, 'search': dict,
+           'trials': [[float]]}
 
 
 @dataclass
@@ -259,7 +260,7 @@ def main():
 
     result = {'budgets': list(trials.budgets), 'policy': cfg.policy, 'block_size': size, 'target_loss': target,
               'unpruned_loss': unpruned, 'baseline_loss': baseline, 'dataset': dataset.name,
-              'checkpoint': ckpt.fingerprint(model), 'held_out': {},
+              'checkpoint': ckpt.fingerprint(model), 'code': ckpt.code_fingerprint(), 'held_out': {},
               'search': {name: getattr(cfg, name) for name in ('search', 'bite', 'windows', 'seed', 'batch_size')},
               'curve': [point(trials.budgets, size, unpruned)], 'trials': []}
     # The search is deterministic: to continue one, repeat its steps with the losses that it found.

@@ -21,6 +21,7 @@ import zipfile
 
 import torch
 
+import model as model_py
 from model import GPT, GPTConfig
 from support import files, settings
 from support.settings import UserError
@@ -167,6 +168,12 @@ def fingerprint(model):
     for p in model.parameters():
         digest.update(p.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def code_fingerprint():
+    """16 hexadecimal digits of a hash of model.py, which tells an edited one."""
+    with open(model_py.__file__, 'rb') as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
 
 
 def read_budgets(text, out_dir, model, policy=None):

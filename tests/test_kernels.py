@@ -70,7 +70,7 @@ def test_an_edit_counts(tree, what, results={}):
         assert 'kernels/cpu.py, which gives the numbers' in found['line']
     else:
         assert "model.py's plain code, not kernels/cpu.py: " in found['line']
-        why = 'it fails here (RuntimeError: no such instruction)' if 'fails' in what else 'other numbers than this model.py'
+        why = 'RuntimeError: no such instruction' if 'fails' in what else 'other numbers than this model.py'
         assert why in found['line']
     if file == 'model.py' and what != 'nothing' and 'nothing' in results:       # what trains and what is pruned did change
         assert abs(found['loss'] - results['nothing']['loss']) > 1e-4

@@ -107,6 +107,8 @@ def test_a_stopped_search_continues(runs, run, monkeypatch):
     count.clear()
     run(*SMALL, '--tolerance=0.05')
     assert found(runs) == whole and len(count) < second     # a search that is done costs next to nothing
+    monkeypatch.setattr(prune.ckpt, 'code_fingerprint', lambda: 'an edited model.py')
+    assert 'continuing with' not in run(*SMALL, '--tolerance=0.05')     # whose losses are others
 
 
 def test_policies_and_baseline(runs, run):
