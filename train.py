@@ -80,7 +80,7 @@ def check(cfg, world):
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
     for wrong, why in [
-            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' leaves nothing to train: set ssa, vote_scale"),
+            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' trains nothing: set ssa or vote_scale"),
             (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
              f'cannot be shared out among {world} processes'),
             (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: nothing else masks')]:
@@ -142,7 +142,7 @@ def take_settings(cfg, start):
 
 
 def open_data(cfg, processes, tokenizer):
-    """The data set of the run; tokenizer: the checkpoint's, or None. Prepares 'stdlib' where missing, off the network."""
+    """The data set of the run; tokenizer: the checkpoint's, or None. Prepares 'stdlib' if missing, off the network."""
     def opened():
         if cfg.dataset == 'stdlib' and not os.path.exists('data/stdlib'):
             prepare_text.prepare(prepare_text.TextConfig())

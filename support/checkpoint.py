@@ -168,7 +168,7 @@ class Log:
 
 
 def read_log(out_dir):
-    """The figures of a run as dictionaries, in their order. Leaves out the settings, and lines that a kill cut short."""
+    """The figures of a run as dictionaries, in their order, without the settings and lines that a kill cut short."""
     path = os.path.join(out_dir, 'log.jsonl')
     lines = []
     try:

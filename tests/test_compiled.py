@@ -2,8 +2,8 @@
 
     python tests/test_compiled.py 80 64 votes,forward,columns,tile      sm_80 (an A100; 90 is an H100), heads of 64
 
-prints a line for each kernel: its tile, registers of a thread, bytes of shared memory, bytes of a thread's stack (what did
-not fit into registers), and, for its inner loop (over the tiles off the diagonal, in `tile` over the heads), its
+prints a line for each kernel: its tile, registers of a thread, bytes of shared memory, bytes of a thread's stack (what
+did not fit into registers), and, for its inner loop (over the tiles off the diagonal, in `tile` over the heads), its
 instructions in one warp, how many of them are tensor core products (on sm_80 all of 16 x 8 x 16; on sm_90 they are
 larger), and how many go to the stack. No GPU is needed: Triton brings the assembler.
 """
@@ -33,7 +33,7 @@ except ImportError:
 
 @pytest.mark.parametrize('capability, D, names', [(80, 16, 'columns,tile'), (90, 64, 'forward')])
 def test_compiles_for_gpus(capability, D, names):
-    """In a process of its own, as these tests run Triton's interpreter; a part of the kernels, as each takes seconds."""
+    """In a process of its own, as these tests run Triton's interpreter; not all kernels, as each takes seconds."""
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     done = subprocess.run([sys.executable, __file__, str(capability), str(D), names], capture_output=True, text=True,
                           env={**environment, 'PYTHONPATH': ROOT})
