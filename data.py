@@ -69,8 +69,8 @@ def encode_prompt(text, tokenizer, bos):
 def within(seconds, function, *args):
     """function(*args), or TimeoutError after so many seconds.
 
-    tiktoken downloads without a timeout, and no timeout of requests limits the lookup of a host name. So the call runs in
-    a daemon thread, which does not delay the exit if it hangs.
+    tiktoken downloads without a timeout, and no timeout of requests limits the lookup of a host name. So the call runs
+    in a daemon thread, which does not delay the exit if it hangs.
     """
     future = concurrent.futures.Future()
 
@@ -146,11 +146,11 @@ class Dataset:
     def batch(self, split, index, batch_size, block_size, seed=0, bos=False):
         """Batch number index of random windows: (x, y), int64 tensors (batch_size, block_size).
 
-        y is x one token later. With bos, x begins with <|endoftext|> in place of its first token. In a data set of records
-        every window is a whole record, which may be shorter than block_size, without bos, and y is -1, which the loss
-        ignores, where it is not an answer. A batch depends on the arguments alone, not on earlier batches, so a resumed run
-        and each of several processes ask for a batch by its number. Raises UserError if the split is shorter than one
-        window, or a record does not fit.
+        y is x one token later. With bos, x begins with <|endoftext|>, and a token less is read. In a data set of records
+        every window is a whole record, without bos; it may be shorter than block_size, and y is -1, which the loss
+        ignores, where it is not an answer. A batch depends on the arguments alone, not on earlier batches, so a resumed
+        run and each of several processes ask for a batch by its number. Raises UserError if the split is shorter than
+        one window, or a record does not fit.
         """
         import torch  # here, so that the prepare scripts and their processes start without it
         bos = bos and not self.record_len

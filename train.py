@@ -81,10 +81,10 @@ def check(cfg, world):
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
     for wrong, why in [
-            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' leaves nothing to train: set ssa, vote_scale"),
+            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' trains nothing: set ssa or vote_scale"),
             (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
              f'cannot be shared out among {world} processes'),
-            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: nothing else masks')]:
+            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: standard attention masks nothing')]:
         if wrong:
             raise UserError(why)
 
