@@ -243,7 +243,7 @@ def selective_attention(q, k, v, vote, dropout=0.0, memory_tau=None):
     """
     if dropout:
         return model.selective_attention(q, k, v, vote, dropout, memory_tau)
-    y, M, *_ = attention(q, k, v, getattr(getattr(vote, '__self__', None), 'vote_scale', None), memory_tau)
+    y, M, *_ = attention(q, k, v, getattr(vote.__self__, 'vote_scale', None), memory_tau)
     return y, M if memory_tau is not None else None
 
 

@@ -1,13 +1,9 @@
 """kernels/gpu.py against model.py in float64: on a GPU where there is one, else in Triton's interpreter on the CPU.
 
 Where triton is missing the tests are skipped; where the environment variable CI is set, they fail. The interpreter runs
-the kernels' arithmetic, not the machine code: that is compiled for two GPUs in the last test, and run by none.
+the kernels' arithmetic, not the machine code: test_compiled.py compiles that for two GPUs, and none runs it.
 """
-import json
 import os
-import re
-import subprocess
-import sys
 import types
 
 import pytest
@@ -189,59 +185,3 @@ def test_model(compiled):
         return loss, memory, *torch.autograd.grad(loss + memory, list(gpt.parameters()))
     for got, want in zip(loss_and_gradients('gpu', compiled), loss_and_gradients('none')):
         check(got, want, 1e-4, 'one of the loss and its gradients')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Machine code, in a process of its own, where nothing is interpreted
-
-TYPES = {'float32': 'fp32', 'bfloat16': 'bf16'}
-LIKE_Q = ('q', 'k', 'v', 'y', 'dy', 'dk', 'dv')                 # of the type of q, k and v
-INTEGERS = ('lists', 'counts', 'order', 'ends')                 # int32; all other tensors are float32
-
-
-def compile_for(capability, D, dtype, name):
-    """Compiles a kernel as it is launched for a T and strides that are multiples of 16: registers, bytes of shared."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    kernel = getattr(tk, name + '_kernel')
-    run = dict(tk.tiles(D, getattr(torch, dtype))[kernel])
-    options = {option: run.pop(option) for option in ('num_warps', 'num_stages')}
-    constants = dict(run, D=D, G=tk.G, PRECISION='tf32', MEMORY=True)
-    signature, attributes, constexprs = {}, {}, {}
-    for n, arg in enumerate(kernel.arg_names):
-        aligned = [['tt.divisibility', 16]]
-        if arg in constants:
-            signature[arg], constexprs[n,] = 'constexpr', constants[arg]
-        elif arg.endswith('strides'):
-            signature[arg] = ('i32',) * 3
-            attributes.update({(n, dim): aligned for dim in range(3)})
-        elif arg in ('H', 'T', 'tau'):
-            signature[arg] = 'fp32' if arg == 'tau' else 'i32'
-            attributes.update({(n,): aligned} if arg == 'T' else {})
-        else:
-            kind = TYPES[dtype] if arg in LIKE_Q else 'i32' if arg in INTEGERS else 'fp32'
-            signature[arg], attributes[n,] = '*' + kind, aligned
-    source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
-    program = os.path.join(os.path.dirname(triton.__file__), 'backends', 'nvidia', 'bin', 'cuobjdump')
-    path = f'{name}.cubin'
-    with open(path, 'wb') as f:
-        f.write(compiled.asm['cubin'])
-    usage = subprocess.run([program, '-res-usage', path], check=True, capture_output=True, text=True).stdout
-    return {'registers': int(re.search(r'REG:(\d+)', usage)[1]), 'stack': int(re.search(r'STACK:(\d+)', usage)[1]),
-            'shared': compiled.metadata.shared}
-
-
-@pytest.mark.parametrize('capability', [80, 90])
-@pytest.mark.parametrize('name', ['votes', 'forward', 'columns', 'tile'])
-def test_compiles_for_gpus(capability, name, tmp_path):
-    """Triton and ptxas take the kernels for an A100 and an H100."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    environment['PYTHONPATH'] = os.pathsep.join([here, os.path.dirname(here)])
-    code = f'import json, test_triton; print(json.dumps(test_triton.compile_for({capability}, 64, "bfloat16", "{name}")))'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert 0 < figures['registers'] <= 255 and figures['shared'] <= 99 * 1024, figures      # of all GPUs since sm_80
-    assert figures['stack'] <= 512, figures
