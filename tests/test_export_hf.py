@@ -280,7 +280,7 @@ def test_command(tmp_path, run):
     example = card.split('```python')[1].split('```')[0].replace("'hf'", f'{str(folder)!r}')
     exec(example, {})           # what the card says works
     (tmp_path / 'file').write_text('')
-    assert 'cannot write' in run(export_hf, f'--out_dir={out_dir}', f'--folder={tmp_path}/file/x')
+    assert 'Not a directory' in run(export_hf, f'--out_dir={out_dir}', f'--folder={tmp_path}/file/x')
     assert 'a whole number from 2' in run(export_hf, f'--out_dir={out_dir}', '--budgets=1', f'--folder={tmp_path}/x')
     assert 'does not exist' in run(export_hf, f'--out_dir={tmp_path}/b')
     assert not (tmp_path / 'x').exists()
