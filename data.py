@@ -12,6 +12,7 @@ records instead, all of the same number of tokens, and meta.json has two more en
 import concurrent.futures
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import re
@@ -121,6 +122,15 @@ class Dataset:
         if tokens.max() >= self.vocab_size:
             raise UserError(f'{path} has token {tokens.max()}, but the vocabulary of meta.json has '
                             f'{self.vocab_size}: it is corrupt or of another tokenizer, prepare it again')
+
+    def fingerprint(self):
+        """16 hexadecimal digits of a hash of what the tokens mean, the files' lengths, and samples of the tokens."""
+        digest = hashlib.sha256(f'{self.tokenizer_name} {self.vocab_size} {self.record_len} {self.answers}'.encode())
+        for file in (file for split in ('train', 'val') for file in self._files[split]):
+            digest.update(len(file).to_bytes(8, 'little'))
+            for start in np.linspace(0, len(file), 16, dtype=int):
+                digest.update(file[start:start + 256].tobytes())
+        return digest.hexdigest()[:16]
 
     def tokens(self, split):
         """How many tokens 'train' or 'val' has."""

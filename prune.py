@@ -219,6 +219,11 @@ def main():
         raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance')
     if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
         raise UserError(f'--init_from={cfg.init_from} needs an --out_dir: the folder for its budgets')
+    name = cfg.to or ('budgets.json' if cfg.policy == 'selective' else f'budgets_{cfg.policy}.json')
+    if os.path.basename(name) != name:
+        raise UserError(f'--to={name}: it names a file in {cfg.out_dir}, without a folder')
+    path = os.path.join(cfg.out_dir, name)
+    files.check_output(path, '.json', '"budgets"')
     cfg.device = devices.pick_device(cfg.device)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, cfg.device)
     size = model.config.block_size
@@ -252,8 +257,6 @@ def main():
     if unpruned > target:
         raise UserError(f'the loss without pruning, {unpruned:.4f}, is already above the target, {target:.4f}')
 
-    path = os.path.join(cfg.out_dir, cfg.to or ('budgets.json' if cfg.policy == 'selective' else
-                                                f'budgets_{cfg.policy}.json'))
     result = {'budgets': list(trials.budgets), 'policy': cfg.policy, 'block_size': size, 'target_loss': target,
               'unpruned_loss': unpruned, 'baseline_loss': baseline, 'dataset': dataset.name,
               'checkpoint': ckpt.fingerprint(model), 'held_out': {},

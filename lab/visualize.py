@@ -24,7 +24,7 @@ import torch
 import data
 from lab.plot import import_pyplot, save_figure, write
 from model import F_dtype, KVCache, LayerCache, attend, memory_requirement
-from support import checkpoint as ckpt, devices, settings
+from support import checkpoint as ckpt, devices, files, settings
 from support.settings import UserError
 
 
@@ -245,6 +245,8 @@ def main():
     cfg = settings.parse(VisualizeConfig)
     if cfg.png:
         import_pyplot()                                     # fail before the work
+    path = cfg.to or os.path.join(cfg.out_dir, 'visualize.html')
+    files.check_output(path, '.html', '<!DOCTYPE html>')
     device = devices.pick_device(cfg.device)
     model, checkpoint = ckpt.load_model(cfg.out_dir, device)
     c = model.config
@@ -276,7 +278,6 @@ def main():
     tokens = token_texts(ids, tokenizer)
     attention = ' and '.join(['selective attention'] * c.selective + [f'SSA ({c.ssa})'] * bool(c.ssa))
     facts = f'{attention}, {c.n_layer} layers of {c.n_head} heads, {len(ids)} tokens'
-    path = cfg.to or os.path.join(cfg.out_dir, 'visualize.html')
     html = page(reading, tokens, cfg.out_dir, facts, c, budgets, cfg.policy, cfg.memory_tau)
     write(path, html.encode())
     if cfg.png:
