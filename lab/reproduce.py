@@ -228,8 +228,8 @@ def variable_assignment(r):
     runs = r.train(ATTENTIONS, 'config/tasks.py', 1000, [f'--dataset={trained}'], quick=250)
     columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
                **figures.right_in({'records of 3 right': trained, **others})}
-    return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; columns on the
-right are of other numbers of variables, and there all six answers of a record must be right.
+    return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; columns on
+the right are of other numbers of variables, and there all six answers of a record must be right.
 
 {table('attention', ATTENTIONS, runs, columns)}
 
@@ -305,8 +305,8 @@ def read(page):
 def footer(runner):
     """How the figures of a section were made."""
     cfg = runner.cfg
-    flags = ''.join(f' --{name}={getattr(cfg, name)}' for name, default in vars(ReproduceConfig()).items()
-                    if name in ('dataset', 'steps', 'config', 'contexts', 'models', 'device') and getattr(cfg, name) != default)
+    asked = {name: getattr(cfg, name) for name in ('dataset', 'steps', 'config', 'contexts', 'models', 'device')}
+    flags = ''.join(f' --{name}={value}' for name, value in asked.items() if value != getattr(ReproduceConfig(), name))
     seeds = 'one seed' if runner.seeds == 1 else f'the seeds 1 to {runner.seeds}'
     return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}{flags} --seeds={runner.seeds}`: {seeds}. "
             f'{runner.about + " " if runner.about else ""}Runs of one thread each, {platform.machine()}, torch '
