@@ -6,9 +6,9 @@
 
 Every shard that is downloaded becomes one file, data/c4/train_00000.bin and so on; each document ends with
 <|endoftext|>. Stop it at any moment and run it again: finished shards are kept, the unfinished one is done
-again, and the files come out as if it had never stopped. A file that holds only the beginning of its shard has
-a .cut file beside it, so that asking for more later makes it anew. Every run makes the validation files that
-are missing. Memory does not grow: one shard at a time streams through.
+again, and the files are the same as those of an uninterrupted run. A file that holds only the beginning of its
+shard has a .cut file beside it, and is made again when you ask for more. Every run makes the validation files
+that are missing. One shard at a time streams through, so memory stays small.
 """
 import collections
 import concurrent.futures
@@ -32,6 +32,7 @@ from support.settings import UserError
 
 TRAIN_SHARDS, VAL_SHARDS = 1024, 8
 SOURCE = 'C4, en (allenai/c4)'
+BLOCK, LONGEST_LINE = 1 << 20, 1 << 25  # bytes of text that are unpacked at a time; C4's longest line has a few MB
 BATCH_BYTES = 1 << 18  # text that a process tokenizes at a time; small, so that a slice reads little too much
 
 
@@ -46,7 +47,7 @@ class C4Config:
     data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
     name: str = 'c4'                # the data set's name
     # how
-    tokenizer: str = 'gpt2'         # gpt2 or bytes
+    tokenizer: str = 'gpt2'         # gpt2, gpt2:N (N tokens, for small models) or bytes
     processes: int = 0              # processes that tokenize; 0 = one per core, at most 16 [0 to 1000]
     retries: int = 8                # failures in a row of one download before giving up [0 to 1000]
     backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60 [0 to 3600]
@@ -234,15 +235,20 @@ def read_lines(name, server):
     gunzip, rest, count = None, b'', 0
     try:
         for chunk in server.read(name):
-            while chunk:
+            more = True
+            while more:
                 gunzip = gunzip or zlib.decompressobj(wbits=31)  # 31: gzip
-                rest += gunzip.decompress(chunk)
-                chunk = gunzip.unused_data
+                text = gunzip.decompress(chunk, BLOCK)  # not more at a time, whatever the chunk unpacks to
+                chunk = gunzip.unconsumed_tail or gunzip.unused_data
+                more = chunk or len(text) == BLOCK
                 if gunzip.eof:  # a gzip file may have several members, one after the other
-                    gunzip = None
-            *lines, rest = rest.split(b'\n')
-            count += len(lines)
-            yield from lines
+                    gunzip, more = None, chunk
+                *lines, rest = (rest + text).split(b'\n')
+                count += len(lines)
+                yield from lines
+                if len(rest) > LONGEST_LINE:
+                    raise UserError(f'{name}, line {count + 1} has more than {LONGEST_LINE:,} bytes: '
+                                    'the server has a damaged file')
     except zlib.error as e:
         raise UserError(f'{name}: bad gzip after line {count} ({e}): the server has a damaged file') from None
     if gunzip:

@@ -11,8 +11,8 @@ Settings come from config files and --key=value pairs, in their order; the last 
 and saves. A resumed run computes exactly what an uninterrupted one does: all that is random depends on the seed and
 the step alone.
 """
+import contextlib
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -27,7 +27,7 @@ import data
 import kernels
 import prepare_text
 from model import GPT, GPTConfig, check_config
-from support import checkpoint as ckpt, devices, pretrained, settings
+from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 MODEL = [f.name for f in dataclasses.fields(GPTConfig)]
@@ -38,6 +38,7 @@ class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
     # run
     out_dir: str = 'out/run'            # folder of ckpt.pt and log.jsonl
     init_from: str = 'scratch'          # 'scratch', 'resume' (<out_dir>/ckpt.pt), 'gpt2', 'gpt2-xl', … or a folder
+    resume_changed: bool = False        # resume even where settings or data make it another run
     eval_only: bool = False             # evaluate <out_dir>/ckpt.pt or init_from, print it, and write nothing
     freeze: str = ''                    # 'base': train only what SSA and vote_scale add to the model ['', 'base']
     seed: int = 1337                    # of the weights, the batches and dropout [0 to 2**31]
@@ -80,10 +81,10 @@ def check(cfg, world):
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
     for wrong, why in [
-            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' leaves nothing to train: set ssa, vote_scale"),
+            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' trains nothing: set ssa or vote_scale"),
             (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
              f'cannot be shared out among {world} processes'),
-            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: nothing else masks')]:
+            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: standard attention masks nothing')]:
         if wrong:
             raise UserError(why)
 
@@ -113,7 +114,7 @@ def find_start(cfg, processes):
 def take_settings(cfg, start):
     """Set what the checkpoint decides: for eval_only all of the model and the data, else what cannot change in a run.
 
-    Yields lines that say what is not as the settings have it.
+    Yields a line for each setting that is overruled, and for another data set than before.
     """
     args = ckpt.model_args(start)
     if cfg.eval_only:
@@ -123,35 +124,34 @@ def take_settings(cfg, start):
     elif cfg.init_from == 'resume':
         fixed = {name: args[name] for name in pretrained.SHAPE if start['pretrained'] or name == 'vocab_size'}
         fixed['bos'] = ckpt.starts_with_bos(start)
-        for name in MODEL:
-            if name not in fixed and name != 'dropout' and getattr(cfg, name) != args[name]:
-                raise UserError(f'{cfg.out_dir}/ckpt.pt has {name}={args[name]!r}, this run {getattr(cfg, name)!r}: '
-                                f'resume with --{name}={args[name]}')
-        if start['config'].get('freeze', '') != cfg.freeze:
-            raise UserError(f'{cfg.out_dir}/ckpt.pt was trained with another freeze than {cfg.freeze!r}')
-        if start['iter_num'] >= cfg.max_iters:
-            raise UserError(f'{cfg.out_dir} is done, {start["iter_num"]} of {cfg.max_iters} steps: raise --max_iters')
-        if 'bos' not in start['config']:
-            yield 'bos=False: this run began without <|endoftext|> in front of windows'
-        if start['dataset'] != cfg.dataset:
-            yield f'data set {cfg.dataset}; the run began with {start["dataset"]}'
     else:
         fixed = {name: args[name] for name in pretrained.SHAPE}
     for name, value in fixed.items():
         setattr(cfg, name, value)
+    if cfg.init_from == 'resume' and not cfg.eval_only:
+        if told := ckpt.check_resume(start, cfg):
+            yield told
+        if 'bos' not in start['config']:
+            yield 'bos=False: this run began without <|endoftext|> in front of windows'
 
 
-def open_data(cfg, processes, tokenizer):
-    """The data set of the run; tokenizer: the checkpoint's, or None. Prepares 'stdlib' where missing, off the network."""
+def open_data(cfg, processes, start):
+    """The data set of the run; start: its checkpoint, or None. Prepares 'stdlib' where missing, off the network."""
     def opened():
-        if cfg.dataset == 'stdlib' and not os.path.exists('data/stdlib'):
+        if cfg.dataset == 'stdlib' and not os.path.exists('data/stdlib/meta.json'):
             prepare_text.prepare(prepare_text.TextConfig())
         return data.load_dataset(cfg.dataset)
     dataset = processes.after_master(opened)
     cfg.vocab_size = cfg.vocab_size or dataset.vocab_size
     cfg.bos = cfg.bos and not dataset.record_len
-    if tokenizer not in (None, dataset.tokenizer_name):
-        raise UserError(f'data set {cfg.dataset} has the tokenizer {dataset.tokenizer_name}, the model {tokenizer}')
+    if start and start['tokenizer'] != dataset.tokenizer_name:
+        raise UserError(f'data set {cfg.dataset} has the tokenizer {dataset.tokenizer_name}, the model '
+                        + start['tokenizer'])
+    if cfg.init_from == 'resume' and not (cfg.eval_only or cfg.resume_changed):
+        known = start.get('data')           # checkpoints of the first version have the name alone
+        if known != dataset.fingerprint() if known else start['dataset'] != cfg.dataset:
+            raise UserError(f'data set {cfg.dataset} is not what {cfg.out_dir} began with, {start["dataset"]}, or was '
+                            'made again since: give that one, or --resume_changed')
     if cfg.vocab_size < dataset.vocab_size:
         raise UserError(f'vocab_size {cfg.vocab_size} is less than the {dataset.vocab_size} of data set {cfg.dataset}')
     for split in 'train', 'val':            # long enough?
@@ -162,6 +162,7 @@ def open_data(cfg, processes, tokenizer):
 def make_model(cfg, start):
     """The model of the run on its device, with the kernel that the settings ask for, and a line about the latter."""
     args = {name: getattr(cfg, name) for name in MODEL}
+    devices.check_memory(cfg, cfg.batch_size * cfg.block_size, cfg.device)
     torch.manual_seed(cfg.seed)
     model = ckpt.build(start, **args) if start else GPT(GPTConfig(**args))
     model.to(cfg.device)
@@ -216,13 +217,18 @@ def check_finite(cfg, iter_num, what, value, saved_iter):
 
 
 def main():
-    # ---- set-up ------------------------------------------------------------------------------------------------------
     cfg = settings.parse(TrainConfig)
     if cfg.eval_only and cfg.init_from == 'scratch':
         cfg.init_from = 'resume'
     processes = devices.Processes()
     check(cfg, processes.world)
-    say = functools.partial(print, flush=True) if processes.master else lambda *_: None
+    with files.locked(cfg.out_dir) if processes.master and not cfg.eval_only else contextlib.nullcontext():
+        train(cfg, processes)
+
+
+def train(cfg, processes):
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+    say = settings.say if processes.master else lambda *_: None
     cfg.device = processes.start(devices.pick_device(cfg.device))
     cfg.dtype, cuda = devices.pick_dtype(cfg.dtype, cfg.device), 'cuda' in cfg.device
     if cuda:
@@ -232,7 +238,9 @@ def main():
     start = find_start(cfg, processes)
     for line in take_settings(cfg, start) if start else ():
         say(line)
-    dataset = open_data(cfg, processes, start and start['tokenizer'])
+    dataset = open_data(cfg, processes, start)
+    if not dataset.meta['complete']:
+        say(f'data set {cfg.dataset} is not complete: the script that prepares it has not finished')
     raw_model, kernel = make_model(cfg, start)
     if cfg.freeze:
         for name, p in raw_model.named_parameters():
@@ -245,8 +253,7 @@ def main():
     if cfg.init_from == 'resume':
         iter_num, val_loss, val_iter = saved_iter, _, _ = start['iter_num'], start['val_loss'], start['val_iter']
     if cfg.init_from == 'resume' and not cfg.eval_only:
-        ckpt.load_optimizer(optimizer, raw_model, start)
-        scaler.load_state_dict(start['scaler'])
+        ckpt.load_optimizer(optimizer, scaler, raw_model, start)
     start = None                            # its memory
 
     micro_steps = cfg.gradient_accumulation_steps // processes.world
@@ -271,7 +278,7 @@ def main():
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 'model_args': {name: getattr(cfg, name) for name in MODEL}, 'config': dataclasses.asdict(cfg),
                 'iter_num': iter_num, 'val_loss': val_loss, 'val_iter': val_iter, 'pretrained': origin,
-                'dataset': cfg.dataset, 'tokenizer': dataset.tokenizer_name})
+                'dataset': cfg.dataset, 'tokenizer': dataset.tokenizer_name, 'data': dataset.fingerprint()})
 
     # ---- loop --------------------------------------------------------------------------------------------------------
     signals = devices.catch_signals(say)

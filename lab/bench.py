@@ -183,6 +183,7 @@ def main():
         raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}")
     if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
         raise UserError(f'--shapes is among {", ".join(SHAPES)}, --lengths are whole numbers like 256,512')
+    files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
     machine = torch.cuda.get_device_name() if 'cuda' in cfg.device else \
         f'{platform.machine()}, {torch.get_num_threads()} threads'

@@ -52,12 +52,11 @@ class GPT2:
         self.model = transformers().GPT2LMHeadModel(config).to(device).eval()
         self.cache = self.model(text[None], use_cache=True, logits_to_keep=1).past_key_values
         self.cache.batch_repeat_interleave(B)
-        self.size = len(text)
 
     def decode(self, new):
         """A function that decodes the tokens new (B, 1) and forgets them again."""
         @torch.no_grad()
         def once():
             self.model(new, past_key_values=self.cache, use_cache=True)
-            self.cache.crop(self.size)
+            self.cache.crop(-1)
         return once

@@ -58,7 +58,8 @@ def mfu(model, tokens_per_second):
 
 
 def catch_signals(say):
-    """Ctrl-C and SIGTERM end a run after its step: returns a list, empty until one comes. A second one ends it at once."""
+    """Ctrl-C, SIGTERM and a closed terminal end a run after its step: returns a list, empty until one of them comes.
+    A second one ends it at once."""
     caught = []
 
     def on_signal(number, _):
@@ -66,9 +67,26 @@ def catch_signals(say):
             raise KeyboardInterrupt
         caught.append(number)
         say('\nfinishing the step …')
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':          # Windows has no SIGHUP, which a terminal sends as it closes
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
     return caught
+
+
+def check_memory(config, tokens, device):
+    """Raises UserError if training a GPTConfig with so many tokens at a time takes more memory than the machine has.
+
+    Counts the least that it takes: weights, gradients, two moments, the input of each layer, and logits.
+    """
+    c = config
+    parameters = 12 * c.n_layer * c.n_embd**2 + (c.vocab_size + c.block_size * (not c.rope)) * c.n_embd
+    need = 16 * parameters + 4 * tokens * (c.n_layer * c.n_embd + c.vocab_size)
+    have = torch.cuda.mem_get_info(device)[1] if 'cuda' in device else \
+        os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else need
+    if need > have:
+        raise UserError(f'training takes at least {need / 1e9:,.0f} GB of memory, there are {have / 1e9:,.0f}: use a '
+                        'smaller model, batch_size or block_size')
 
 
 class Processes:
@@ -85,8 +103,8 @@ class Processes:
             raise UserError('RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, as torchrun sets them') from None
         self.master = self.rank == 0
         if not 0 <= self.rank < self.world or self.world > 1 and 'MASTER_ADDR' not in os.environ:
-            raise UserError(f'RANK={self.rank} and WORLD_SIZE={self.world} are set without the rest: start the processes '
-                            'with torchrun, or unset the two')
+            raise UserError(f'RANK={self.rank} and WORLD_SIZE={self.world} are set without the rest: start the '
+                            'processes with torchrun, or unset the two')
 
     def start(self, device):
         """Connect the processes; returns the device of this one."""
@@ -118,7 +136,8 @@ class Processes:
 
     def mean(self, *values):
         """The means of numbers over all processes, as a list."""
-        values = torch.tensor(values, dtype=torch.float32 if self.device == 'mps' else torch.float64, device=self.device)
+        dtype = torch.float32 if self.device == 'mps' else torch.float64
+        values = torch.tensor(values, dtype=dtype, device=self.device)
         if self.world > 1:
             dist.all_reduce(values)
         return (values / self.world).tolist()

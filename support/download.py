@@ -16,6 +16,9 @@ from urllib3.util import Retry
 
 from support.settings import UserError
 
+LONGEST_WAIT = 600      # seconds
+ERRORS = OSError, ValueError, urllib3.exceptions.HTTPError      # what requests raises; ValueError is a URL that is none
+
 
 class Server:
     """Reads files from a server and continues after failures.
@@ -48,6 +51,8 @@ class Server:
                     self.answered = True
                     if answer.status_code == 429 or answer.status_code >= 500:
                         wait = retry_after(answer.headers.get('Retry-After', ''))
+                        if wait > LONGEST_WAIT:
+                            raise UserError(f'{url}: the server asks to wait {wait / 60:,.0f} minutes: run it again then')
                         raise requests.HTTPError(f'HTTP {answer.status_code}')
                     begin, size = place_of(answer, got, size)
                     skip = got - begin  # a server without Range requests sends everything again
@@ -61,7 +66,7 @@ class Server:
                 if size in (None, got):  # None: sent without a length, so the caller must see whether it is whole
                     return
                 problem = 'the connection ended early'
-            except (OSError, urllib3.exceptions.HTTPError) as e:  # every error of requests is an OSError
+            except ERRORS as e:
                 problem = str(e) if isinstance(e, requests.HTTPError) else f'connection failed ({type(e).__name__})'
                 if not self.answered:
                     raise UserError(f'{url}: {problem}: check the network and --base_url') from None
@@ -78,10 +83,10 @@ def place_of(answer, got, size):
     """(first byte, size of the whole file or None) of an HTTP answer; UserError if it is not the one requested."""
     if answer.status_code == 206:
         match = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', answer.headers.get('Content-Range', ''))
-        begin, total = map(int, match.groups()) if match else (None, None)
+        begin, total = map(number, match.groups()) if match else (None, None)
     elif answer.status_code == 200:
         begin, total = 0, answer.headers.get('Content-Length')
-        total = int(total) if total and total.isdigit() else None
+        total = number(total)
     else:
         raise UserError(f'{answer.url}: HTTP {answer.status_code}: check --base_url')
     if begin not in (0, got):
@@ -91,10 +96,15 @@ def place_of(answer, got, size):
     return begin, total
 
 
+def number(text):
+    """A whole number in a header; None if it is no such number."""
+    return int(text) if re.fullmatch('[0-9]{1,18}', text or '') else None
+
+
 def retry_after(text):
     """Seconds that the header Retry-After asks to wait, as a number or as a date; 0 if it is neither."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return max(0.0, float(text) if text.strip().isdigit() else
+        return max(0.0, float(text) if re.fullmatch('[0-9]+', text.strip()) else
                    email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return 0.0
 
@@ -138,18 +148,19 @@ def download(url, path, hashed=True, **more):
 def announced(url):
     """(size, hash) of a file, each None if the server does not give it.
 
-    The Hugging Face hub answers for a large file with a redirect to another host, whose headers give both, the hash being
-    sha256. A small file has its git hash as ETag, perhaps after a redirect to another path.
+    The Hugging Face hub answers for a large file with a redirect to another host, whose headers give both, the hash
+    being sha256. A small file has its git hash as ETag, perhaps after a redirect to another path.
     """
     headers = requests.structures.CaseInsensitiveDict()
     with requests.Session() as session:     # connect=0: asks a busy server again, but not one that is out of reach
         session.mount(url, HTTPAdapter(max_retries=Retry(5, connect=0, backoff_factor=0.5, raise_on_status=False,
+                                                         respect_retry_after_header=False,      # it may be a year
                                                          status_forcelist=(429, 500, 502, 503, 504))))
         where = url
         for _ in range(5):
             try:
                 answer = session.head(where, timeout=(5, 30), headers={'Accept-Encoding': 'identity'})
-            except OSError as e:            # every error of requests is an OSError
+            except ERRORS as e:
                 raise UserError(f'{url} cannot be reached ({type(e).__name__}): check the network and --base_url') \
                     from None
             if answer.status_code >= 400:
@@ -161,7 +172,7 @@ def announced(url):
             where = urljoin(where, path)
     size = headers.get('X-Linked-Size') or (headers.get('Content-Length') if answer.status_code == 200 else None)
     digest = headers.get('X-Linked-Etag') or ('X-Repo-Commit' in headers and headers.get('ETag')) or ''
-    return int(size) if size and size.isdigit() else None, digest.removeprefix('W/').strip('"') or None
+    return number(size), digest.removeprefix('W/').strip('"') or None
 
 
 def digest_of(path, like):

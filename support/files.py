@@ -24,8 +24,8 @@ try:
 except ImportError:     # Windows: two processes may then write to one folder
     fcntl = None
 
-NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', list: 'a list', dict: 'an object',
-         None: 'null'}
+NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', list: 'a list',
+         dict: 'an object', None: 'null'}
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ def misfit(value, shape, name='it'):
     else:
         fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     if not fits:
-        return f'{name} is not {NAMES[kind]}'
+        return f'{name} is not {NAMES.get(kind) or kind.__name__}'
     if isinstance(shape, list):
         return next(filter(None, (misfit(item, shape[0], f'{name}[{n}]') for n, item in enumerate(value))), '')
     if isinstance(shape, dict) and str in shape:

@@ -10,6 +10,9 @@ download a model. The logits equal those of Hugging Face's transformers.
 import os
 from dataclasses import dataclass, field
 
+import torch
+
+from model import GPT, GPTConfig
 from support import checkpoint as ckpt, files, settings
 from support.download import download
 from support.settings import UserError
@@ -66,6 +69,11 @@ def load(name, cfg):
         raise UserError(f'{path} does not exist (weights in several files or another format are not read)') from None
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'{path} cannot be read, download it again ({e})') from None
+    with torch.device('meta'):                  # its shapes alone
+        expected = GPT(GPTConfig(**args)).state_dict()
+    wrong = [key for key, x in expected.items() if key not in state or state[key].shape != x.shape]
+    if wrong:
+        raise UserError(f'{path} does not fit model.py as config.json describes it ({wrong[0]}): delete it')
     return {'model': state, 'model_args': args, 'pretrained': name, 'config': {}, 'iter_num': 0, 'val_loss': None,
             'val_iter': None, 'dataset': None, 'tokenizer': 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'}
 
@@ -112,10 +120,12 @@ def convert(tensors):
 def fetch(name, cfg):
     """The folder of one of MODELS in the cache, after downloading what is missing of it."""
     folder = os.path.join(cfg.cache_dir, name)
-    for file in 'config.json', 'model.safetensors':
-        if not os.path.exists(os.path.join(folder, file)):
-            url = f'{cfg.base_url.rstrip("/")}/openai-community/{name}/resolve/main/{file}'
-            download(url, os.path.join(folder, file))
+    missing = [file for file in ('config.json', 'model.safetensors') if not os.path.exists(os.path.join(folder, file))]
+    if missing:
+        with files.locked(folder):
+            for file in missing:
+                url = f'{cfg.base_url.rstrip("/")}/openai-community/{name}/resolve/main/{file}'
+                download(url, os.path.join(folder, file))
     return folder
 
 
@@ -125,7 +135,8 @@ def main():
         if name not in MODELS:
             raise UserError(f'{name!r} is unknown: it is one of {", ".join(MODELS)}')
     for name in cfg.models:
-        print(fetch(name, cfg))
+        load(name, cfg)                         # checks what is there already, too
+        print(os.path.join(cfg.cache_dir, name))
 
 
 if __name__ == '__main__':

@@ -349,9 +349,9 @@ def test_freeze(folder, dataset, tmp_path, run):
     start = load(folder, block_size=32, ssa='qv', selective=True, vote_scale=True)
     for name, trained in ckpt.load(tmp_path)['model'].items():
         assert torch.equal(trained, start.state_dict()[name]) != ckpt.is_added(name), name
-    assert 'was trained with another freeze' in run(train, *args, *flags, '--init_from=resume', '--freeze=')
-    assert 'leaves nothing to train' in run(train, *args, '--selective', other)
-    assert "it is 'base'" in run(train, *args, '--freeze=all', other)
+    assert "another run by freeze=''" in run(train, *args, *flags, '--init_from=resume', '--freeze=')
+    assert 'trains nothing' in run(train, *args, '--selective', other)
+    assert "'all' is not one of '', 'base'" in run(train, *args, '--freeze=all', other)
     assert '--block_size=40 is the largest' in run(train, *args, *flags, '--block_size=64', other)
     assert 'no such folder' in run(train, *args, *flags, '--init_from=gpt3', other)
     assert not (tmp_path / 'x').exists()

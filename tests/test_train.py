@@ -111,7 +111,8 @@ def test_learning_and_sampling(dataset, tmp_path, run, monkeypatch):
 def test_texts_of_one_batch(dataset, tmp_path, run, flags):
     """num_samples texts are N texts after one prompt; greedy ones are that of a single run."""
     run(train, dataset, *SMALL, '--max_iters=60', f'--out_dir={tmp_path}', '--selective', *flags[:1])
-    args = [f'--out_dir={tmp_path}', '--max_new_tokens=40', '--device=cpu', '--start=line 1', *[b + '=4' for b in flags[1:]]]
+    args = [f'--out_dir={tmp_path}', '--max_new_tokens=40', '--device=cpu', '--start=line 1']
+    args += [flag + '=4' for flag in flags[1:]]
     one = run(sample, *args, '--temperature=0').split('-' * 40)
     three = run(sample, *args, '--temperature=0', '--num_samples=3').split('-' * 40)
     assert len(three) == 4 and [text.strip() for text in three[:3]] == [one[0].strip()] * 3
@@ -125,7 +126,8 @@ def test_bos(dataset, tmp_path, run, monkeypatch):
     read, batch = sample.stream, data.Dataset.batch
     monkeypatch.setattr(sample, 'stream', lambda model, idx, *args, **more: (seen.append(idx[0].tolist()),
                                                                               read(model, idx, *args, **more))[1])
-    monkeypatch.setattr(data.Dataset, 'batch', lambda *args, **more: (batches.append(batch(*args, **more)), batches[-1])[1])
+    monkeypatch.setattr(data.Dataset, 'batch',
+                        lambda *args, **more: (batches.append(batch(*args, **more)), batches[-1])[1])
     for bos in True, False:
         out_dir = tmp_path / str(bos)
         run(train, dataset, *SMALL, '--max_iters=1', f'--out_dir={out_dir}', f'--bos={bos}', '--selective')
@@ -190,11 +192,12 @@ def test_ssa_has_its_own_learning_rate(dataset, tmp_path, run, monkeypatch):
     assert all(len(set(r)) == 1 and len(r) == 2 for r in rates)
     before = ckpt.load(tmp_path)
     rates.clear()
-    run(train, *args, '--max_iters=11', '--ssa_lr=50', '--init_from=resume', '--eval_interval=100')
+    run(train, *args, '--max_iters=11', '--ssa_lr=50', '--init_from=resume', '--eval_interval=100',
+        '--resume_changed')
     assert len(rates) == 1 and rates[0][2] == pytest.approx(50 * rates[0][0]) and rates[0][0] == rates[0][1]
     gpt = ckpt.build(before)
     optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
-    ckpt.load_optimizer(optimizer, gpt, before)
+    ckpt.load_optimizer(optimizer, torch.amp.GradScaler(enabled=False), gpt, before)
     same = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     same.load_state_dict(before['optimizer'])
     for name, p in gpt.named_parameters():
@@ -228,8 +231,10 @@ def test_damaged_and_foreign_checkpoints(dataset, tmp_path, run):
         ckpt.load(tmp_path)
 
 
-def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    ckpt.save(tmp_path, {'model': {'x': 1}, 'model_args': {}})
+def test_a_kill_while_saving_leaves_the_old_checkpoint(dataset, tmp_path, run, monkeypatch):
+    args = [dataset, *SMALL, '--max_iters=1', f'--out_dir={tmp_path}']
+    run(train, *args)
+    names = sorted(os.listdir(tmp_path))
 
     def killed(checkpoint, file):
         file.write(b'half of it')
@@ -237,7 +242,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', killed)
     with pytest.raises(SystemExit):
         ckpt.save(tmp_path, {})
-    assert ckpt.load(tmp_path)['model'] == {'x': 1} and os.listdir(tmp_path) == ['ckpt.pt']
+    assert ckpt.load(tmp_path)['iter_num'] == 1 and sorted(os.listdir(tmp_path)) == names
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
@@ -280,11 +285,30 @@ def test_settings_that_count(tmp_path):
 
 @pytest.mark.parametrize('wrong, words', [
     ({'init_from': 'nothing'}, 'init_from'), ({'memory_loss': 0.1}, 'memory_loss needs selective'),
-    ({'n_embd': 10}, 'n_embd 10 is not divisible'), ({'freeze': 'base'}, 'leaves nothing to train'),
+    ({'n_embd': 10}, 'n_embd 10 is not divisible'), ({'freeze': 'base'}, 'trains nothing'),
     ({'gradient_accumulation_steps': 3}, '3 cannot be shared out among 2 processes')])
 def test_impossible_runs(wrong, words):
     with pytest.raises(settings.UserError, match=words):
         train.check(train.TrainConfig(**wrong), world=2)
+
+
+@pytest.mark.parametrize('script', ['train', 'sample', 'prune'])
+def test_threads_wait_without_spinning(script):
+    """OpenMP reads OMP_WAIT_POLICY once, when torch is imported; by then it must be set."""
+    code = f"""
+import builtins, os
+real, seen = builtins.__import__, []
+def spy(name, *args, **more):
+    if name == 'torch':
+        seen.append(os.environ.get('OMP_WAIT_POLICY'))
+    return real(name, *args, **more)
+builtins.__import__ = spy
+import {script}
+print(seen[0])
+"""
+    env = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    assert out == 'PASSIVE\n'
 
 
 def test_help_lists_every_setting():
