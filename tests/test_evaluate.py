@@ -317,7 +317,9 @@ def test_resume(run_evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.inspect, 'getsource', lambda what: getsource(what) + '# edited' * (what is m))
     run_evaluate('a', 'hellaswag')
     assert sum(calls) == 240
-    save(gpt(n_embd=8), tmp_path / 'a')
+    other = gpt()
+    other.lm_head.weight.data += 0.1
+    save(other, tmp_path / 'a')
     run_evaluate('a', 'hellaswag')
     assert sum(calls) == 300
 
