@@ -30,22 +30,31 @@ TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
 # ----------------------------------------------------------------------------- tokenizers
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding called 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and <|endoftext|>).
+    """The tiktoken.Encoding called 'gpt2' (50,257 tokens), 'gpt2:N' (N) or 'bytes' (256 bytes and <|endoftext|>).
 
-    'bytes' needs no download. tiktoken downloads the vocabulary of 'gpt2' once and keeps it, in the folder
-    named by TIKTOKEN_CACHE_DIR if that is set. Raises UserError, within 8 seconds, if the download fails.
+    'gpt2:N' is for small models: the first N - 1 entries of GPT-2's table, then <|endoftext|>. The table lists the
+    single bytes and then the merges in the order in which they were learned, so every beginning of it is a vocabulary.
+    'bytes' needs no download. tiktoken downloads GPT-2's table once and keeps it, in the folder named by
+    TIKTOKEN_CACHE_DIR if that is set. Raises UserError, within 8 seconds, if it is out of reach.
     """
     if name == 'bytes':
         # The pattern only cuts the text into pieces for tiktoken; without merges every byte is a token.
         return tiktoken.Encoding('bytes', pat_str=r'(?s).{1,64}', special_tokens={END_OF_TEXT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    if name != 'gpt2':
-        raise UserError(f"tokenizer '{name}' is unknown: it is 'gpt2' or 'bytes'")
+    family, _, count = name.partition(':')
+    beginning = family == 'gpt2' and re.fullmatch('[1-9][0-9]{2,4}', count) and 257 <= int(count) <= 50257
+    if name != 'gpt2' and not beginning:
+        raise UserError(f"tokenizer {name!r} is unknown: it is 'gpt2', 'gpt2:N' with N from 257 to 50257, or 'bytes'")
     try:
-        return within(8, tiktoken.get_encoding, 'gpt2')
+        gpt2 = within(8, tiktoken.get_encoding, 'gpt2')
     except Exception as e:  # requests, hash and file errors alike: there is no vocabulary
         raise UserError(f'the gpt2 vocabulary could not be downloaded ({type(e).__name__}): check the network, '
                         'or set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes') from None
+    if not count:
+        return gpt2
+    end = int(count) - 1  # entries; the last id is <|endoftext|>'s
+    ranks = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < end}
+    return tiktoken.Encoding(name, pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end})
 
 
 def encode_prompt(text, tokenizer, bos):
@@ -60,8 +69,8 @@ def encode_prompt(text, tokenizer, bos):
 def within(seconds, function, *args):
     """function(*args), or TimeoutError after so many seconds.
 
-    tiktoken downloads without a timeout, and no timeout of requests limits the lookup of a host name. So the call runs in
-    a daemon thread, which does not delay the exit if it hangs.
+    tiktoken downloads without a timeout, and no timeout of requests limits the lookup of a host name. So the call runs
+    in a daemon thread, which does not delay the exit if it hangs.
     """
     future = concurrent.futures.Future()
 
@@ -137,11 +146,11 @@ class Dataset:
     def batch(self, split, index, batch_size, block_size, seed=0, bos=False):
         """Batch number index of random windows: (x, y), int64 tensors (batch_size, block_size).
 
-        y is x one token later. With bos, x begins with <|endoftext|> in place of its first token. In a data set of records
-        every window is a whole record, which may be shorter than block_size, without bos, and y is -1, which the loss
-        ignores, where it is not an answer. A batch depends on the arguments alone, not on earlier batches, so a resumed run
-        and each of several processes ask for a batch by its number. Raises UserError if the split is shorter than one
-        window, or a record does not fit.
+        y is x one token later. With bos, x begins with <|endoftext|>, and a token less is read. In a data set of records
+        every window is a whole record, without bos; it may be shorter than block_size, and y is -1, which the loss
+        ignores, where it is not an answer. A batch depends on the arguments alone, not on earlier batches, so a resumed
+        run and each of several processes ask for a batch by its number. Raises UserError if the split is shorter than
+        one window, or a record does not fit.
         """
         import torch  # here, so that the prepare scripts and their processes start without it
         bos = bos and not self.record_len

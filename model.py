@@ -12,7 +12,7 @@ Symbols, as in the papers. Row i is a query, column j a key, h a head.
     P[h,i,j]    attention weights, softmax over j of L[h,i,j] - F[i,j]
     M[i]        memory requirement: how many tokens row i still needs
     K           budget: how many tokens a layer may keep
-    τ[h,n]      SSA's temperatures of head h at position n
+    τ[h,n]      SSA's temperatures of head h at position n; the threshold τ of M is `memory_tau` everywhere
 
 Shapes: B batch, T tokens, C = n_embd channels, H heads, D = C/H channels of a head, V vocabulary; R rows of a block,
 N columns that they may look at. Outside attention, `pos` is the position of a token.
@@ -53,7 +53,7 @@ def selective_attention_listing(q, k, v, vote, dropout=0.0, memory_tau=None):
     j = i.T                                                     # (1, T)
     L = (q @ k.transpose(-2, -1)).to(F_dtype(q.dtype)) / math.sqrt(q.size(3))       # (B, H, T, T)
     S = torch.where((0 < j) & (j < i), vote(L[:, 0]), 0.0)      # nobody votes on token 0, itself or the future
-    F = fn.pad(S, (0, 0, 1, -1)).cumsum(dim=1)                  # (B, T, T) a vote acts on later rows only
+    F = fn.pad(S, (0, 0, 1, -1)).cumsum(dim=1)                  # (B, T, T) rows moved down by one: votes act later
     P = (L - F[:, None]).masked_fill(j > i, float('-inf')).softmax(dim=-1)          # every head reads the same F
     P = fn.dropout(P, dropout, training=dropout > 0)
     return P.to(v.dtype) @ v, memory_requirement(F, i[:, 0], memory_tau)
@@ -75,7 +75,7 @@ def attend(q, k, v, F, i, j, vote=None, forget=None, dropout=0.0):
     L = (q * q.size(-1)**-0.5) @ k.transpose(-2, -1)            # (B, H, R, N)
     S = torch.zeros_like(L[:, 0], dtype=F.dtype)                # (B, R, N)
     if vote is not None:
-        S = torch.where((0 < j) & (j < i), vote(L[:, 0].to(F.dtype)), S)        # nobody votes on token 0, ...
+        S = torch.where((0 < j) & (j < i), vote(L[:, 0].to(F.dtype)), S)        # not on token 0, itself or the future
     # F[i,j] = sum of S[k,j] over k < i. A row's own vote acts only on later rows, hence R+1 sums from R votes.
     F = torch.cat([F[:, None], S], dim=1).cumsum(dim=1)         # (B, R+1, N)
     hidden = j > i                                              # nobody sees the future
@@ -114,12 +114,12 @@ def selective_attention(q, k, v, vote, dropout=0.0, memory_tau=None, rows=128):
 
 
 def F_dtype(dtype):
-    """F is a running sum: float32, whatever autocast makes of the rest; float64 only where all is float64."""
+    """The dtype of F, a running sum: float32, whatever autocast makes of q; float64 if q is float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def memory_requirement(F, i, memory_tau):
-    """M[i] = i - sum over j of min(F[i,j], τ)/τ, 2410.02703 section 6: how many tokens row i still needs.
+    """M[i] = i - sum over j of min(F[i,j], τ)/τ, 2410.02703 section 6: how many earlier tokens row i still needs.
 
     F (B, R, N) -> M (B, R). memory_tau is the paper's τ, the F at which a token counts as masked; None gives None.
     """
@@ -182,7 +182,8 @@ class CausalSelfAttention(nn.Module):
         D = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # q, k, v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity() for _ in 'qk')
+        self.q_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
         self.ssa = nn.ModuleDict({name: Temperature(config, position_aware=name == 'q') for name in config.ssa})
         self.vote_scale = nn.Parameter(torch.zeros(())) if config.vote_scale else None
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -256,7 +257,6 @@ class GPT(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        # drawn before any layer is made, so that a seed gives models with and without SSA the same weights
         g = torch.Generator().manual_seed(torch.randint(2**31, (1,), device='cpu').item())
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -267,7 +267,9 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight       # weight tying
-        for name, p in sorted(self.named_parameters(), key=lambda item: '.ssa.' in item[0]):    # GPT-2's initialisation
+        # GPT-2's initialisation. As g is seeded before any layer draws numbers, and SSA's parameters come last, a seed
+        # gives models with and without SSA the same weights.
+        for name, p in sorted(self.named_parameters(), key=lambda item: '.ssa.' in item[0]):
             if name.endswith('bias') or name.endswith('.w.weight'):         # w: SSA's output rows
                 nn.init.zeros_(p)
             elif name.endswith('c_proj.weight'):                            # residual projections
@@ -355,9 +357,8 @@ def check_config(c):
 
 
 # ---- You may stop here -----------------------------------------------------------------------------------------------
-# That is all that training runs. What follows is generation, with context pruning (2410.02703
-# section 5): a layer remembers at most K tokens. Token i in a layer, in this order: drop the token with the largest
-# F[i,j] if the buffer is full; store i, with F = 0; attend over the buffer; add the votes S[i,:] to its F.
+# That is all of training. Next, generation with context pruning, 2410.02703 section 5: a layer remembers at most K
+# tokens. Token i first drops the token of largest F if K are held, then is stored with F = 0, attends, and votes.
 
 EMPTY = 2**30   # position of an empty slot: later than any row, so the causal mask hides it
 

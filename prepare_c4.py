@@ -6,9 +6,9 @@
 
 Every shard that is downloaded becomes one file, data/c4/train_00000.bin and so on; each document ends with
 <|endoftext|>. Stop it at any moment and run it again: finished shards are kept, the unfinished one is done
-again, and the files come out as if it had never stopped. A file that holds only the beginning of its shard has
-a .cut file beside it, so that asking for more later makes it anew. Every run makes the validation files that
-are missing. Memory does not grow: one shard at a time streams through.
+again, and the files are the same as those of an uninterrupted run. A file that holds only the beginning of its
+shard has a .cut file beside it, and is made again when you ask for more. Every run makes the validation files
+that are missing. One shard at a time streams through, so memory stays small.
 """
 import collections
 import concurrent.futures
@@ -47,7 +47,7 @@ class C4Config:
     data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
     name: str = 'c4'                # the data set's name
     # how
-    tokenizer: str = 'gpt2'         # gpt2 or bytes
+    tokenizer: str = 'gpt2'         # gpt2, gpt2:N (N tokens, for small models) or bytes
     processes: int = 0              # processes that tokenize; 0 = one per core, at most 16 [0 to 1000]
     retries: int = 8                # failures in a row of one download before giving up [0 to 1000]
     backoff: float = 1.0            # seconds to wait after the first failure; doubles with each, up to 60 [0 to 3600]

@@ -28,7 +28,7 @@ VAL_ONE_IN = 30
 class TextConfig:
     paths: list = field(default_factory=list)  # files and folders, written without dashes
     name: str = ''                  # data set's name; '' = the name of the first path, 'stdlib' without paths
-    tokenizer: str = ''             # gpt2 or bytes; '' = gpt2, bytes without paths
+    tokenizer: str = ''             # gpt2, gpt2:N (N tokens, for small models) or bytes; '' = gpt2, bytes without paths
     ext: str = ''                   # only files in folders with these endings, as .py,.md; '' = all
     data_dir: str = 'data'          # the data set goes into <data_dir>/<name>
 

@@ -33,7 +33,8 @@ from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 # what a search needs of an earlier one
-EARLIER = {'checkpoint': str, 'policy': str, 'dataset': str, 'block_size': int, 'search': dict, 'trials': [[float]]}
+EARLIER = {'checkpoint': str, 'code': str, 'policy': str, 'dataset': str, 'block_size': int, 'search': dict,
+           'trials': [[float]]}
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Trials:
 
     def __init__(self, model, batches, policy):
         """batches: a list of (x, y), int64 (B, T)."""
-        self.model, self.policy = model, policy
+        self.model, self.batches, self.policy = model, batches, policy
         self.targets = [y for _, y in batches]
         T = self.targets[0].size(1)
         self.pos = torch.arange(T, device=self.targets[0].device)
@@ -81,14 +82,23 @@ class Trials:
         for below in range(self.ready, l):
             self.inputs[below + 1] = [self._layer(below, x, self.budgets[below]) for x in self.inputs[below]]
         self.ready = max(self.ready, l)
-        total = 0.0
+        self.known[budgets] = self._windows(l, budgets).mean().item()
+        return self.known[budgets]
+
+    def windows(self, budgets):
+        """The mean loss of each window (windows,) with these budgets."""
+        return Trials(self.model, self.batches, self.policy)._windows(0, budgets)
+
+    def _windows(self, l, budgets):
+        # from what layer l reads, which is ready
+        losses = []
         for x, y in zip(self.inputs[l], self.targets):
             for layer in range(l, len(budgets)):
                 x = self._layer(layer, x, budgets[layer])
             logits = self.model.lm_head(self.model.transformer.ln_f(x))
-            total += fn.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1), ignore_index=-1).item() * len(y)
-        self.known[budgets] = total / sum(len(y) for y in self.targets)
-        return self.known[budgets]
+            loss = fn.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction='none')        # (B, T)
+            losses.append(loss.sum(dim=1) / (y >= 0).sum(dim=1))
+        return torch.cat(losses)
 
     def set(self, l, K):
         """Give layer l the budget K; what the layers above it read must then be computed again."""
@@ -170,6 +180,39 @@ def windows_of(dataset, cfg, block_size, bos, held_out=False):
     return [(x.to(cfg.device), y.to(cfg.device)) for x, y in batches]
 
 
+def bootstrap(values, counts=None, samples=10_000):
+    """95% interval of the mean of values, one for each window, when windows are drawn again with replacement.
+
+    counts: how many tokens each value is the sum of; the mean is then over tokens. Differences of two models on the
+    same windows give the paired bootstrap.
+    """
+    values = values.double().cpu()
+    counts = torch.ones_like(values) if counts is None else counts.double().cpu()
+    drawn = torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(0))
+    means = values[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
+    return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+
+
+def unseen(trials, curve, target):
+    """What the curve is worth on windows that the search has not seen: those of trials, where target is the loss of each.
+
+    Returns a dictionary: 'target'; 'unpruned', 'pruned', the losses at the ends of the curve; 'difference', of the end
+    to the target, with its 95% interval; 'holds', the point of the curve with the least memory whose loss on these
+    windows is at most the target, or None. Only this point counts as memory saved.
+    """
+    unpruned = trials.windows(curve[0]['budgets']).mean().item()
+    found = {'target': target.mean().item(), 'unpruned': unpruned, 'holds': None}
+    for p in reversed(curve):
+        losses = trials.windows(p['budgets'])
+        if p is curve[-1]:
+            difference = losses - target
+            found.update(pruned=losses.mean().item(), difference=[difference.mean().item(), *bootstrap(difference)])
+        if losses.mean() <= target.mean():
+            found['holds'] = {**p, 'val_loss': losses.mean().item()}
+            break
+    return found
+
+
 @torch.no_grad()
 def main():
     cfg = settings.parse(PruneConfig)
@@ -197,7 +240,7 @@ def main():
     kernels.install(model)                                  # for layers that keep everything
     search_set, held_out = (windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint), held_out)
                             for held_out in (False, True))
-    trials = Trials(model, search_set, cfg.policy)
+    trials, trials_held_out = Trials(model, search_set, cfg.policy), Trials(model, held_out, cfg.policy)
     unpruned, baseline, target = trials.loss(), None, cfg.target_loss
     if cfg.baseline:
         other, other_checkpoint = ckpt.load_model(cfg.baseline, cfg.device)
@@ -206,15 +249,18 @@ def main():
         if traits[0] != traits[1]:
             raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos: the losses cannot be compared')
         target = baseline = Trials(other, search_set, cfg.policy).loss()
-        held_out_baseline = Trials(other, held_out, cfg.policy).loss()
+        held_out_target = Trials(other, held_out, cfg.policy).windows([size] * other.config.n_layer)
     elif cfg.tolerance:
         target = unpruned + cfg.tolerance
+        held_out_target = trials_held_out.windows(trials.budgets) + cfg.tolerance
+    else:
+        held_out_target = torch.full((cfg.windows,), target, device=cfg.device)
     if unpruned > target:
         raise UserError(f'the loss without pruning, {unpruned:.4f}, is already above the target, {target:.4f}')
 
     result = {'budgets': list(trials.budgets), 'policy': cfg.policy, 'block_size': size, 'target_loss': target,
               'unpruned_loss': unpruned, 'baseline_loss': baseline, 'dataset': dataset.name,
-              'checkpoint': ckpt.fingerprint(model), 'held_out': {},
+              'checkpoint': ckpt.fingerprint(model), 'code': ckpt.code_fingerprint(), 'held_out': {},
               'search': {name: getattr(cfg, name) for name in ('search', 'bite', 'windows', 'seed', 'batch_size')},
               'curve': [point(trials.budgets, size, unpruned)], 'trials': []}
     # The search is deterministic: to continue one, repeat its steps with the losses that it found.
@@ -237,19 +283,17 @@ def main():
         spent = time.time() - started
         left = spent / max(1, len(trials.known) - tried_before) * trials_left
         show(number, result['curve'][-1], f'{spent:.0f}s, {about} {left:.0f}s left')
-    for name, budgets in (('unpruned', [size] * len(trials.budgets)), ('pruned', trials.budgets)):
-        other = Trials(model, held_out, cfg.policy)
-        other.budgets = list(budgets)
-        result['held_out'][name] = other.loss()
-    if cfg.baseline:
-        result['held_out']['baseline'] = held_out_baseline
+    result['held_out'] = found = unseen(trials_held_out, result['curve'], held_out_target)
     write(path, result)
     last = result['curve'][-1]
     print(f"{last['memory']:,} tokens of {len(trials.budgets) * size:,}: {last['saving']:.1f}x less memory at loss "
           f"{last['val_loss']:.4f} (target {target:.4f}; {unpruned:.4f} without pruning); "
           f'{len(trials.known) - tried_before} trials in {time.time() - started:.0f}s')
-    print('on other validation windows: '
-          + ', '.join(f'{name} {loss:.4f}' for name, loss in result['held_out'].items()))
+    mean, low, high = found['difference']
+    print(f"on windows that the search has not seen: {found['pruned']:.4f} against {found['target']:.4f}, {mean:+.4f} "
+          f'(95% over windows: {low:+.4f} to {high:+.4f}); '
+          + ('no point of the curve keeps the loss there' if not found['holds'] else
+             f"what keeps the loss there, too: {found['holds']['saving']:.1f}x less memory"))
     print(path + (f': sample.py --out_dir={cfg.out_dir} generates within it' if cfg.policy == 'selective' else ''))
 
 

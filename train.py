@@ -81,10 +81,10 @@ def check(cfg, world):
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
     for wrong, why in [
-            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' leaves nothing to train: set ssa, vote_scale"),
+            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' trains nothing: set ssa or vote_scale"),
             (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
              f'cannot be shared out among {world} processes'),
-            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: nothing else masks')]:
+            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: standard attention masks nothing')]:
         if wrong:
             raise UserError(why)
 
@@ -114,7 +114,7 @@ def find_start(cfg, processes):
 def take_settings(cfg, start):
     """Set what the checkpoint decides: for eval_only all of the model and the data, else what cannot change in a run.
 
-    Yields lines that say what is not as the settings have it.
+    Yields a line for each setting that is overruled, and for another data set than before.
     """
     args = ckpt.model_args(start)
     if cfg.eval_only:
@@ -182,9 +182,11 @@ def get_batch(cfg, dataset, split, index):
 
 @torch.no_grad()
 def evaluate(cfg, model, dataset, processes):
-    """Figures on the validation set: val_loss, the plain cross-entropy; memory, the fraction of the context that
-    selection needs; accuracy, where the data set asks questions: the fraction of answers that are the likeliest token."""
+    """Figures on the validation set: val_loss, the plain cross-entropy; memory, what a selective model needs of it;
+    accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token; live, with
+    kernels/cpu.py: the share of attention that it computed, as the rest is provably masked."""
     model.eval()
+    kernels.live_share()                    # from here on
     names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len)
     totals, batches = [0.0] * len(names), range(processes.rank, cfg.eval_iters, processes.world)
     for n in batches:
@@ -195,6 +197,9 @@ def evaluate(cfg, model, dataset, processes):
             figures.append((logits.argmax(dim=-1) == y)[y >= 0].float().mean())
         totals = [total + figure.item() for total, figure in zip(totals, figures)]
     model.train()
+    live = kernels.live_share()
+    if live is not None:
+        names, totals = [*names, 'live'], [*totals, live * len(batches)]
     *totals, count = processes.mean(*totals, len(batches))
     return {name: total / count for name, total in zip(names, totals)}
 

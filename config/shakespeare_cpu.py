@@ -1,5 +1,5 @@
-# nanoGPT's recipe for character-level Shakespeare on a CPU. Its README gives a validation loss of 1.88 on the last tenth of
-# the text; prepare_text.py keeps the last thirtieth. The text is data/tinyshakespeare/input.txt of
+# nanoGPT's recipe for character-level Shakespeare on a CPU. Its README gives a validation loss of 1.88 on the last tenth
+# of the text; prepare_text.py keeps the last thirtieth. The text is data/tinyshakespeare/input.txt of
 # github.com/karpathy/char-rnn; then: python prepare_text.py input.txt --name=shakespeare --tokenizer=bytes
 dataset = 'shakespeare'
 n_layer = 4

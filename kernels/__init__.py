@@ -32,12 +32,15 @@ def install(model, kernel='auto', dtype=torch.float32):
     layers, device = [block.attn for block in model.transformer.h], model.lm_head.weight.device
     for layer in layers:
         layer.__dict__.pop('attention', None)                   # back to model.py's own
-        if kernel == 'listing':
-            layer.attention = m.selective_attention_listing
     if not model.config.selective:
         return "attention: torch's scaled_dot_product_attention"
-    if kernel in ('none', 'listing'):
-        return f'attention: {KERNELS[kernel]}, as --kernel={kernel} asks'
+    if kernel == 'none':
+        return f'attention: {KERNELS[kernel]}, as --kernel=none asks'
+    if kernel == 'listing':                                     # which is model.py, too, so it runs in any case
+        differs = check(m.selective_attention_listing, layers[0], device, dtype)
+        for layer in layers:
+            layer.attention = m.selective_attention_listing
+        return f'attention: {KERNELS[kernel]}, as --kernel=listing asks' + f'; but {differs}' * bool(differs)
     name = {'auto': 'gpu' if device.type == 'cuda' else 'cpu'}.get(kernel, kernel)
     why_not = 'dropout of attention weights is not in it' if model.config.dropout else ''
     try:
@@ -53,6 +56,15 @@ def install(model, kernel='auto', dtype=torch.float32):
     for layer in layers:
         layer.attention = attention
     return f'attention: {KERNELS[name]}, which gives the numbers of model.py'
+
+
+def live_share():
+    """The share of pairs (row, column) that kernels/cpu.py computed since the last call, None if it did not run.
+
+    Columns that provably no later row can see are dropped; without that it would be 1.
+    """
+    from kernels import cpu
+    return cpu.live.share()
 
 
 def fast_rows(model):
@@ -128,7 +140,7 @@ def check(attention, layer, device, dtype):
                     if want is None and got is None:
                         continue
                     if want is None or got is None or not (got - want).abs().max() <= tolerance * want.abs().max():
-                        return f'with the votes of this model.py it gives other numbers ({name})'   # NaN ends here, too
+                        return f'on an example it gives other numbers than this model.py ({name})'  # NaN ends here, too
     return ''
 
 

@@ -114,7 +114,7 @@ def _forward(q, k, v, vote, tau, y, M, skip):
         return None
     q, kv = _scaled(q), torch.cat([k, v], dim=3)                # kv (B, H, T, 2D) is packed in its place
     k3, v3 = kv.flatten(0, 1).split(D, dim=2)                   # (B*H, T, D)
-    k_norm, Q, m = _bounds(q, k)
+    k_norm, Q, m = bounds(q.view(B, H, T, D), k)
     F = q.new_zeros(B, T)                                       # as it enters the block
     columns = torch.arange(T).repeat(B, 1)
     constants, buffer = _Constants(T, q.dtype), q.new_empty(B * H * min(BLOCK, T) * T)
@@ -126,6 +126,7 @@ def _forward(q, k, v, vote, tau, y, M, skip):
             dead = (Q[:, :, a, None] * k_norm[:, :, first:a] - m[:, :, a, None]).amax(dim=1) - F[:, first:a] < log_eps
             if tau is not None:
                 dead &= F[:, first:a] > tau
+            dead[:, 0] = False                                  # token 0 stays column 0 of what votes see
             F[:, first:a].masked_fill_(dead, math.inf)
             n = int((~dead).sum(dim=1).max())                   # the longest list
             if n <= 7 / 8 * (a - first):
@@ -254,9 +255,8 @@ def _take(x, columns):
     return torch.stack([x[b].index_select(1, j) for b, j in enumerate(columns)])
 
 
-def _bounds(q, k):
-    """|k|, and Q and m as they hold from each row on, all (B, H, T); q (B*H, T, D) is scaled."""
-    q = q.view(k.shape)
+def bounds(q, k):
+    """|k|, and Q and m as they hold from each row on, all (B, H, T), from k and q/√D (B, H, T, D)."""
     itself = (q * k).sum(dim=3)
     before = fn.pad((q[:, :, 1:] * k[:, :, :-1]).sum(dim=3), (1, 0), value=-math.inf)
     first = (q @ k[:, :, 0, :, None])[..., 0]

@@ -1,26 +1,48 @@
-"""Train with one rule of a method changed, to see which rules matter. Everything else is train.py.
+"""Train with one rule changed, or with another method in its place: to see what matters. Everything else is train.py.
 
     python -m lab.ablate no_relu config/selective_small.py --out_dir=out/no_relu
+    python -m lab.ablate window=32 config/selective_small.py --out_dir=out/window
 
-Rules of selective attention (2410.02703 section 3):
+All of these are one recurrence, F <- F + S, with P = softmax(L - F), and differ in who votes, on what, and how much:
 
-    as_published    nothing is changed: what the others are compared with
-    first_too       token 0 may be masked, too
-    self_too        a token may mask itself for later rows
-    no_relu         negative votes count: S = L[0], so a masked token can be unmasked
-    at_once         a row's vote acts on that row already, not on later rows only
-    last_head       the last head selects instead of head 0
-    groups          one selector for every two heads, which mask for these two alone
+    standard            S = 0
+    window=K            S[i,j] = inf for j = i - K + 2: who is K tokens back is gone for good
+    alibi               S[i,j] = m[h], a constant of the head: distance alone
+    fox                 S[i,j] = -log σ(gate of i): the reader decides alone, and treats all earlier tokens alike
+    selective           S[i,j] = max(0, L[0,i,j]): reader and token decide together
 
-Others:
+Votes, with --selective (2410.02703 section 3):
 
-    no_position     SSA without the position-aware part of the query temperature (2411.12892 section 3)
-    double_heads    standard attention with twice the heads, of the same size, and so twice its parameters
+    as_published        nothing is changed: what the others are compared with
+    no_relu             negative votes count: S = L[0], so a masked token can be unmasked
+    fox                 S[i,j] = softplus(-L[0,i,0] - 4), after the Forgetting Transformer (arXiv 2503.02130). The gate
+                        of row i is its logit of token 0: q.k of a key that is the same in all texts, so a linear
+                        function of the row, at no new parameters. Theirs has its own gate for each head, and acts at
+                        once.
 
-A checkpoint does not know the rule, except for no_position: sample.py and prune.py apply the published rule to it, or refuse
-it (double_heads). To resume, give the same rule again.
+What is masked, with --selective. T x T matrices:
+
+    first_too           token 0 may be masked, too
+    self_too            a token may mask itself for later rows
+    at_once             a row's vote acts on that row already, not on later rows only
+    last_head           the last head selects instead of head 0
+    groups              one selector for every two heads, which mask for these two alone
+    window=K            no votes: token 0 and the newest K - 1 tokens, as a budget of K with policy 'oldest' keeps
+    alibi               no votes: logits fall with distance by 2^(-8h/H) a token in head h = 1 ... H (arXiv 2108.12409)
+
+Temperatures, with --ssa (2411.12892 section 3):
+
+    no_position         --ssa=qv without the position-aware part
+    position_only       --ssa=q, the position-aware part alone as in the authors' code: 1 + exp(-exp(β)) log n, one β
+                        a layer
+    ssmax               --ssa=q, the scalable softmax (arXiv 2501.19399): s log n, one s a head
+
+And double_heads: standard attention with twice the heads, of the same size, and so twice its parameters.
+
+The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or refuse it. To
+resume, give the same rule again.
 """
-import inspect
+import contextlib
 import math
 import sys
 
@@ -29,28 +51,91 @@ import torch.nn as nn
 import torch.nn.functional as fn
 
 import model as m
-import train
 from support import settings
+import train
 from support.settings import UserError
 
-EDITS = {       # a rule as an edit of `attend` in model.py: what stands there, and what takes its place
-    'as_published': ('', ''),
-    'first_too': ('(0 < j) & (j < i)', 'j < i'),
-    'self_too': ('(0 < j) & (j < i)', '(0 < j) & (j <= i)'),
-    'at_once': ('(L - F[:, None, :-1])', '(L - F[:, None, 1:])'),
-    'last_head': ('vote(L[:, 0]', 'vote(L[:, -1]')}
-RULES = *EDITS, 'no_relu', 'groups', 'no_position', 'double_heads'
+# ---- Votes: (layer, logits of head 0 (B, R, N)) -> S
 
 
-def groups(q, k, v, vote, dropout=0.0, memory_tau=None):
-    """As `model.selective_attention`, for two heads at a time. M is the mean of the selectors."""
-    ys, Ms = zip(*(m.selective_attention(*(x[:, h:h + 2] for x in (q, k, v)), vote, dropout, memory_tau)
-                   for h in range(0, q.size(1), 2)))
-    return torch.cat(ys, dim=1), torch.stack(Ms).mean(dim=0) if memory_tau is not None else None
+def no_relu(layer, L0):
+    return L0
+
+
+def fox(layer, L0):
+    return fn.softplus(-L0[..., :1] - 4).expand_as(L0)          # -log σ(gate), which starts near 0.02 a token
+
+
+# ---- What is masked: as `model.selective_attention`, (q, k, v, vote, dropout, memory_tau) -> y, M
+
+
+def listing(rule, q, k, v, vote, dropout=0.0, memory_tau=None):
+    """As `model.selective_attention_listing`, with one rule changed. M of several selectors is their mean."""
+    H, T, D = q.shape[1:]
+    i = torch.arange(T, device=q.device)[:, None]               # (T, 1)
+    j = i.T                                                     # (1, T)
+    L = (q @ k.transpose(-2, -1) * D**-0.5).to(m.F_dtype(q.dtype))      # (B, H, T, T)
+    selectors = {'groups': range(0, H, 2), 'last_head': [H - 1]}.get(rule, [0])
+    S = torch.stack([vote(L[:, h]) for h in selectors], dim=1)  # (B, selectors, T, T)
+    S = S * (j <= i if rule == 'self_too' else j < i) * (j >= 0 if rule == 'first_too' else j > 0)
+    F = S.cumsum(dim=-2) if rule == 'at_once' else S.cumsum(dim=-2) - S
+    L = L - F.repeat_interleave(-(-H // len(selectors)), dim=1)[:, :H]      # each selector's F for its own heads
+    P = fn.dropout(L.masked_fill(j > i, float('-inf')).softmax(dim=-1), dropout, training=dropout > 0)
+    M = None if memory_tau is None else m.memory_requirement(F.transpose(0, 1), i[:, 0], memory_tau).mean(dim=0)
+    return P.to(v.dtype) @ v, M
+
+
+def window(K, q, k, v, vote, dropout=0.0, memory_tau=None):
+    """Token 0 and the newest K - 1 tokens, the row's own among them. M is the tokens before a row that it sees."""
+    i = torch.arange(q.size(2), device=q.device)[:, None]
+    seen = (i.T <= i) & ((i.T > i - K + 1) | (i.T == 0))
+    y = fn.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+    return y, None if memory_tau is None else (seen.sum(dim=1) - 1.0).expand(len(q), -1)
+
+
+def alibi(q, k, v, vote, dropout=0.0, memory_tau=None):
+    H, T = q.shape[1:3]
+    i = torch.arange(T, device=q.device)[:, None]
+    slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=q.device) / H)
+    bias = (slopes[:, None, None] * (i.T - i)).masked_fill(i.T > i, float('-inf')).to(q.dtype)
+    y = fn.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    return y, None if memory_tau is None else i[:, 0].float().expand(len(q), -1)
+
+
+# ---- Temperatures of the queries: in the place of `model.Temperature`
+
+
+class PositionOnly(nn.Module):
+    def __init__(self, config, position_aware):
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor([1.5]))           # the authors' start: 1 + 0.011 log n
+
+    def forward(self, x, activations, pos):
+        return 1 + (torch.exp(-torch.exp(self.beta)) * torch.log(pos + 1.0))[:, None]   # (T, 1)
+
+
+class ScalableSoftmax(nn.Module):
+    def __init__(self, config, position_aware):
+        super().__init__()
+        self.s = nn.Parameter(torch.full((config.n_head,), 0.43))       # 1 at the tenth token
+
+    def forward(self, x, activations, pos):
+        return self.s * torch.log(pos + 2.0)[:, None]           # (T, H); n + 1, as log 1 = 0
+
+
+def no_position(config, position_aware, original=m.Temperature):
+    made = original(config, position_aware)
+    if position_aware:
+        made.alpha.data.fill_(-math.inf)                        # sigmoid(alpha) = 0
+        made.alpha.requires_grad_(False)
+    return made
+
+
+# ---- Twice the heads
 
 
 class DoubleHeads(m.CausalSelfAttention):
-    """Standard attention of 2H heads of D channels, where the model has H."""
+    """Attention of 2H heads of D channels, where the model has H."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -64,36 +149,67 @@ class DoubleHeads(m.CausalSelfAttention):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope:
             q, k = m.rotate(q, k, pos)
-        y = fn.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        y = fn.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, 2 * C)), None
 
 
-def without_position(config, position_aware, original=m.Temperature):
-    """A Temperature whose position-aware part is 0 and stays 0."""
-    made = original(config, position_aware)
-    if position_aware:
-        made.alpha.data.fill_(-math.inf)                        # sigmoid(alpha) = 0
-        made.alpha.requires_grad_(False)
-    return made
+# ----------------------------------------------------------------------------------------------------------------------
+
+VOTES = {'no_relu': no_relu, 'fox': fox}
+LISTINGS = 'as_published', 'first_too', 'self_too', 'at_once', 'last_head', 'groups'
+TEMPERATURES = {'no_position': no_position, 'position_only': PositionOnly, 'ssmax': ScalableSoftmax}
+RULES = (*VOTES, *LISTINGS, 'window=K', 'alibi', *TEMPERATURES, 'double_heads')
 
 
-def change(rule):
-    """Change the rule in model.py, for the rest of this process."""
-    if rule in EDITS:
-        old, new = EDITS[rule]
-        source = inspect.getsource(m.attend)
-        if old not in source:
-            raise UserError(f'{rule} changes {old!r} in model.attend, which has been edited')
-        exec(source.replace(old, new), vars(m))                 # kernels.install notices, and model.py's code trains
-    elif rule == 'no_relu':
-        m.CausalSelfAttention.vote = lambda self, L0: L0
-    elif rule == 'groups':
-        m.CausalSelfAttention.attention = staticmethod(groups)
-        sys.argv.append('--kernel=none')                        # which leaves `attention` as it is
-    elif rule == 'no_position':
-        m.Temperature = without_position
+def parse(rule):
+    """(name of the rule, K or None); UserError if there is no such rule."""
+    name, equals, K = rule.partition('=')
+    if equals:
+        name += '=K'
+    if name not in RULES or rule == 'window=K' or equals and not (K.isascii() and K.isdigit() and int(K) >= 2):
+        raise UserError(f"the rule comes first, one of {', '.join(RULES)}, with K at least 2")
+    return name, int(K) if equals else None
+
+
+@contextlib.contextmanager
+def changed(rule):
+    """model.py with this rule, until the block ends."""
+    name, K = parse(rule)
+    layer = m.CausalSelfAttention
+    before = [(m, name, getattr(m, name)) for name in ('selective_attention', 'Temperature', 'CausalSelfAttention')]
+    before += [(layer, 'attention', staticmethod(m.selective_attention)), (layer, 'vote', layer.vote)]
+    try:
+        if name in VOTES:
+            layer.vote = VOTES[name]
+        elif name in TEMPERATURES:
+            m.Temperature = TEMPERATURES[name]
+        elif name == 'double_heads':
+            m.CausalSelfAttention = DoubleHeads
+        else:
+            def attention(*args, **kwargs):
+                if name == 'window=K':
+                    return window(K, *args, **kwargs)
+                return alibi(*args, **kwargs) if name == 'alibi' else listing(name, *args, **kwargs)
+            # both: kernels compare themselves with the first, and step aside
+            m.selective_attention, layer.attention = attention, staticmethod(attention)
+        yield
+    finally:
+        for place, attribute, value in before:
+            setattr(place, attribute, value)
+
+
+def check(name, cfg):
+    """UserError if the rule would change nothing in a model of these settings, or cannot be had with them."""
+    if name in TEMPERATURES:
+        fits = 'q' in cfg.ssa if name == 'no_position' else cfg.ssa == 'q'
     else:
-        m.CausalSelfAttention = DoubleHeads
+        fits = not cfg.selective and not cfg.ssa if name == 'double_heads' else cfg.selective
+    if not fits:
+        raise UserError(f'{name} changes nothing in a model with selective={cfg.selective} and ssa={cfg.ssa!r}')
+    if name == 'double_heads' and cfg.dropout:
+        raise UserError('double_heads has no dropout')
+    if name in VOTES and cfg.vote_scale:
+        raise UserError(f'{name} has no vote_scale')
 
 
 def main():
@@ -101,17 +217,10 @@ def main():
         print(__doc__)
         return
     rule = sys.argv.pop(1) if len(sys.argv) > 1 else ''
-    if rule not in RULES:
-        raise UserError(f"the rule comes first, one of {', '.join(RULES)}")
-    cfg = settings.parse(train.TrainConfig)
-    if not {'no_position': 'q' in cfg.ssa, 'double_heads': not cfg.selective and not cfg.ssa}.get(rule, cfg.selective):
-        raise UserError(f'{rule} changes nothing in a model with selective={cfg.selective} and ssa={cfg.ssa!r}')
-    if rule == 'double_heads' and cfg.dropout:
-        raise UserError('double_heads has no dropout')
-    if rule == 'no_relu' and cfg.vote_scale:
-        raise UserError('no_relu has no vote_scale')
-    change(rule)
-    train.main()
+    name, _ = parse(rule)
+    check(name, settings.parse(train.TrainConfig))
+    with changed(rule):
+        train.main()
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
     python -m lab.bench                         everything, about half an hour on two CPU cores
     python -m lab.bench --quick                 small sizes, under two minutes
     python -m lab.bench --what=step,memory --shapes=124m --lengths=1024,2048
+    python -m lab.bench --out_dir=out/a,out/b   attention, step and memory of trained models, each at its own length
 
     attention   attention alone, forward and backward          step      a whole training step
     memory      peak memory of a training step                 decode    one token from a KV cache
@@ -10,11 +11,12 @@
     profile     the operators that attention alone consists of (only when asked for)
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, ...), after a round to warm up. Peak memory
-is that of a process of its own on a CPU, and torch's on CUDA. The lines `growth` give the exponent p of time or memory
+is that of a process of its own on a CPU, and torch's on CUDA. Random weights mask little, which is the start of
+training; with --out_dir, queries, keys and values are those of trained models on their validation data, and `live` is
+the share of attention that is computed, as the rest is masked for good. The lines `growth` give the exponent p of time or memory
 ~ T^p, fitted over the lengths. The ratio is to the first case of a group. The table goes to --to as JSON, too.
 """
 import json
-import math
 import os
 import platform
 import re
@@ -30,7 +32,9 @@ import torch.nn.functional as fn
 
 import kernels
 import model as m
-from lab.peers import XTransformers, x_transformers
+from lab import trained
+from lab.measure import Table, synchronize, times
+from lab.peers import GPT2, XTransformers, transformers, x_transformers
 from support import checkpoint as ckpt, devices, files, settings
 from support.settings import UserError
 
@@ -43,6 +47,7 @@ MODELS = {'standard': {}, 'selective': dict(selective=True), 'SSA': dict(ssa='qv
 @dataclass
 class BenchConfig:
     what: str = 'attention,step,memory,decode,prefill,generate'     # which parts, with commas
+    out_dir: str = ''               # trained selective runs, with commas, for attention, step, memory; '': random weights
     shapes: str = 'small,124m'      # 'small': 4 layers of 4 heads of 32; '124m': 12 layers of 12 heads of 64
     lengths: str = '256,512,1024,2048,4096'     # context lengths T [list of 64 to 2**20]
     tokens: int = 4096              # of a batch; the batch size is tokens / T, at least 1 [1 to 2**24]
@@ -143,8 +148,12 @@ def generate_case(shape, T, B, device, how):
 
 
 def one_memory_case(name, shape, T, tokens, device, how=None):
-    once = generate_case(shape, T, tokens, device, how) if name == 'generate' else \
-        step_case(name, SHAPES[shape], T, tokens, device)
+    """shape: one of SHAPES, or the folder of a trained run."""
+    if shape not in SHAPES:
+        once = trained.step_case(trained.load(shape, device), name == 'selective', tokens, device)
+    else:
+        once = generate_case(shape, T, tokens, device, how) if name == 'generate' else \
+            step_case(name, SHAPES[shape], T, tokens, device)
     for _ in range(2):
         once()
     if 'cuda' in device:
@@ -160,54 +169,6 @@ def filled(gpt, B, budgets, text):
     m.prefill(gpt, text[None], cache)
     cache.repeat(B)
     return cache
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# How it is measured
-
-
-def synchronize(device):
-    if 'cuda' in device:
-        torch.cuda.synchronize()
-
-
-def times(cases, rounds, device):
-    """{name: seconds}, medians of rounds in which the cases take turns, after one to warm up."""
-    seconds = {name: [] for name in cases}
-    for r in range(rounds + 1):
-        for name, once in cases.items():
-            synchronize(device)
-            started = time.perf_counter()
-            once()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: float(np.median(s[1:])) for name, s in seconds.items()}
-
-
-class Table:
-    def __init__(self):
-        self.rows = []
-
-    def group(self, part, shape, T, values, unit, **more):
-        """values: {case: figure}; the ratio of each is to the first one."""
-        first = next(iter(values.values()))
-        for name, value in values.items():
-            self.add(part=part, shape=shape, T=T, case=name, value=value, unit=unit, ratio=value / first, **more)
-
-    def add(self, **row):
-        self.rows.append(row)
-        print(f"{row['part']:10} {row['shape']:6} {row['T']:>6} {row['case']:34} {row['value']:12,.2f} {row['unit']:8} "
-              f"{row['ratio']:8.2f}x", flush=True)
-
-    def growth(self, part, shape):
-        """Exponents of T, one for each case that was measured at two lengths and more."""
-        rows = [r for r in self.rows if r['part'] == part and r['shape'] == shape]
-        for name in dict.fromkeys(r['case'] for r in rows):
-            points = [(math.log(r['T']), math.log(r['value'] / r.get('batch', 1))) for r in rows if r['case'] == name]
-            if len(points) > 1:
-                p = float(np.polyfit(*zip(*points), deg=1)[0])
-                self.rows.append(dict(part=part, shape=shape, T='growth', case=name, value=p, unit='exponent'))
-                print(f'{part:10} {shape:6} growth {name:34} T^{p:.2f} for each sequence', flush=True)
 
 
 def main():
@@ -232,6 +193,9 @@ def main():
     print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
     print(f"{'part':10} {'shape':6} {'T':>6} {'case':34} {'value':>12} {'unit':8} {'ratio':>9}")
     table, lengths = Table(), [int(t) for t in cfg.lengths.split(',')]
+    if cfg.out_dir:
+        shapes, parts = [], [part for part in parts if part in ('attention', 'step', 'memory')]
+        trained_parts(table, cfg, parts)
     for shape in shapes:
         for part in parts:
             PARTS[part](table, cfg, shape, lengths)
@@ -251,6 +215,32 @@ def attention_part(table, cfg, shape, lengths):
         cases = attention_cases(SHAPES[shape], T, cfg.tokens, cfg.device)
         values = times(cases, cfg.rounds, cfg.device)
         table.group('attention', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
+
+
+def trained_parts(table, cfg, parts):
+    """attention, step and memory of each run in --out_dir, at its own T."""
+    for out_dir in cfg.out_dir.split(','):
+        run = trained.load(out_dir, cfg.device)
+        common = dict(shape='run', T=run.T, batch=max(1, cfg.tokens // run.T))
+        if 'attention' in parts:
+            totals, shares = {}, []
+            for l, (cases, live) in enumerate(trained.attention_cases(run, cfg.tokens, cfg.device)):
+                values = {name: 1e3 * s for name, s in times(cases, cfg.rounds, cfg.device).items()}
+                shares.append(live if live is not None else 1.0)
+                table.group('layer', values={f'{n}, layer {l}, live {shares[-1]:.0%}' if n == 'selective' else
+                                             f'{n}, layer {l}': v for n, v in values.items()}, unit='ms', **common)
+                totals = {name: totals.get(name, 0) + v for name, v in values.items()}
+            table.group('attention', values=totals, unit='ms', live=float(np.mean(shares)), **common)
+        names = {'standard': False, 'selective': True}
+        if 'step' in parts:
+            cases = {name: trained.step_case(run, selective, cfg.tokens, cfg.device) for name, selective in names.items()}
+            values = times(cases, cfg.rounds, cfg.device)
+            table.group('step', values={n: 1e3 * s for n, s in values.items()}, unit='ms', **common)
+        if 'memory' in parts:
+            table.group('memory', values={name: peak_memory([name, out_dir, run.T, cfg.tokens, cfg.device]) / 2**20
+                                          for name in names}, unit='MiB', **common)
+    for part in parts:
+        table.growth(part, 'run')
 
 
 def step_part(table, cfg, shape, lengths):
@@ -279,8 +269,10 @@ def decode_part(table, cfg, shape, lengths):
         for B in (1, 32):
             caches = {'full cache': filled(gpt, B, None, text), f'budgets of {K}': filled(gpt, B, K, text)}
             new = text[:B, None].clone()
-            values = times({name: lambda cache=cache: gpt(new, cache=cache) for name, cache in caches.items()},
-                           cfg.rounds, cfg.device)
+            cases = {name: lambda cache=cache: gpt(new, cache=cache) for name, cache in caches.items()}
+            if transformers():
+                cases["transformers' GPT-2, its cache"] = GPT2(s, T, B, text, cfg.device).decode(new)
+            values = times(cases, cfg.rounds, cfg.device)
             table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
             q, k, v = torch.randn(3, B, s['n_head'], 1, s['n_embd'] // s['n_head'], device=cfg.device).unbind()
             values = times({f'{name}, attention alone': lambda cache=cache: [

@@ -1,28 +1,28 @@
 """The papers' claims at a small scale: train what they compare, with several seeds, and write what came out.
 
     python -m lab.reproduce --list
-    python -m lab.reproduce variable_assignment text        about the times that --list gives
-    python -m lab.reproduce variable_assignment --quick     a quarter of the steps, one seed; printed, not written
+    python -m lab.reproduce gate headline                   about the times that --list gives
+    python -m lab.reproduce gate --quick                    one seed, few steps, at most 3 minutes; printed, not written
+    python -m lab.reproduce gate --dataset=mine --steps=20000       on a text of yours, for longer
 
-Runs are python train.py, or python -m lab.ablate, in processes of one thread each. What is done already is not done
-again, and a run that was stopped goes on. A claim writes its section of RESULTS.md, between two markers, and a picture
-into results/; what stands around the markers is left as it is.
+Runs are python train.py, or python -m lab.ablate, in processes of one thread each. Finished runs are kept, stopped ones
+are resumed. A claim writes its section of RESULTS.md, between two markers, and a picture into results/; the words
+around the markers stay. Begin with the gate: it says whether text and runs can show anything about long context.
 """
-import json
 import os
 import platform
 import statistics
-import sys
 from dataclasses import dataclass, field
 
 import torch
 
 import data
-import model as m
 import prepare_text
-from lab import plot, tasks
-from lab.runs import Runner, command, curves, last, spread, table
-from support import checkpoint as ckpt, settings
+import train
+from lab import figures, plot, tasks
+from lab.runs import Runner, command, curves, last, mean_loss, spread, steps_to, table
+from support import checkpoint as ckpt
+from support import settings
 from support.settings import UserError
 
 
@@ -32,18 +32,25 @@ class ReproduceConfig:
     list: bool = False                  # print the claims and how long each takes
     quick: bool = False                 # a smaller version of each, in minutes
     seeds: int = 3                      # runs of each model, with the seeds 1, 2, 3, … [1 to 100]
+    steps: int = 0                      # of each run; 0: the claim's own number [0 to 1_000_000_000]
+    # the claims about text: gate, headline, heads, rules, ssa, finetune
+    dataset: str = ''                   # data/<name>; '': the offline default, stdlib
+    config: str = 'config/claims.py'    # the size of models and steps; rules, ssa and finetune have smaller models
+    contexts: str = '256,512,1024'      # headline: tokens of context
+    models: int = 0                     # rules, ssa: the first so many of the models, 0: all [0 to 100]
+    # where
+    device: str = 'cpu'                 # of the runs
     workers: int = os.cpu_count()       # runs at a time [1 to 1000]
     out_dir: str = 'out/reproduce'      # folder of the runs
     data_dir: str = 'data'              # where the data sets are, or are made
     to: str = 'RESULTS.md'              # its sections are written here, pictures into results/ beside it
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data, and what is measured after training
+# ---- Data
 
 
 def task_data(runner, task, **changed):
-    """A synthetic data set, made where it is missing; its folder. changed: what differs from the task's own settings."""
+    """The folder of a synthetic data set, made where it is missing. changed: what differs from the task's settings."""
     cfg = tasks.TaskConfig(tasks=[task], name='_'.join([task, *(f'{key}_{value}' for key, value in changed.items())]),
                            data_dir=runner.cfg.data_dir, **changed)
     folder = os.path.join(cfg.data_dir, cfg.name)
@@ -54,194 +61,223 @@ def task_data(runner, task, **changed):
     return folder
 
 
-def stdlib(runner, T):
-    """Flags for the offline default, made where it is missing, at a context of T tokens and a size that is quick."""
-    folder = os.path.join(runner.cfg.data_dir, 'stdlib')
-    if not os.path.isfile(os.path.join(folder, 'meta.json')):
-        prepare_text.prepare(prepare_text.TextConfig(data_dir=runner.cfg.data_dir))
-    return [f'--dataset={folder}', f'--block_size={T}', '--n_layer=2', '--n_embd=64', '--eval_interval=50', '--eval_iters=25']
+def text(runner, T=256):
+    """Flags of a run on --dataset at a context of T tokens, with as many tokens a step as the config has."""
+    cfg = runner.cfg
+    folder = os.path.join(cfg.data_dir, cfg.dataset or 'stdlib')
+    if not cfg.dataset and not os.path.isfile(os.path.join(folder, 'meta.json')):
+        prepare_text.prepare(prepare_text.TextConfig(data_dir=cfg.data_dir))
+    dataset = data.load_dataset(cfg.dataset or 'stdlib', cfg.data_dir)
+    runner.about = (f'Text: {dataset.name}, {dataset.tokens("train"):,} tokens of the tokenizer '
+                    f'{dataset.tokenizer_name} ({dataset.tokens("val"):,} for validation).')
+    size = settings.parse(train.TrainConfig, [cfg.config])
+    batch_size = max(1, size.batch_size * size.block_size // T)
+    return [f'--dataset={folder}', f'--block_size={T}', f'--batch_size={batch_size}']
 
 
-def shakespeare(runner):
-    """Flags for the characters of Shakespeare; None, with a line that says so, where they were not prepared."""
-    folder = os.path.join(runner.cfg.data_dir, 'shakespeare')
-    if os.path.isfile(os.path.join(folder, 'meta.json')):
-        return [f'--dataset={folder}']
-    print(f'{folder} is missing, its part is left out: config/shakespeare_cpu.py says how to make it', file=sys.stderr)
-
-
-@torch.no_grad()
-def records_right(run, folder, batches=8):
-    """The fraction of validation records of a data set whose answers are all right."""
-    model, _ = ckpt.load_model(run.folder)
-    questions, right = data.Dataset(folder, folder), []
-    for n in range(batches):
-        x, y = questions.batch('val', n, 64, model.config.block_size)
-        right.append(((model(x, y)[0].argmax(dim=-1) == y) | (y < 0)).all(dim=1).float().mean().item())
-    return statistics.mean(right)
-
-
-@torch.no_grad()
-def entropy(run, batches=4):
-    """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest that it could have,
-    mean over rows, heads and layers. 0: one key gets everything; 1: all the same."""
-    model, checkpoint = ckpt.load_model(run.folder)
-    text, entropies, attention = data.load_dataset(checkpoint['dataset']), [], m.fn.scaled_dot_product_attention
-
-    def recorded(q, k, v, **kwargs):
-        T = q.size(2)
-        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
-        L = (q @ k.transpose(-2, -1) * q.size(-1)**-0.5).masked_fill(hidden, float('-inf'))
-        entropy = -(L.softmax(dim=-1) * L.log_softmax(dim=-1).masked_fill(hidden, 0)).sum(dim=-1)       # (B, H, T)
-        entropies.append((entropy[..., 1:] / torch.arange(2, T + 1).log()).mean().item())
-        return attention(q, k, v, **kwargs)
-    m.fn.scaled_dot_product_attention = recorded
-    try:
-        for n in range(batches):
-            model(text.batch('val', n, 16, model.config.block_size)[0])
-    finally:
-        m.fn.scaled_dot_product_attention = attention
-    return statistics.mean(entropies)
-
-
-def prune(runner, runs, policies=('selective', 'oldest', 'random')):
-    """Have prune.py look for budgets within 0.01 nats of each run's own loss, with each policy, where it has not yet."""
-    def search(path, run, policy):
-        if not finished(path):
-            command(['prune.py', f'--out_dir={run.folder}', '--tolerance=0.01', f'--policy={policy}', '--windows=256',
-                     '--device=cpu', f'--to={os.path.basename(path)}'])
-
-    def finished(path):
-        if os.path.isfile(path):
-            with open(path, encoding='utf-8') as f:
-                return json.load(f)['held_out']                 # filled in at the end of a search
-    runner.each(search, [(budgets_of(run, policy), run, policy) for run in runs for policy in policies])
-
-
-def budgets_of(run, policy):
-    return os.path.join(run.folder, f'budgets_{policy}.json')
-
-
-def saving(policy):
-    """A column of `table`: how many times less memory the budgets take."""
-    def column(runs):
-        found = []
-        for run in runs:
-            with open(budgets_of(run, policy), encoding='utf-8') as f:
-                found.append(json.load(f)['curve'][-1]['saving'])
-        return spread(found, '{:.1f}x')
-    return column
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The claims. Each takes a Runner and returns the text of its section
+# ---- The claims. Each takes a Runner and returns the text of its section
 
 ATTENTIONS = {'standard': '', 'selective': '--selective', 'SSA': '--ssa=qv', 'selective + SSA': '--selective --ssa=qv'}
 
 
-def right_in(folders):
-    """Columns of `table` from {header: folder of a data set}."""
-    return {header: lambda runs, folder=folder: spread([records_right(run, folder) for run in runs], '{:.1%}')
-            for header, folder in folders.items()}
+def gate(r):
+    """Whether text and runs can show anything: standard attention must beat the same model trained on token 0 and the
+    newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
+    Ks = (16, 64) if r.cfg.quick else (8, 16, 32, 64)
+    models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'selective': '--selective'}
+    runs = r.train(models, r.cfg.config, 1000, text(r), quick=100)
+    gaps = {K: mean_loss(runs[f'newest {K}']) - mean_loss(runs['standard']) for K in Ks}
+    passed = min(gaps.values()) > 0 and all(gap >= 0.05 for K, gap in gaps.items() if K <= 32)
+    verdict = f"**The gate {'passes' if passed else 'fails'}**: against standard " + ', '.join(
+        f'newest {K} {gap:+.3f}' for K, gap in gaps.items()) + '.'
+    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs)])
 
 
-def steps_to(figure, goal):
-    return lambda runs: spread([run.crossing(figure, goal) for run in runs], '{:.0f}')
+def by_kinds(r, first, models, runs):
+    """The parts of a section about losses by kind of target: what they are, the table, the picture."""
+    return figures.LEGEND, figures.kinds_table(r, first, models, runs), curves(r, {r.claim: runs})
+
+
+def headline(r):
+    """2410.02703 section 7: 16x, 25x, 47x less memory at contexts of 512, 1,024 and 2,048 for the loss of standard
+    attention (theirs: 32, 41, 44 tokens a layer). Here at 256, 512, 1,024, with what simple baselines do."""
+    models = {'standard': '', 'selective': '--selective', 'memory loss 0.1': '--selective --memory_loss=0.1',
+              'memory loss 0.02': '--selective --memory_loss=0.02'}
+    parts, kept = [], {}
+    for T in [256] if r.cfg.quick else map(int, r.cfg.contexts.split(',')):
+        runs = r.train(models, r.cfg.config, 1000, text(r, T), quick=100)
+        columns = {'requirement': last('memory', '{:.1%}')}
+        parts += [f'**Context {T}**', figures.kinds_table(r, 'attention', models, runs, columns),
+                  equal_memory(r, T, runs, kept)]
+    return '\n\n'.join([figures.LEGEND, *parts, tokens_kept(r, kept)])
+
+
+def equal_memory(r, T, runs, kept):
+    """Tokens kept for standard attention's loss, and what simple policies and models reach with as many."""
+    windows, rows, jobs, file = 32 if r.cfg.quick else max(32, 16384 // T), [], [], 'budgets_{}_baseline.json'
+    for name in list(runs)[1:]:
+        for run, base in zip(runs[name], runs['standard']):
+            jobs += [(run, policy, [f'--baseline={base.folder}'], file.format(policy))
+                     for policy in ('selective', 'oldest')]
+    figures.search(r, jobs, windows)
+    found = [(name, run, base, *(figures.holds(run, file.format(policy)) for policy in ('selective', 'oldest')))
+             for name in list(runs)[1:] for run, base in zip(runs[name], runs['standard'])]
+    least = min((statistics.mean(by_F['budgets']) for *_, by_F, _ in found if by_F), default=None)
+    for name, run, base, by_F, by_age in found:
+        for label, point in (name, by_F), (f'{name}, newest', by_age):
+            if point:
+                kept.setdefault(label, {}).setdefault(T, []).append(statistics.mean(point['budgets']))
+        saved = [f"{point['saving']:.1f}x" if point else 'none' for point in (by_F, by_age)]
+        if not by_F:
+            rows.append([name, 'above the loss of standard', *saved, *[''] * 5])
+            continue
+        budgets, count = by_F['budgets'], 32 if r.cfg.quick else max(64, 32768 // T)
+        tried = [*((run, budgets, policy) for policy in ('selective', 'oldest', 'random')), (base, budgets, 'oldest')]
+        if statistics.mean(budgets) == least:
+            K = max(2, round(least))
+            trained = r.train({K: f'window={K} --selective'}, r.cfg.config, 1000, text(r, T), quick=100)
+            tried.append((trained[K][0], None, ''))
+        losses = [figures.by_kind(*figures.token_losses(one, count, kept, policy)) for one, kept, policy in tried]
+        rows.append([name, ' '.join(map(str, budgets)), *saved,
+                     *(f"{loss['all']:.3f} / {loss['recall']:.3f}" for loss in losses), *[''] * (5 - len(losses))])
+    header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest',
+              'trained on as many']
+    rows = [header, ['---'] * len(header), *rows]
+    return ('Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows; and with as many '
+            'tokens, the loss of all / of recall tokens:\n\n' + '\n'.join(f"| {' | '.join(row)} |" for row in rows))
+
+
+def tokens_kept(r, kept):
+    """The picture: tokens kept a layer against context, the paper's beside ours."""
+    plt = plot.import_pyplot()
+    picture, ax = plt.subplots(figsize=(6, 4), layout='constrained')
+    for n, (name, points) in enumerate([*kept.items(), ("the paper's", {512: [32], 1024: [41], 2048: [44]})]):
+        colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
+        ax.plot(list(points), [statistics.mean(values) for values in points.values()], color=colour, linestyle=line,
+                marker=marker, label=name)
+    ax.set(xlabel='context', ylabel='tokens kept a layer', xscale='log', yscale='log',
+           title="at standard attention's loss")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return r.save(picture)
+
+
+def heads(r):
+    """2410.02703 sections 4, 5: selective attention with H heads is as good as standard attention with about twice as
+    many."""
+    models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
+    runs = r.train(models, r.cfg.config, 1000, text(r), quick=150)
+    double, selective = (mean_loss(runs['standard']) - mean_loss(runs[name]) for name in list(models)[1:])
+    verdict = f'Selective attention gains {selective:+.4f} on standard attention, twice the heads {double:+.4f}.'
+    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs)])
+
+
+def rules(r):
+    """2410.02703 section 3: which of the rules matter, whose votes, and other methods that are the same recurrence."""
+    models = {'standard': '', 'selective': '--selective', 'newest 16': 'window=16 --selective',
+              'ALiBi': 'alibi --selective', 'the reader alone votes (fox)': 'fox --selective',
+              'the last head selects': 'last_head --selective', 'a selector for every two heads': 'groups --selective',
+              'no ReLU': 'no_relu --selective', 'token 0 may be masked': 'first_too --selective',
+              'votes act at once': 'at_once --selective', 'a token may mask itself': 'self_too --selective'}
+    models = dict(list(models.items())[:r.cfg.models or (5 if r.cfg.quick else None)])
+    runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
+    return '\n\n'.join(by_kinds(r, 'rule', models, runs))
+
+
+def ssa(r):
+    """2411.12892: SSA is better with under 0.5% new parameters; the ablation of q, k, v, position and sharing, the
+    authors' code, the scalable softmax, and a sweep of the temperatures' learning rate."""
+    models = {'standard': '', **{f'qv, learning rate x {lr}': f'--ssa=qv --ssa_lr={lr}' for lr in (1, 3, 10, 30)},
+              'position only (their code), x 10': 'position_only --ssa=q --ssa_lr=10',
+              's log n (ssmax), x 10': 'ssmax --ssa=q --ssa_lr=10', 'qv without position': 'no_position --ssa=qv',
+              'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
+              'qv without sharing': '--ssa=qv --ssa_sharing=False'}
+    models = dict(list(models.items())[:r.cfg.models or (5 if r.cfg.quick else None)])
+    runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
+    goal = mean_loss(runs['standard'])
+    columns = {'validation loss': last('val_loss'), 'against standard': lambda some: f'{mean_loss(some) - goal:+.4f}',
+               "steps to standard's loss": steps_to('val_loss', goal), 'position part': figures.position_part,
+               'new parameters': lambda some: f'{figures.new_parameters(some[0]):.2%}',
+               'entropy of attention': lambda some: spread([figures.entropy(run) for run in some], '{:.3f}')}
+    return f"{table('temperatures', models, runs, columns)}\n\n{curves(r, {'2 layers of 64, context 128': runs})}"
+
+
+def finetune(r):
+    """2411.12892: SSA put into a trained model reaches the loss of going on without it in 1.45x fewer steps (theirs,
+    second-hand)."""
+    size = [*text(r, 128), '--n_layer=2', '--n_embd=64', '--rope=False', '--bias=True', '--gelu=tanh']  # GPT-2's build
+    base = r.train({'base': ''}, r.cfg.config, 600, size, quick=150)['base'][0]
+    folder = os.path.join(r.folder, f'exported_{ckpt.fingerprint(ckpt.load_model(base.folder)[0])}')
+    if not os.path.isfile(os.path.join(folder, 'config.json')):
+        command(['-m', 'lab.export_hf', f'--out_dir={base.folder}', f'--folder={folder}'])
+    models = {'going on': '', **{f'qv, learning rate x {lr}': f'--ssa=qv --ssa_lr={lr}' for lr in (1, 10, 100)},
+              'position only (their code)': 'position_only --ssa=q --ssa_lr=100'}
+    runs = r.train(models, r.cfg.config, 200, [*size, f'--init_from={folder}', '--learning_rate=5e-4', '--min_lr=5e-5',
+                                                     '--warmup_iters=20', '--eval_interval=20'], quick=60)
+    goal = mean_loss(runs['going on'])
+    columns = {'validation loss': last('val_loss'), 'against going on': lambda some: f'{mean_loss(some) - goal:+.4f}',
+               "steps to its loss": steps_to('val_loss', goal), 'position part': figures.position_part}
+    return f"{table('put in', models, runs, columns)}\n\n{curves(r, {'fine-tuning': runs})}"
 
 
 def variable_assignment(r):
-    """2410.02703 section 2: selective attention solves variable assignment and generalises; standard does not."""
+    """2410.02703 section 2: selective attention solves variable assignment and generalises; standard does less."""
     trained = task_data(r, 'variable_assignment')
-    others = {f'{n} variables': task_data(r, 'variable_assignment', variables=n, records=2000, seed=1) for n in (2, 6, 12)}
-    runs = r.train(ATTENTIONS, 'config/tasks.py', 1500, [f'--dataset={trained}'])
-    return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; the columns on the right are
-of other numbers of variables, and there all six answers of a record must be right.
+    others = {f'{n} variables': task_data(r, 'variable_assignment', variables=n, records=2000, seed=1)
+              for n in (2, 6, 12)}
+    runs = r.train(ATTENTIONS, 'config/tasks.py', 1000, [f'--dataset={trained}'], quick=250)
+    columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
+               **figures.right_in({'records of 3 right': trained, **others})}
+    return f"""Trained on records of 3 variables, six questions in each. Accuracy is that of single answers; columns on
+the right are of other numbers of variables, and there all six answers of a record must be right.
 
-{table('attention', ATTENTIONS, runs, {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
-                                       **right_in({'records of 3 right': trained, **others})})}
+{table('attention', ATTENTIONS, runs, columns)}
 
 {curves(r, {'3 variables, as trained': runs}, 'accuracy', 'accuracy of the answers')}"""
 
 
-def text(r):
-    """2410.02703 sections 4, 5: selective attention is better at equal parameters, and matches standard attention of
-    about twice the heads; nanoGPT's character-level Shakespeare recipe with each."""
-    models = {**ATTENTIONS, 'standard, 2x heads': 'double_heads'}
-    parts, panels = [], {}
-    for name, config, steps, extra in (('shakespeare', 'config/shakespeare_cpu.py', 2000, shakespeare(r)),
-                                       ('stdlib', 'config/base_small.py', 800, stdlib(r, 128))):
-        if extra:
-            runs = panels[name] = r.train(models, config, steps, extra)
-            base = statistics.mean(run.val_loss[-1] for run in runs['standard'])
-            columns = {'validation loss': last('val_loss'), 'memory requirement': last('memory', '{:.1%}'),
-                       'against standard': lambda runs: f'{statistics.mean(run.val_loss[-1] for run in runs) - base:+.4f}'}
-            parts.append(f"**{name}**\n\n{table('attention', models, runs, columns)}")
-    return '\n\n'.join([*parts, curves(r, panels)])
-
-
-def ssa(r):
-    """2411.12892: SSA is better with under 0.5% new parameters, reaches standard's loss in 1.45x fewer steps (theirs,
-    second-hand), and its attention is spikier where it must be; their ablation of q, k, v, position and sharing."""
-    models = {'standard': '', "qv, the paper's": '--ssa=qv', 'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
-              'qv without position': 'no_position --ssa=qv', 'qv without sharing': '--ssa=qv --ssa_sharing=False'}
-    runs = r.train(models, 'config/base_small.py', 800, stdlib(r, 128))
-    goal = statistics.mean(run.val_loss[-1] for run in runs['standard'])
-    columns = {'validation loss': last('val_loss'), "steps to standard's loss": steps_to('val_loss', goal),
-               'entropy of attention': lambda runs: spread([entropy(run) for run in runs], '{:.3f}')}
-    return f"{table('temperatures', models, runs, columns)}\n\n{curves(r, {'stdlib, context 128': runs})}"
-
-
 def passkey(r):
-    """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA (theirs, of a pre-trained
-    model)."""
-    depths = {f'depth {d:g}': task_data(r, 'passkey', depth=d, records=2000, seed=1) for d in (0.0, 0.25, 0.5, 0.75, 1.0)}
-    return answers(r, 'passkey', depths)
+    """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA (theirs, of a
+    pre-trained model)."""
+    depths = {f'depth {d:g}': task_data(r, 'passkey', depth=d, records=2000, seed=1) for d in (0.0, 0.5, 1.0)}
+    return answers(r, 'passkey', {**ATTENTIONS, 'SSA, learning rate x 10': '--ssa=qv --ssa_lr=10'}, depths)
 
 
 def denoising(r):
-    """2411.12892: noise among signal, the setting by which the paper motivates the temperature of the values."""
-    return answers(r, 'denoising', {})
+    """Selective copying: the signal among noise. 2411.12892 motivates the temperature of the values by noise, too, but
+    compares mean squared errors of averages; this is a task in the same spirit, not their table."""
+    return answers(r, 'denoising', ATTENTIONS, {})
 
 
-def answers(r, task, tests):
+def answers(r, task, models, tests):
     trained = task_data(r, task)
-    runs = r.train(ATTENTIONS, 'config/tasks.py', 600, [f'--dataset={trained}'])
+    runs = r.train(models, 'config/tasks.py', 600, [f'--dataset={trained}'], quick=200)
     columns = {'steps to 90%': steps_to('accuracy', 0.9), 'accuracy': last('accuracy', '{:.1%}'),
-               **right_in({'records right': trained, **tests})}
+               **figures.right_in({'records right': trained, **tests})}
     return f"""Accuracy is that of single tokens; in the columns after it all of a record must be right.
 
-{table('attention', ATTENTIONS, runs, columns)}
+{table('attention', models, runs, columns)}
 
 {curves(r, {task: runs}, 'accuracy', 'accuracy of the tokens')}"""
 
 
-def constraints(r):
-    """2410.02703 section 3: which of the rules matter, and whose votes."""
-    models = {'standard': '', 'selective': '--selective', 'token 0 may be masked': 'first_too --selective',
-              'a token may mask itself': 'self_too --selective', 'no ReLU': 'no_relu --selective',
-              'votes act at once': 'at_once --selective', 'the last head selects': 'last_head --selective',
-              'a selector for every two heads': 'groups --selective'}
-    runs = r.train(models, 'config/base_small.py', 800, stdlib(r, 128))
-    columns = {'validation loss': last('val_loss'), 'memory requirement': last('memory', '{:.1%}')}
-    return f"{table('rule', models, runs, columns)}\n\n{curves(r, {'stdlib, context 128': runs})}"
-
-
 def memory(r):
-    """2410.02703 section 7: 16x, 25x, 47x less memory at contexts of 512, 1,024 and 2,048 for the loss of standard
-    attention (theirs). Here how much tasks need for 0.01 nats over the model's own loss: parity and copying bound it."""
-    models = {'selective': '--selective'}
-    parts = []
-    for task, context, steps in ('parity', 64, 500), ('variable_assignment', 36, 1500), ('copying', 49, 1000):
-        runs = r.train(models, 'config/tasks.py', steps, [f'--dataset={task_data(r, task)}'])
-        prune(r, sum(runs.values(), []))
-        columns = {'validation loss': last('val_loss'), 'by F': saving('selective'), 'newest': saving('oldest'),
-                   'random': saving('random')}
+    """How much tasks need for 0.01 nats over the model's own loss: parity and copying bound it from both sides."""
+    models, parts, file = {'selective': '--selective'}, [], 'budgets_{}_tolerance.json'
+    for task, context, steps in ('parity', 64, 500), ('variable_assignment', 36, 1000), ('copying', 49, 1000):
+        runs = r.train(models, 'config/tasks.py', steps, [f'--dataset={task_data(r, task)}'], quick=steps // 5)
+        figures.search(r, [(run, policy, ['--tolerance=0.01'], file.format(policy)) for run in runs['selective']
+                           for policy in ('selective', 'oldest', 'random')], 64 if r.cfg.quick else 256)
+        policies = {'by F': 'selective', 'newest': 'oldest', 'random': 'random'}
+        columns = {'validation loss': last('val_loss'),
+                   **{name: figures.saving(file.format(policy)) for name, policy in policies.items()}}
         parts.append(f"**{task}**, {context} tokens\n\n{table('model', models, runs, columns)}")
-    r.commands.append('python prune.py --out_dir=RUN --tolerance=0.01 --policy=POLICY --windows=256 --device=cpu')
     return '\n\n'.join(parts)
 
 
-CLAIMS = {variable_assignment: 10, text: 25, ssa: 10, constraints: 12, memory: 8, passkey: 8, denoising: 6}   # minutes on two cores
+# minutes on two cores
+CLAIMS = {gate: 40, headline: 120, heads: 15, rules: 30, ssa: 30, finetune: 15, variable_assignment: 20, passkey: 10,
+          denoising: 8, memory: 10}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,10 +305,14 @@ def read(page):
 def footer(runner):
     """How the figures of a section were made."""
     cfg = runner.cfg
-    return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}`: the seeds 1 to {runner.seeds}, "
-            f'{cfg.workers} runs at a time of one thread each (OMP_NUM_THREADS=1), {platform.machine()}, torch '
-            f'{torch.__version__}. A word in FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of `python '
-            'train.py`. The runs:\n\n' + '\n'.join(f'    {c}' for c in dict.fromkeys(runner.commands)))
+    asked = {name: getattr(cfg, name) for name in ('dataset', 'steps', 'config', 'contexts', 'models', 'device')}
+    flags = ''.join(f' --{name}={value}' for name, value in asked.items() if value != getattr(ReproduceConfig(), name))
+    seeds = 'one seed' if runner.seeds == 1 else f'the seeds 1 to {runner.seeds}'
+    return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}{flags} --seeds={runner.seeds}`: {seeds}. "
+            f'{runner.about + " " if runner.about else ""}Runs of one thread each, {platform.machine()}, torch '
+            f'{torch.__version__}. A word in FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of '
+            '`python train.py`. The runs:\n\n'
+            + '\n'.join(f'    {c}' for c in dict.fromkeys(runner.commands)))
 
 
 def main():
@@ -285,6 +325,8 @@ def main():
     unknown = sorted(set(cfg.claims) - set(claims))
     if unknown or not cfg.claims:
         raise UserError(f"{unknown[0] + ' is no claim' if unknown else 'which claims?'}: {', '.join(claims)}")
+    if not all(T.isascii() and T.isdigit() and int(T) >= 32 for T in cfg.contexts.split(',')):
+        raise UserError(f'--contexts={cfg.contexts}: numbers of 32 and more, as 256,512')
     plot.import_pyplot()                                        # what can be wrong is known before the work
     for name in cfg.claims:
         cfg.quick or section(read(cfg.to), name, '')

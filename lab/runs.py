@@ -1,4 +1,4 @@
-"""Runs of train.py with several seeds, and what they logged as tables and pictures: what lab/reproduce.py is made of."""
+"""Runs of train.py with several seeds, and what they logged as tables and pictures, for lab/reproduce.py."""
 import concurrent.futures
 import dataclasses
 import os
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import train
 from lab import plot
-from support import checkpoint as ckpt, settings
+from support import checkpoint as ckpt
+from support import settings
 from support.settings import UserError
 
 # settings of a run that do not change what it learns, or that train.py fills in
@@ -43,7 +44,8 @@ def read_run(folder, max_iters):
     if not evaluations or evaluations[-1]['iter'] < max_iters:
         return None
     clock = [line['seconds'] for line in log if 'seconds' in line] + [0.0]      # a resumed run starts it again
-    return Run(folder, *([e[name] for e in evaluations if name in e] for name in ('iter', 'val_loss', 'accuracy', 'memory')),
+    figures = 'iter', 'val_loss', 'accuracy', 'memory'
+    return Run(folder, *([e[name] for e in evaluations if name in e] for name in figures),
                seconds=sum(before for before, after in zip(clock, clock[1:]) if after < before))
 
 
@@ -51,18 +53,21 @@ class Runner:
     """Trains the models of a claim, or finds that they were trained already, for this claim or another."""
 
     def __init__(self, cfg, claim):
-        self.cfg, self.claim, self.started, self.commands = cfg, claim, time.time(), []
+        self.cfg, self.claim, self.started, self.commands, self.about = cfg, claim, time.time(), [], ''
         self.seeds = 1 if cfg.quick else cfg.seeds
         self.folder = os.path.join(cfg.out_dir, 'quick') if cfg.quick else cfg.out_dir
 
-    def train(self, models, config, steps, extra=()):
-        """models: {name: its flags, as text}; a flag that is a word is a rule of lab.ablate. {name: [Run of each seed]}.
+    def train(self, models, config, steps, extra=(), quick=0):
+        """models: {name: its flags, as text}; a word among them is a rule of lab.ablate. {name: [Run of each seed]}.
 
-        extra: flags of all of them.
+        steps: of each run, unless --steps says otherwise; quick: of a quick one, 0: a quarter. extra: flags of all.
         """
-        steps, jobs = max(20, steps // 4) if self.cfg.quick else steps, []
-        always = [*extra, f'--max_iters={steps}', *([f'--warmup_iters={steps // 10}'] if self.cfg.quick else [])]
-        self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED --device=cpu")
+        steps, jobs = self.cfg.steps or (quick or max(20, steps // 4) if self.cfg.quick else steps), []
+        always = [*extra, f'--max_iters={steps}']
+        if not any(flag.startswith('--warmup_iters') for flag in extra):
+            always.append(f'--warmup_iters={steps // 10}')
+        self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED "
+                             f'--device={self.cfg.device}')
         for seed in range(1, self.seeds + 1):
             for name, flags in models.items():
                 words = [flag for flag in flags.split() if not flag.startswith('--')]
@@ -86,17 +91,26 @@ class Runner:
                 raise
         return [future.result() for future in futures]
 
+    def save(self, picture):
+        """Write the claim's picture, results/<claim>.png beside the page, and return the link to it."""
+        link = os.path.join('results', f'{self.claim}.png')     # as RESULTS.md, which lies beside the folder, has it
+        path = os.path.join(os.path.dirname(self.cfg.to), link)
+        if self.cfg.quick:
+            link = path = os.path.join(self.folder, f'{self.claim}.png')
+        plot.save_figure(picture, path)
+        return f'![{self.claim}]({link})'
+
     def one(self, folder, words, args, steps):
         """The Run of one command, which is given what there is of it already."""
         resume = []
         if os.path.isfile(os.path.join(folder, 'ckpt.pt')):
             resume, made = ['--init_from=resume'], ckpt.load(folder)['config']
             for key, value in dataclasses.asdict(settings.parse(train.TrainConfig, args)).items():
-                if key not in FREE and made.get(key) != value:
-                    raise UserError(f'{folder} was trained with {key}={made.get(key)!r}, not {value!r}: delete it')
+                if key not in FREE and made.get(key, value) != value:
+                    raise UserError(f'{folder} was trained with {key}={made[key]!r}, not {value!r}: delete it')
         if read_run(folder, steps) is None:
             command([*(['-m', 'lab.ablate', *words] if words else ['train.py']), *args, *resume, f'--out_dir={folder}',
-                     '--device=cpu'])
+                     f'--device={self.cfg.device}'])
         return read_run(folder, steps)
 
 
@@ -128,6 +142,16 @@ def last(figure, form='{:.4f}'):
     return lambda runs: spread([getattr(run, figure)[-1] for run in runs], form) if getattr(runs[0], figure) else ''
 
 
+def mean_loss(runs):
+    """The validation loss at the end, mean over the runs."""
+    return statistics.mean(run.val_loss[-1] for run in runs)
+
+
+def steps_to(figure, goal):
+    """A column of `table`: the step at which a figure gets to the goal."""
+    return lambda runs: spread([run.crossing(figure, goal) for run in runs], '{:.0f}')
+
+
 def table(first, models, runs, columns):
     """Markdown: a row for each model, with its flags, its columns {header: function of [Run]} and its minutes."""
     columns = {**columns, 'minutes': lambda runs: f'{statistics.mean(run.seconds for run in runs) / 60:.1f}'}
@@ -138,7 +162,7 @@ def table(first, models, runs, columns):
 
 
 def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per token'):
-    """results/<claim>.png: a panel for each group {title: {name: [Run]}}, mean of the seeds with all of them behind."""
+    """The claim's picture: a panel for each group {title: {name: [Run]}}, mean of the seeds with all of them behind."""
     plt = plot.import_pyplot()
     picture, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4), layout='constrained', squeeze=False)
     for ax, (title, models) in zip(axes[0], groups.items()):
@@ -154,9 +178,4 @@ def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per 
         ax.set(xlabel='step', ylabel=ylabel, title=title)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
-    link = os.path.join('results', f'{runner.claim}.png')       # as RESULTS.md, which lies beside the folder, has it
-    path = os.path.join(os.path.dirname(runner.cfg.to), link)
-    if runner.cfg.quick:
-        link = path = os.path.join(runner.folder, f'{runner.claim}.png')
-    plot.save_figure(picture, path)
-    return f'![{runner.claim}]({link})'
+    return runner.save(picture)

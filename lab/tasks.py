@@ -77,8 +77,11 @@ def copying(rng, cfg):
 
 
 def denoising(rng, cfg):
-    """`xQwmHfK|` asks, `QHK` is the answer: keep the signal, ignore the noise. That is the setting by which
-    2411.12892 motivates the temperature of the values; elsewhere it is known as selective copying."""
+    """`xQwmHfK|` asks, `QHK` is the answer: keep the signal, ignore the noise; known as selective copying.
+
+    2411.12892 motivates the temperature of the values by noise, too, but compares mean squared errors of averages
+    (vanilla, value-selective, plain, Bayes-optimal). This is a task in the same spirit, not their table.
+    """
     text = rng.choice(list(string.ascii_lowercase), cfg.length)
     places = np.sort(rng.choice(cfg.length, cfg.letters, replace=False))
     text[places] = rng.choice(list(string.ascii_uppercase), cfg.letters)
@@ -89,11 +92,12 @@ WORDS = 'the grass is green and sky blue sun warm here we go there back again ov
 
 
 def passkey(rng, cfg):
-    """A number hidden in filler, after 2411.12892 section 5: `the sky [4071] is blue [` asks, `4071` is the answer."""
+    """Five digits, as theirs, hidden in filler, after 2411.12892 section 5: `the sky [40712] is blue [` asks, `40712` is
+    the answer."""
     words = list(rng.choice(WORDS, cfg.length))
-    key = f'{rng.integers(10_000):04}'
+    key = f'{rng.integers(100_000):05}'
     words.insert(round((rng.random() if cfg.depth < 0 else cfg.depth) * cfg.length), f'[{key}]')
-    return [' '.join(words).rjust(6 * cfg.length + 6) + ' [', key]      # words have 5 letters at most
+    return [' '.join(words).rjust(6 * cfg.length + 7) + ' [', key]      # words have 5 letters at most
 
 
 # name: what makes a record, --length where it is not given

@@ -88,7 +88,7 @@ def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
     finally:
         for hook in hooks:
             hook.remove()
-    free = layers if budgets is None else record(model, idx)                                # M is defined without budgets
+    free = layers if budgets is None else record(model, idx)            # M is defined without budgets
     F = torch.cat([layer.F for layer in layers])                                            # (L, T+1, T)
     hidden = torch.cat([layer.hidden for layer in layers])                                  # (L, T, T)
     M = torch.cat([memory_requirement(layer.F[:, :-1], i, memory_tau) for layer in free])
@@ -96,7 +96,7 @@ def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
     return Reading(
         F=F[:, :-1].cpu().numpy(),
         votes=F.diff(dim=1).masked_fill(hidden, 0).cpu().numpy(),
-        dropped_at=(T - (hidden & past).sum(dim=1)).cpu().numpy(),                          # a dropped column never returns
+        dropped_at=(T - (hidden & past).sum(dim=1)).cpu().numpy(),              # a dropped column never returns
         M=M.cpu().numpy(),
         temperatures={name: torch.stack(taus).cpu().numpy() for name, taus in temperatures.items()})
 
@@ -144,7 +144,7 @@ def page(reading, tokens, title, facts, config, budgets=None, policy='selective'
     """The HTML file as text. tokens as token_texts gives them; title and facts are plain text too."""
     T = len(tokens)
     below = np.tril_indices(T, -1)                          # nothing happens on the diagonal or above it
-    gone = (reading.F >= memory_tau) | (np.arange(T)[:, None] >= reading.dropped_at[:, None])     # (L, T, T), and stays so
+    gone = (reading.F >= memory_tau) | (np.arange(T)[:, None] >= reading.dropped_at[:, None])     # (L, T, T)
     codes, step = vote_codes(reading.votes)
     content = {
         'title': title, 'facts': facts, 'tokens': tokens, 'layers': config.n_layer, 'heads': config.n_head,
@@ -166,7 +166,7 @@ def page(reading, tokens, title, facts, config, budgets=None, policy='selective'
 
 
 def dimmed(reading, tokens, memory_tau=1.0):
-    """The text for a terminal, once for each layer: dim is masked as the last token sees it, struck through is dropped."""
+    """The text for a terminal, once for each layer: dim is masked for the last token, struck through is dropped."""
     T, out = len(tokens), ''
     for l, (F, dropped_at) in enumerate(zip(reading.F[:, -1], reading.dropped_at)):
         styles = np.where(dropped_at < T, '2;9', np.where(F >= memory_tau, '2', '0'))
@@ -208,7 +208,8 @@ def write_panels(reading, stem, config, budgets=None):
             ax.plot(reading.M[l], color='#0072b2', label='needed, M')
             if budgets:
                 ax.axhline(budgets[l], color='#d55e00', linestyle='--', label='budget')
-            ax.set(title=f'layer {l}', xlabel='row i', ylabel='tokens', ylim=(0, 1.05 * max(reading.M.max(), *budgets or [1])))
+            ax.set(title=f'layer {l}', xlabel='row i', ylabel='tokens',
+                   ylim=(0, 1.05 * max(reading.M.max(), *budgets or [1])))
         axes[0].legend(fontsize='small')
         save_figure(figure, stem + '_M.png')
 
@@ -250,9 +251,9 @@ def main():
     if cfg.cut:
         ids = ids[:c.block_size]
     if len(ids) < 2:
-        raise UserError(f'--start has {len(ids)} tokens, a picture needs two: give text, FILE:path, or - for standard input')
+        raise UserError(f'--start has {len(ids)} tokens, a picture needs two: give text, FILE:path, or - for stdin')
     if len(ids) > c.block_size:
-        raise UserError(f'--start has {len(ids)} tokens, the model reads {c.block_size}: --cut shows the first {c.block_size}')
+        raise UserError(f'--start has {len(ids)} tokens, the model reads {c.block_size}: --cut shows as many')
     if max(ids) >= c.vocab_size:
         raise UserError(f'--start has token {max(ids)}, the model knows {c.vocab_size}')
     try:

@@ -21,6 +21,7 @@ import zipfile
 
 import torch
 
+import model as model_py
 from model import GPT, GPTConfig
 from support import files, settings
 from support.settings import UserError
@@ -88,8 +89,8 @@ def check_resume(checkpoint, cfg):
 
 
 def is_added(name):
-    """Whether a parameter of this name is one that SSA or selection adds to GPT-2."""
-    return '.ssa.' in name or name.endswith('.vote_scale')
+    """Whether GPT-2 has no parameter of this name: SSA, selection or a variant has added it."""
+    return not re.search(r'\.(wte|wpe|c_attn|c_proj|c_fc|ln_1|ln_2|ln_f)\.|^lm_head\.', name)
 
 
 def starts_with_bos(checkpoint):
@@ -167,6 +168,12 @@ def fingerprint(model):
     for p in model.parameters():
         digest.update(p.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def code_fingerprint():
+    """16 hexadecimal digits of a hash of model.py, which tells an edited one."""
+    with open(model_py.__file__, 'rb') as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
 
 
 def read_budgets(text, out_dir, model, policy=None):

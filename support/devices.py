@@ -106,8 +106,8 @@ class Processes:
             raise UserError('RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, as torchrun sets them') from None
         self.master = self.rank == 0
         if not 0 <= self.rank < self.world or self.world > 1 and 'MASTER_ADDR' not in os.environ:
-            raise UserError(f'RANK={self.rank} and WORLD_SIZE={self.world} are set without the rest: start the processes '
-                            'with torchrun, or unset the two')
+            raise UserError(f'RANK={self.rank} and WORLD_SIZE={self.world} are set without the rest: start the '
+                            'processes with torchrun, or unset the two')
 
     def start(self, device):
         """Connect the processes; returns the device of this one."""
@@ -139,7 +139,8 @@ class Processes:
 
     def mean(self, *values):
         """The means of numbers over all processes, as a list."""
-        values = torch.tensor(values, dtype=torch.float32 if self.device == 'mps' else torch.float64, device=self.device)
+        dtype = torch.float32 if self.device == 'mps' else torch.float64
+        values = torch.tensor(values, dtype=dtype, device=self.device)
         if self.world > 1:
             dist.all_reduce(values)
         return (values / self.world).tolist()

@@ -148,8 +148,8 @@ def download(url, path, hashed=True, **more):
 def announced(url):
     """(size, hash) of a file, each None if the server does not give it.
 
-    The Hugging Face hub answers for a large file with a redirect to another host, whose headers give both, the hash being
-    sha256. A small file has its git hash as ETag, perhaps after a redirect to another path.
+    The Hugging Face hub answers for a large file with a redirect to another host, whose headers give both, the hash
+    being sha256. A small file has its git hash as ETag, perhaps after a redirect to another path.
     """
     headers = requests.structures.CaseInsensitiveDict()
     with requests.Session() as session:     # connect=0: asks a busy server again, but not one that is out of reach

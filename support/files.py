@@ -25,8 +25,8 @@ try:
 except ImportError:     # Windows: two processes may then write to one folder
     fcntl = None
 
-NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', list: 'a list', dict: 'an object',
-         None: 'null'}
+NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', list: 'a list',
+         dict: 'an object', None: 'null'}
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 

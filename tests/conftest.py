@@ -4,9 +4,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+_hub = tempfile.TemporaryDirectory()        # for transformers and datasets; kept as long as this process
+os.environ.update(HF_HOME=_hub.name, HF_HUB_OFFLINE='1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests' tensors are tiny: threads would wait for each other, no more
 import torch
 

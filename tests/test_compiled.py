@@ -3,7 +3,7 @@
     python tests/test_compiled.py 80 64 votes,forward,columns,tile      sm_80 (an A100; 90 is an H100), heads of 64
 
 prints a line for each kernel: its tile, registers of a thread, bytes of shared memory, bytes of a thread's stack (what did
-not fit into registers), and, for its inner loop (over the tiles off the diagonal, in `tile` over the heads), its
+not fit into registers), and, for its inner loop (over tiles, in `tile` over the heads), its
 instructions in one warp, how many of them are tensor core products (on sm_80 all of 16 x 8 x 16; on sm_90 they are
 larger), and how many go to the stack. No GPU is needed: Triton brings the assembler.
 """
@@ -19,8 +19,9 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TYPES = {'float32': 'fp32', 'bfloat16': 'bf16', 'float16': 'fp16'}
-# what has the type of q, k and v; all other tensors are float32
+# what has the type of q, k and v, and what is int32; all other tensors are float32
 LIKE_Q = ('q', 'k', 'v', 'y', 'dy', 'dk', 'dv')
+INTEGERS = ('lists', 'counts', 'order', 'ends')
 
 try:
     import triton
@@ -31,7 +32,7 @@ except ImportError:
     pytest.skip('triton is not installed', allow_module_level=True)
 
 
-@pytest.mark.parametrize('capability, D, names', [(80, 16, 'columns,tile'), (90, 64, 'forward')])
+@pytest.mark.parametrize('capability, D, names', [(80, 64, 'forward,columns'), (80, 16, 'tile'), (90, 64, 'votes,forward')])
 def test_compiles_for_gpus(capability, D, names):
     """In a process of its own, as these tests run Triton's interpreter; a part of the kernels, as each takes seconds."""
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
@@ -63,7 +64,8 @@ def compile_kernel(kernel, D, dtype, capability, memory):
             signature[name] = 'fp32' if name == 'tau' else 'i32'
             attributes.update({(n,): aligned} if name == 'T' else {})
         else:
-            signature[name], attributes[n,] = '*' + (TYPES[dtype] if name in LIKE_Q else 'fp32'), aligned
+            signature[name], attributes[n,] = '*' + (
+                TYPES[dtype] if name in LIKE_Q else 'i32' if name in INTEGERS else 'fp32'), aligned
     source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 

@@ -15,7 +15,7 @@ import data
 import prepare_text
 from support.settings import UserError
 
-GPT2 = os.path.join(ROOT, '../shared/data/tiktoken_cache')
+GPT2 = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(ROOT, '../shared/data/tiktoken_cache')
 
 
 def make(folder, files, vocab_size=257, **changes):
@@ -83,9 +83,55 @@ def test_gpt2_download_that_hangs_is_given_up(monkeypatch):
     assert time.time() - start < 2 and asked[0] < 10
 
 
-def test_unknown_tokenizer():
-    with pytest.raises(UserError, match="'gpt3' is unknown"):
-        data.get_tokenizer('gpt3')
+HOSTILE = ['', 'a', 'Hello world', '\x00\r\n\t é漢😀', ' ' * 3000 + 'x', '<|endoftext|>', ' <|endoftext|>\n<|endoftext|>', '\n' * 999,
+           "it's I'LL 'tis", 'e\u0301\u200d\ufeff\u202e', '١٢٣ ½ Ⅷ', 'x' * 3000, ''.join(map(chr, range(1, 0x300)))]
+
+
+@pytest.fixture
+def gpt2_table(monkeypatch):
+    """GPT-2's table read anew from the folder that has it."""
+    if not os.path.isdir(GPT2):
+        pytest.skip('needs the gpt2 vocabulary on disk')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', GPT2)
+
+
+@pytest.mark.parametrize('count', [257, 258, 300, 2048, 4096, 50256, 50257])
+def test_beginnings_of_gpt2s_table(gpt2_table, count):
+    tokenizer = data.get_tokenizer(f'gpt2:{count}')
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token) == (f'gpt2:{count}', count, count - 1)
+    assert tokenizer.decode_bytes([count - 1]) == b'<|endoftext|>' and data.get_tokenizer(tokenizer.name).n_vocab == count
+    whole = data.get_tokenizer('gpt2')
+    rng = np.random.default_rng(count)
+    for text in [*HOSTILE, ''.join(map(chr, rng.integers(1, 0xd800, 5000))), 'The cat sat on the mat. ' * 50]:
+        ids = tokenizer.encode_ordinary(text)
+        assert tokenizer.decode_bytes(ids) == text.encode() and max(ids, default=0) < count - 1
+        assert b''.join(map(tokenizer.decode_single_token_bytes, ids)) == text.encode()     # as sample.py prints them
+        assert [tokenizer.decode_single_token_bytes(n) for n in ids] == [whole.decode_single_token_bytes(n) for n in ids]
+        if count == 257:
+            assert len(ids) == len(text.encode())               # bytes, no merges
+        if count == 50257:
+            assert ids == whole.encode_ordinary(text)
+    lengths = [len(data.get_tokenizer(f'gpt2:{n}').encode_ordinary('the selective attention of a reader')) for n in (257, 1024, 8192)]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[1] > lengths[2]
+
+
+def test_a_data_set_of_few_tokens(gpt2_table, tmp_path):
+    (tmp_path / 'text.txt').write_text('Many words, <|endoftext|> 漢字.\n' * 60)
+    folder = text_set(tmp_path, tmp_path / 'text.txt', tokenizer='gpt2:1024')
+    dataset = data.load_dataset(str(folder))
+    assert (dataset.tokenizer_name, dataset.vocab_size) == ('gpt2:1024', 1024)
+    tokens = tokens_of(folder, 'train.bin') + tokens_of(folder, 'val.bin')
+    assert tokens.count(1023) == 2 and max(tokens) == 1023      # one at the end of each split; text never gives it
+    text = data.get_tokenizer('gpt2:1024').decode_bytes(tokens)
+    assert text.count('Many words, <|endoftext|> 漢字.\n'.encode()) == 60
+
+
+@pytest.mark.parametrize('name', ['gpt3', '', 'gpt2:', 'gpt2:256', 'gpt2:50258', 'gpt2:999999', 'gpt2:-300', 'gpt2:2e3', 'gpt2:0300',
+                                  'gpt2:³³³', 'gpt2:300\n', 'gpt2 :300', 'bytes:300', 'gpt3:300'])
+def test_unknown_tokenizer(name):
+    with pytest.raises(UserError, match='is unknown') as e:
+        data.get_tokenizer(name)
+    assert len(str(e.value).splitlines()) == 1
 
 # ----------------------------------------------------------------------------- data sets and batches
 

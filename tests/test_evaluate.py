@@ -1,362 +1,342 @@
-"""lab/evaluate.py: its scores against sums made one text at a time, on models whose logits are known."""
+"""lab/evaluate.py: tasks of lm-evaluation-harness on data made here, against its own `hf` model type and plain sums."""
+import functools
 import json
-import math
 import os
-import re
 import shutil
 import sys
-import threading
-import types
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
 import data
 import model as m
-from lab import evaluate
+from lab import evaluate, export_hf
 from support import checkpoint as ckpt
 from support.settings import UserError
-from test_prepare_c4 import Handler, Server
+
+if os.environ.get('CI'):        # there all of these tests must run
+    import accelerate
+    import lm_eval
+    import transformers
+else:
+    lm_eval = pytest.importorskip('lm_eval')
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('accelerate')
+import lm_eval.tasks
+from lm_eval.models.huggingface import HFLM
+
+from harness_tasks import make_tasks
+from lab.harness import passkey
+from lab.harness.model import Model
 
 BYTES = data.get_tokenizer('bytes')
 EOT = BYTES.eot_token
 
 
-class Bigram(torch.nn.Module):
-    """A model whose logits depend on the last token alone, so that every score is a sum that can be written down."""
-
-    def __init__(self, block_size=1000, seed=0):
-        super().__init__()
-        self.config = types.SimpleNamespace(block_size=block_size, vocab_size=257, selective=False)
-        self.W = torch.randn(257, 257, generator=torch.Generator().manual_seed(seed))
-
-    def forward(self, x, targets):
-        assert x.size(1) <= self.config.block_size
-        return self.W[x], None
-
-    def log_p(self, text, before=()):
-        """Sum over the bytes of the text, after the token before."""
-        ids = [*before, *text] if isinstance(text, bytes) else [*before, *text.encode()]
-        return sum(self.W[a].log_softmax(0)[b].item() for a, b in zip(ids, ids[1:]))
-
-
-def subject(model, budgets=None, **changes):
-    cfg = evaluate.Settings(device='cpu', dtype='float32', **changes)
-    for name in 'lengths', 'depths':
-        setattr(cfg, name, evaluate.numbers(name, getattr(cfg, name), float if name == 'depths' else int))
-    return evaluate.Subject('it', model, BYTES, budgets, cfg)
-
-
-def figures_of(task, model, text, **changes):
-    """What a task gives for the text of its file."""
-    s = subject(model, **changes)
-    parse = {'wikitext': evaluate.articles, 'lambada': evaluate.passages, 'hellaswag': evaluate.questions}[task]
-    return evaluate.TASKS[task](s, parse(text), s.cfg)
-
-
 def gpt(**changes):
     torch.manual_seed(0)
-    made = m.GPT(m.GPTConfig(**{**dict(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=16), **changes}))
+    config = dict(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=16, bias=True, gelu='tanh')
+    made = m.GPT(m.GPTConfig(**{**config, **changes}))
     for p in made.parameters():
         p.data += torch.randn_like(p) * 0.3
     return made.eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scores
+def save(model, folder, bos=False):
+    checkpoint = {'model': model.state_dict(), 'model_args': vars(model.config), 'config': {'bos': bos}, 'iter_num': 9,
+                  'dataset': 'x', 'tokenizer': 'bytes', 'val_loss': 2.0, 'val_iter': 9, 'pretrained': None}
+    ckpt.save(str(folder), checkpoint)
+    return checkpoint
 
-@pytest.mark.parametrize('batch_size', [1, 3, 100])
+
+def subject(model, **options):
+    return Model('it', model, BYTES, **options)
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The harness's own tasks
+
+@pytest.fixture(scope='module')
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tasks')
+    return folder, make_tasks(folder)
+
+
+@pytest.fixture
+def run_evaluate(run, tasks, tmp_path, monkeypatch):
+    """run_evaluate(out_dir, tasks, …): what it prints, and the results in its JSON."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(out_dir, names, *args):
+        out = run(evaluate, f'--out_dir={out_dir}', f'--tasks={names}', f'--include_path={tasks[0]}', '--device=cpu',
+                  *args)
+        path = tmp_path / 'out' / 'evaluate.json'
+        return out, json.loads(path.read_text())['results'] if path.exists() else None
+    return call
+
+
+def same(ours, theirs):
+    for task, figures in theirs.items():
+        for key, value in figures.items():
+            if isinstance(value, float):
+                assert ours[task][key] == pytest.approx(value, rel=1e-5), (task, key)
+
+
+def hf_results(lm, folder, names):
+    """The same by lm_eval.simple_evaluate and its own model type."""
+    manager = lm_eval.tasks.TaskManager(include_path=[str(folder)], include_defaults=False)
+    found = lm_eval.simple_evaluate(lm, tasks=names, task_manager=manager, bootstrap_iters=100, log_samples=False)
+    return found['results']
+
+
+@pytest.mark.parametrize('limit', [0, 3])
+def test_equal_to_the_harness_s_own_model_type(tasks, tmp_path, run_evaluate, limit):
+    folder, names = tasks
+    export_hf.export(gpt(), save(gpt(), tmp_path / 'a'), str(tmp_path / 'hf'))
+    out, (ours,) = run_evaluate('a', ','.join(names), '--batch_size=3', f'--limit={limit}')
+    if limit:
+        assert ours['n-samples']['hellaswag'] == {'original': 15, 'effective': 3}
+        return
+    theirs = hf_results(HFLM(pretrained=str(tmp_path / 'hf'), device='cpu', batch_size=4), folder, names)
+    assert set(theirs) == set(names)
+    same(ours['results'], theirs)
+    figures = [value for task in theirs.values() for key, value in task.items() if key.startswith(('acc,', 'exact'))]
+    assert sum(0 < value < 1 for value in figures) >= 5                 # the tasks tell something
+    lines = {line.rsplit('  ', 1)[0].strip(): line.rsplit('  ', 1)[1] for line in out.splitlines() if '  ' in line}
+    assert lines['arc_easy acc_norm'].startswith(f"{theirs['arc_easy']['acc_norm,none']:.4f} ±0.")
+    assert 0 < ours['cut']['hellaswag'] == int(lines['hellaswag: texts that lost their beginning']) < 60
+    assert ours['cut']['wikitext'] == 0
+
+
+def test_equal_with_bos(tasks, tmp_path, run_evaluate):
+    """The exported tokenizer puts <|endoftext|> in front of every text; texts that fit are scored alike."""
+    model = gpt(block_size=256)
+    export_hf.export(model, save(model, tmp_path / 'a', bos=True), str(tmp_path / 'hf'))
+    names = ['hellaswag', 'lambada_openai', 'triviaqa']
+    _, (ours,) = run_evaluate('a', ','.join(names))
+    same(ours['results'], hf_results(HFLM(pretrained=str(tmp_path / 'hf'), device='cpu'), tasks[0], names))
+    save(model, tmp_path / 'b')
+    assert run_evaluate('b', ','.join(names))[1][0]['results'] != ours['results']
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests, one text at a time
+
+TEXTS = [('', 'ab'), ('the', ' old man'), ('x' * 70, 'y' * 9), ('a', 'b' * 150), ('over the hill', ' to')]
+
+
+def alone(model, tokens, n, budgets=None, policy='selective'):
+    """Log-probability of the last n tokens, and whether all are the most likely, from one pass over one text."""
+    x, y = torch.tensor([tokens[:-1]]), torch.tensor(tokens[-n:])
+    with torch.no_grad():
+        logits = model(x, x, cache=m.KVCache(model, 1, budgets, policy) if budgets else None)[0][0, -n:]
+    log_p = logits.log_softmax(-1)[range(n), y]
+    return log_p.sum().item(), torch.equal(logits.argmax(-1), y)
+
+
+@pytest.mark.parametrize('bos', [False, True])
+@pytest.mark.parametrize('selective', [False, True])
 @pytest.mark.parametrize('budgets', [None, [5, 9]])
-def test_score(batch_size, budgets):
-    """In batches of padded texts as one by one; the beginning of a long text is lost."""
-    model = gpt(selective=budgets is not None)
-    g = torch.Generator().manual_seed(0)
-    requests = [(torch.randint(257, (length,), generator=g).tolist(), n)
-                for length, n in [(2, 1), (9, 8), (33, 32), (20, 3), (33, 1), (50, 7), (5, 2)]]
-    best = requests[3][0]       # one whose last three tokens are the model's own choice
-    for k in (-3, -2, -1):
-        best[k] = model.generate(torch.tensor([best[:k]]), 1, temperature=0, budgets=budgets)[0, -1].item()
-    results = subject(model, budgets, batch_size=batch_size).score(requests)
-    for (tokens, n), (log_p, likely) in zip(requests, results):
-        x = torch.tensor([tokens[-33:][:-1]])
-        with torch.no_grad():
-            logits = model(x, x, cache=m.KVCache(model, 1, budgets) if budgets else None)[0][0, -n:]
-        expected = logits.log_softmax(-1)[range(n), tokens[-n:]].sum().item()
-        assert log_p == pytest.approx(expected, abs=1e-4)
-        assert likely == (logits.argmax(-1).tolist() == tokens[-n:])
-    assert results[3][1] and not results[2][1]
+def test_loglikelihood(bos, selective, budgets):
+    """In batches as one by one. A long context loses its beginning, a long continuation is scored in pieces."""
+    model, policy = gpt(selective=selective), 'selective' if selective else 'oldest'
+    requests = [Request(*text) for text in TEXTS]           # spaces between the two belong to the continuation
+    ids = list(b'go up')        # a request whose answer is the model's own choice
+    own = model.generate(torch.tensor([[EOT] * bos + ids]), 3, temperature=0, budgets=budgets, policy=policy)[0, -3:]
+    if max(own) < 128:
+        requests.append(Request('go up', bytes(own.tolist()).decode()))
+    results = {batch_size: subject(model, bos=bos, budgets=budgets, batch_size=batch_size).loglikelihood(requests)
+               for batch_size in (1, 3, 100)}
+    for r, request in enumerate(requests):
+        context, continuation = (list(text.encode()) for text in request.args)
+        text, log_p, greedy = context or [EOT] * (not bos), 0.0, True
+        for start in range(0, len(continuation), 64):
+            part = continuation[start:start + 64]
+            text = text + part
+            p, likely = alone(model, [EOT] + text[-64:] if bos else text[-65:], len(part), budgets, policy)
+            log_p, greedy = log_p + p, greedy and likely
+        for batch_size, answers in results.items():
+            assert answers[r] == (pytest.approx(log_p, abs=1e-3), greedy), (request.args, batch_size)
+    assert len(requests) == len(TEXTS) or results[1][-1][1]
 
 
-def test_scores_that_cannot_be():
-    with pytest.raises(UserError, match='33 tokens are to be scored at once, block_size is 32'):
-        subject(gpt()).score([(list(range(34)), 33)])
-    with pytest.raises(UserError, match='vocabulary, 100,'):
-        subject(gpt(vocab_size=100)).score([([1, 2, 200], 1)])
+@pytest.mark.parametrize('bos', [False, True])
+def test_rolling(bos):
+    """Each token is scored once; the last window reaches back to be full."""
+    model, text = gpt(), 'over the hill and far away. ' * 6
+    assert len(text) == 168
+    t = list(text.encode())
+    windows = [[EOT] + t[:64], [EOT] * bos + t[64 - (not bos):128], [EOT] * bos + t[103 + bos:]]
+    assert [len(w) for w in windows] == [65, 65, 65]
+    expected = sum(alone(model, window, n)[0] for window, n in zip(windows, (64, 64, 40)))
+    lm = subject(model, bos=bos, batch_size=2)
+    assert lm.loglikelihood_rolling([Request(text), Request('')]) == [pytest.approx(expected, abs=1e-3), 0.0]
 
 
-def test_windows():
-    t = list(range(12))
-    assert evaluate.windows(t, 4, 4) == [([0, 1, 2, 3, 4], 4), ([4, 5, 6, 7, 8], 4), ([7, 8, 9, 10, 11], 3)]
-    assert evaluate.windows(t, 4, 2) == [([0, 1, 2, 3, 4], 4), ([2, 3, 4, 5, 6], 2), ([4, 5, 6, 7, 8], 2),
-                                         ([6, 7, 8, 9, 10], 2), ([7, 8, 9, 10, 11], 1)]
-    assert evaluate.windows(t, 11, 11) == evaluate.windows(t, 50, 50) == [(t, 11)]
+@pytest.mark.parametrize('bos', [False, True])
+def test_texts_that_lose_their_beginning(bos):
+    lm = subject(gpt(), bos=bos)
+    for n in range(50, 66):
+        request = Request('x' * n, 'yyy')
+        request.request_type = 'loglikelihood'
+        first = Request('z' + 'x' * (n - 1), 'yyy')
+        cut = lm.loses_beginning(request)
+        assert cut == (lm.loglikelihood([first]) == lm.loglikelihood([request])) == (n + 2 + bos > 64)
 
 
-WIKI = ''' 
- = Lobster = 
- 
- The lobster 's claw is 1 @,@ 000 years old , and " blue " . 
- 
- = = Habitat = = 
- 
- It lives ( mostly ) at 5 @.@ 5 ° N = = . 
- 
- = Valkyria 3 = 
- 
- A game – well @-@ known . 
-'''
-PAGES = [''' = Lobster = 
- 
- The lobster 's claw is 1 @,@ 000 years old , and " blue " . 
- 
- = = Habitat = = 
- 
- It lives ( mostly ) at 5 @.@ 5 ° N = = . 
- ''', ''' = Valkyria 3 = 
- 
- A game – well @-@ known . 
-''']
-READ = [' = Lobster =\n\nThe lobster\'s claw is 1,000 years old, and "blue".\n\n== Habitat ==\n\n'
-        'It lives (mostly) at 5.5°N ==.\n', ' = Valkyria 3 =\n\nA game – well-known.\n']
-
-
-@pytest.mark.parametrize('block_size, stride', [(1000, 0), (30, 0), (30, 7)])
-def test_wikitext(block_size, stride):
-    """A bigram model's score is the same whatever the windows: every token is scored once, after the one before it."""
-    model = Bigram(block_size)
-    figures = figures_of('wikitext', model, WIKI, stride=stride)
-    nats = -sum(model.log_p(text, [EOT]) for text in READ)
-    words = sum(len(re.split(r'\s+', page)) for page in PAGES)
-    assert figures['word_perplexity'] == pytest.approx(math.exp(nats / words), rel=1e-4)
-    assert figures['token_perplexity'] == pytest.approx(math.exp(nats / sum(len(t.encode()) for t in READ)), rel=1e-4)
-    assert figures['bits_per_byte'] == pytest.approx(nats / math.log(2) / sum(len(p.encode()) for p in PAGES), rel=1e-4)
-    assert figures['items'] == 2
-    assert evaluate.articles(WIKI) == PAGES
-
-
-def test_lambada():
-    model = Bigram()
-    texts = ['the cat dog', 'of  two spaces dot', 'é dog']
-    lines = '\n'.join(json.dumps({'text': t}, ensure_ascii=False) for t in texts) + '\n\n'
-    figures = figures_of('lambada', model, lines)
-    words = [model.log_p(' dog', b't'), model.log_p(' dot', b's'), model.log_p(' dog', 'é'.encode()[-1:])]
-    assert figures['perplexity'] == pytest.approx(math.exp(-sum(words) / 3), rel=1e-4) and figures['items'] == 3
-    model.W[:, 0] = 8                                   # what it says, but for these:
-    for a, b in 't ', 's ', ' d', 'do', 'og':
-        model.W[ord(a), ord(b)] = 9
-    assert figures_of('lambada', model, lines)['accuracy'] == pytest.approx(1 / 3)
-    assert figures_of('lambada', model, lines.split('\n')[0])['accuracy'] == 1
-
-
-def test_hellaswag():
-    model, items, right, right_norm = Bigram(), [], 0, 0
-    endings = ['saws [step] it.', 'eats a very long dinner with his friends and a dog.', 'x', 'goes  home']
-    context = 'Roof repair: A man is up. He'
-    clean = ['saws it.', 'eats a very long dinner with his friends and a dog.', 'x', 'goes home']
-    log_p = [model.log_p(' ' + e, context[-1].encode()) for e in clean]
-    norm = [p / len(e) for p, e in zip(log_p, clean)]
-    for label in range(4):
-        items.append({'activity_label': 'Roof repair', 'ctx_a': 'A man is up.', 'ctx_b': 'he', 'endings': endings,
-                      'label': str(label)})
-        right += log_p[label] == max(log_p)
-        right_norm += norm[label] == max(norm)
-    for item in items:
-        only = figures_of('hellaswag', model, json.dumps(item))
-        label = int(item['label'])
-        assert only == {'accuracy': log_p[label] == max(log_p), 'accuracy_norm': norm[label] == max(norm), 'items': 1}
-    assert log_p.index(max(log_p)) != norm.index(max(norm))         # else this tells nothing
-    assert evaluate.questions(json.dumps(items[3])) == [(context, clean, 3)]
-    assert evaluate.clean(' How to [title] cook [substeps] rice ') == 'How to. cook rice'
-
-
-def test_passkey():
-    for length, depth in [(400, 0), (400, 0.5), (400, 1), (700, 0.25)]:
-        tokens, n = evaluate.passkey_item(BYTES, length, depth, 12345)
-        text = bytes(tokens).decode()
-        assert len(tokens) == length and text.endswith('The pass key is 12345') and n == len(' 12345')
-        assert text.count('12345') == 3 and text.startswith('There is an important info')
-        before = text.index('\nThe pass key is 12345.') - len(evaluate.INTRO)
-        filler = length - len(evaluate.INTRO + evaluate.KEY.format(12345) + evaluate.QUESTION + ' 12345')
-        assert before == round(depth * filler)
-        assert (' The grass is green.' in text) == (filler > 20)
-    assert evaluate.passkey_item(BYTES, 250, 0, 12345) is None
-
-
-def test_passkey_cells(monkeypatch):
-    s = subject(Bigram(block_size=800), depths='0,1', passkeys=4)
-    seen = []
-
-    def score(self, requests):      # right where the key is in the second half of the text
-        seen.extend(requests)
-        return [(0.0, bytes(tokens).index(b'Remember it') > len(tokens) / 2) for tokens, _ in requests]
-    monkeypatch.setattr(evaluate.Subject, 'score', score)
-    figures = evaluate.passkey(s, None, s.cfg)
-    assert figures == {'400 tokens, depth 0%': 0, '400 tokens, depth 100%': 1, '800 tokens, depth 0%': 0,
-                       '800 tokens, depth 100%': 1, 'accuracy': 0.5, 'items': 16}    # 200 tokens cannot hold the prompt
-    assert len({tuple(tokens) for tokens, _ in seen}) == 16
-    with pytest.raises(UserError, match='block_size 100'):
-        evaluate.passkey(subject(Bigram(100)), None, s.cfg)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-@pytest.fixture
-def run(monkeypatch, capfd, tmp_path):
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', f'--data_dir={tmp_path}', f'--json={tmp_path}/out/e.json',
-                                          '--device=cpu', *args])
-        try:
-            evaluate.main()
-        except UserError as e:
-            assert '\n' not in str(e)
-            return str(e)
-        return capfd.readouterr().out
-    return run
-
-
-@pytest.fixture
-def files(tmp_path):
-    (tmp_path / 'wiki.test.raw').write_text(WIKI)
-    (tmp_path / 'lambada_test.jsonl').write_text('{"text": "the cat and the dog"}\n')
-    (tmp_path / 'hellaswag_val.jsonl').write_text(json.dumps(
-        {'activity_label': 'a', 'ctx_a': 'b', 'ctx_b': 'c', 'endings': list('wxyz'), 'label': 2}) + '\n')
-
-
-@pytest.fixture
-def models(tmp_path):
-    """Two checkpoints: selective (with the tokenizer's vocabulary) and standard."""
-    for name, selective in ('sel', True), ('std', False):
-        model = gpt(block_size=420, selective=selective)
-        os.makedirs(tmp_path / name)
-        ckpt.save(str(tmp_path / name), {'model': model.state_dict(), 'model_args': vars(model.config),
-                                         'tokenizer': 'bytes'})
-    return f'--out_dir={tmp_path}/sel,{tmp_path}/std'
-
-
-def test_side_by_side(run, files, models, tmp_path):
-    out = run(models, '--passkeys=2', '--depths=0.5', '--lengths=410', '--budgets=40,60')
-    header, *rows = out.splitlines()
-    names = [f'{tmp_path}/{name}' for name in ('sel', 'sel @100', 'std', 'std @100')]
-    assert re.split(r'\s{2,}', header.strip()) == names
-    assert [re.split(r'\s{2,}', row)[0] for row in rows] == [
-        'wikitext word_perplexity', 'wikitext token_perplexity', 'wikitext bits_per_byte', 'wikitext items',
-        'lambada accuracy', 'lambada perplexity', 'lambada items', 'hellaswag accuracy', 'hellaswag accuracy_norm',
-        'hellaswag items', 'passkey 410 tokens, depth 50%', 'passkey accuracy', 'passkey items']
-    written = json.load(open(tmp_path / 'out' / 'e.json'))
-    assert [r['name'] for r in written['results']] == names
-    assert [r['budgets'] for r in written['results']] == [None, [40, 60], None, [40, 60]]
-    bits = [r['tasks']['wikitext']['bits_per_byte'] for r in written['results']]
-    assert len(set(bits)) == 4                                                  # the budgets did bite
-    assert [f'{b:.4f}' for b in bits] == re.split(r'\s{2,}', rows[2])[1:]
-    whole = figures_of('wikitext', ckpt.load_model(str(tmp_path / 'std'))[0], WIKI)
-    assert bits[2] == pytest.approx(whole['bits_per_byte'])
-    assert 'items' in (out := run(models, '--tasks=wikitext', '--limit=1')) and out.splitlines()[-1].split()[-1] == '1'
-
-
-def test_mistakes(run, files, models, tmp_path):
-    assert "'arc' is unknown" in run(models, '--tasks=wikitext,arc')
-    assert 'from 0 to 1' in run(models, '--depths=0,2')
-    assert 'numbers with commas' in run(models, '--lengths=4,x')
-    assert 'not in the range 1 to' in run(models, '--batch_size=0')
-    assert 'sel: 3 budgets for a model of 2 layers' in run(models, '--tasks=lambada', '--budgets=3,4,5')
-    assert 'no such folder' in run(f'--out_dir={tmp_path}/nowhere', '--tasks=lambada')
-    (tmp_path / 'lambada_test.jsonl').write_text('{"txt": 1}\n')
-    assert 'lambada' in (out := run(models, '--tasks=lambada')) and 'is damaged (KeyError' in out
-    (tmp_path / 'lambada_test.jsonl').write_text('')
-    assert 'is empty' in run(models, '--tasks=lambada')
-    os.remove(tmp_path / 'wiki.test.raw')
-    out = run(models, '--tasks=wikitext', '--base_url=http://127.0.0.1:1')
-    assert 'check the network' in out and f'put wiki.test.raw into {tmp_path}' in out
-    assert not (tmp_path / 'out').exists()
-
-
-def test_wikitext_is_downloaded(run, models, tmp_path):
-    name = 'wikitext-2-raw-v1.zip'
-    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z:
-        z.writestr('wikitext-2-raw/wiki.test.raw', WIKI)
-        z.writestr('wikitext-2-raw/wiki.train.raw', 'other')
-    with Server(('127.0.0.1', 0), Handler) as s:
-        s.files = {name: (tmp_path / 'x.zip').read_bytes()}
-        s.faults, s.requests, s.ranges, s.delay, s.sent = {}, [], True, 0, 0
-        threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
-        assert 'wikitext items' in run(models, '--tasks=wikitext', f'--base_url=http://127.0.0.1:{s.server_port}')
-        s.files = {name: b'not a zip'}
-        s.shutdown()
-    assert (tmp_path / 'wiki.test.raw').read_text() == WIKI
-    assert 'wikitext items' in run(models, '--tasks=wikitext', '--base_url=http://127.0.0.1:1')     # once is enough
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# lm-evaluation-harness, where it is installed (pip install lm-eval[hf]) and the gpt2 vocabulary lies on disk
-
-CACHE = Path(__file__).parent.parent / '../shared/data/tiktoken_cache'
-
-
-def test_against_the_harness(files, run, tmp_path, monkeypatch):
-    """The same tiny GPT-2, the same items, its own task definitions: the same figures."""
-    lm_eval = pytest.importorskip('lm_eval')
-    if not CACHE.is_dir():
-        pytest.skip('no vocabulary')
-    for name in 'HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE':
-        monkeypatch.setenv(name, '1')
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
-    import transformers
-    import yaml
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks.hellaswag.utils import process_docs
-    from lm_eval.tasks.wikitext import preprocess_wikitext as wiki
-
-    os.makedirs(tmp_path / 'vocabulary')
-    for file in CACHE.iterdir():        # tiktoken keeps them under hashes
-        name = 'vocab.json' if file.read_bytes()[:1] == b'{' else 'merges.txt'
-        shutil.copyfile(file, tmp_path / 'vocabulary' / name)
+@pytest.mark.parametrize('bos', [False, True])
+@pytest.mark.parametrize('budgets', [None, 6])
+def test_generate_until(bos, budgets):
+    """Texts of equal and different lengths, short and too long, and empty, stopped by a text or by <|endoftext|>."""
+    model = gpt(selective=True)
+    contexts = ['the old', 'man and', 'x', 'sea ' * 30, '']
+    write = lambda settings: subject(model, bos=bos, budgets=budgets, batch_size=2).generate_until(
+        [Request(context, settings) for context in contexts])
+    texts = write({'until': [], 'max_gen_toks': 20})
+    for context, text in zip(contexts, texts):
+        ids = ([EOT] * bos + list(context.encode())[-(44 - bos):]) or [EOT]
+        new = model.generate(torch.tensor([ids]), 20, temperature=0, budgets=budgets)[0, len(ids):].tolist()
+        assert text == BYTES.decode(new[:new.index(EOT)] if EOT in new else new)
+    stop = texts[0][5:7]
+    assert write({'until': [stop, ''], 'max_gen_toks': 20})[0] == texts[0][:texts[0].index(stop)]
+    assert len(write({'until': stop, 'max_gen_toks': 200})) == 5         # more than fits: the window slides
     torch.manual_seed(0)
-    tiny = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=24, n_embd=16, n_layer=1, n_head=2))
-    for p in tiny.parameters():
-        p.data += torch.randn_like(p) * 0.1
-    tiny.eval().save_pretrained(tmp_path / 'tiny')
-    rng = torch.Generator().manual_seed(0)
-    words = 'the a dog cat [title] runs with , friends  in “quotes” and Zürich [step] sleeps 1990 .'.split(' ')
-    def some(n):
-        return ' '.join(words[i] for i in torch.randint(len(words), (n,), generator=rng))
-    (tmp_path / 'lambada_test.jsonl').write_text(''.join(json.dumps({'text': some(n)}) + '\n' for n in (3, 9, 30, 12)))
-    (tmp_path / 'hellaswag_val.jsonl').write_text(''.join(json.dumps({
-        'activity_label': some(2), 'ctx_a': some(9), 'ctx_b': some(2 * (n % 2)),
-        'endings': [some(k + 1) + ' end' for k in range(4)], 'label': n % 4}) + '\n' for n in range(9)))
-    (tmp_path / 'pages.jsonl').write_text(''.join(json.dumps({'page': page}) + '\n' for page in PAGES))
+    assert write({'max_gen_toks': 20, 'do_sample': True, 'temperature': 2.0, 'top_k': 50, 'top_p': 1.0}) != texts
+    with pytest.raises(UserError, match='it: .*top_p=0.9'):
+        write({'do_sample': True, 'temperature': 1.0, 'top_p': 0.9})
 
-    def task(path, file, **functions):
-        text = (Path(lm_eval.__file__).parent / 'tasks' / path).read_text()
-        config = yaml.safe_load(re.sub(r'!function \S+', 'x', text)) | functions
-        for key in 'training_split', 'validation_split', 'dataset_name':
-            config.pop(key, None)
-        return config | {'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': str(tmp_path / file)}},
-                         'test_split': 'test', 'should_decontaminate': False}
-    tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path / 'vocabulary')
-    lm = HFLM(pretrained=tiny, tokenizer=tokenizer, batch_size=3, max_length=24)
-    theirs = lm_eval.simple_evaluate(lm, bootstrap_iters=0, tasks=[
-        task('lambada/lambada_openai.yaml', 'lambada_test.jsonl'),
-        task('hellaswag/hellaswag.yaml', 'hellaswag_val.jsonl', process_docs=process_docs),
-        task('wikitext/wikitext.yaml', 'pages.jsonl', doc_to_target=wiki.wikitext_detokenizer,
-             process_results=wiki.process_results)])['results']
-    run(f'--out_dir={tmp_path}/tiny', '--tasks=wikitext,lambada,hellaswag')
-    ours = json.load(open(tmp_path / 'out' / 'e.json'))['results'][0]['tasks']
-    for task, figure, their_task, their_figure in [
-            ('wikitext', 'word_perplexity', 'wikitext', 'word_perplexity'),
-            ('wikitext', 'bits_per_byte', 'wikitext', 'bits_per_byte'),
-            ('lambada', 'perplexity', 'lambada_openai', 'perplexity'), ('lambada', 'accuracy', 'lambada_openai', 'acc'),
-            ('hellaswag', 'accuracy', 'hellaswag', 'acc'), ('hellaswag', 'accuracy_norm', 'hellaswag', 'acc_norm')]:
-        assert ours[task][figure] == pytest.approx(theirs[their_task][their_figure + ',none'], rel=1e-5), (task, figure)
+
+def test_a_vocabulary_that_is_too_small():
+    with pytest.raises(UserError, match='vocabulary of 100$'):
+        subject(gpt(vocab_size=100)).loglikelihood([Request('a', '~')])
+
+
+def test_passkey(run_evaluate, tmp_path, monkeypatch):
+    items = passkey.docs(length=700, keys=3)['test']
+    for item in items:
+        before = len(item['text'].split('\nThe pass')[0]) - len(passkey.INTRO)
+        room = 700 - len(passkey.INTRO + passkey.KEY.format(item['key']) + passkey.QUESTION)
+        assert len(item['text']) == 700 and item['text'].count(item['key']) == 2
+        assert before == room * item['depth'] // 100 and item['text'].endswith('The pass key is')
+    with pytest.raises(ValueError, match='length 240: the prompt alone has 247'):
+        passkey.docs(length=240)
+    save(gpt(), tmp_path / 'a')
+
+    def found(self, rows, counts):      # the number is known when it is near the end of what is read
+        near = [BYTES.decode(row[:-n]).rfind(BYTES.decode(row[-n:])) > len(row) - 120 for row, n in zip(rows, counts)]
+        return [-1.0] * len(rows), near
+    monkeypatch.setattr(Model, 'score', found)
+    save(gpt(block_size=1100), tmp_path / 'b')
+    _, (ours,) = run_evaluate('b', 'passkey')
+    assert ours['results']['passkey'] == {**ours['results']['passkey'], 'acc,none': 0.2, 'depth_100,none': 1.0,
+                                          'depth_0,none': 0.0, 'depth_75,none': 0.0}
+    assert ours['n-samples']['passkey'] == {'original': 100, 'effective': 100} and ours['cut'] == {'passkey': 0}
+    assert 'lost their beginning' in run_evaluate('a', 'passkey_4000', '--limit=2')[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
+
+def test_several_models_with_and_without_budgets(run_evaluate, tmp_path):
+    one, two = gpt(selective=True), gpt(n_embd=8)
+    save(one, tmp_path / 'one'), save(two, tmp_path / 'two')
+    (tmp_path / 'one' / 'budgets.json').write_text(json.dumps({
+        'budgets': [5, 9], 'policy': 'selective', 'checkpoint': ckpt.fingerprint(one)}))
+    out, results = run_evaluate('one,two', 'lambada_openai,piqa')
+    assert [r['name'] for r in results] == ['one', 'one @14', 'two'] and results[1]['budgets'] == [5, 9]
+    header, *rows = [line for line in out.splitlines() if line.startswith((' ' * 8, 'lambada', 'piqa'))]
+    assert header.split()[-1] == 'two' and 'one @14' in header
+    assert [row.split()[1] for row in rows[:2]] == ['perplexity', 'acc'] and len(rows) >= 4
+    ppl = [r['results']['lambada_openai']['perplexity,none'] for r in results]
+    assert len(set(ppl)) == 3 and all(f'{p:.4f}' in rows[0] or f'{p:.4g}' in rows[0] for p in ppl)
+    _, results = run_evaluate('two', 'piqa', '--budgets=7')             # local attention
+    assert [r['budgets'] for r in results] == [None, [7, 7]]
+    for budgets, message in (('1', 'a whole number from 2'), ('4,4,4', '3 budgets for a model of 2 layers'),
+                             ('x', 'a file')):
+        assert message in run_evaluate('two', 'piqa', f'--budgets={budgets}')[0]
+
+
+def test_what_fails_leaves_the_rest(run_evaluate, tasks, tmp_path, capfd):
+    save(gpt(), tmp_path / 'a'), save(gpt(), tmp_path / 'c')
+    (tasks[0] / 'lost.yaml').write_text('task: lost\ndataset_path: nobody/nothing\noutput_type: loglikelihood\n'
+                                        'test_split: test\ndoc_to_text: "{{a}}"\ndoc_to_target: "{{b}}"\n')
+    try:
+        message, results = run_evaluate('a,b,c', 'lost,piqa')
+    finally:
+        os.remove(tasks[0] / 'lost.yaml')
+    printed = capfd.readouterr()
+    assert message.startswith('task lost cannot be loaded: ') and 'piqa acc' in printed.out
+    assert "; init_from 'b': no such folder" in message
+    assert [(r['name'], 'acc,none' in r['results']['piqa']) for r in results] == [('a', True), ('c', True)]
+    assert 'no such folder' in run_evaluate('b', 'piqa')[0]
+
+
+def test_the_first_figures_survive_a_crash(run_evaluate, tmp_path, monkeypatch):
+    save(gpt(), tmp_path / 'a'), save(gpt(n_embd=8), tmp_path / 'b')
+    score = Model.score
+    monkeypatch.setattr(Model, 'score', lambda self, *a: score(self, *a) if self.name == 'a' else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_evaluate('a,b', 'piqa')
+    results = json.loads((tmp_path / 'out' / 'evaluate.json').read_text())['results']
+    assert results[0]['name'] == 'a' and 'acc,none' in results[0]['results']['piqa']
+
+
+def test_resume(run_evaluate, tmp_path, monkeypatch):
+    """A stopped run computes only what is missing; other weights, other budgets or another model.py start anew."""
+    save(gpt(), tmp_path / 'a')
+    score, calls = Model.score, []
+
+    def counted(self, rows, counts):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(len(rows))
+        return score(self, rows, counts)
+    monkeypatch.setattr(Model, 'score', counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluate('a', 'hellaswag', '--batch_size=10')
+    monkeypatch.setattr(Model, 'score', lambda *args: calls.append(len(args[1])) or score(*args))
+    _, resumed = run_evaluate('a', 'hellaswag', '--batch_size=10')
+    assert sum(calls) == 60 and calls[4:] == [10, 10]
+    _, again = run_evaluate('a', 'hellaswag')
+    assert sum(calls) == 60 and resumed == again
+    assert run_evaluate('a', 'hellaswag', '--answers=')[1] == again and sum(calls) == 120
+    run_evaluate('a', 'hellaswag', '--budgets=5')
+    assert sum(calls) == 180
+    getsource = evaluate.inspect.getsource
+    monkeypatch.setattr(evaluate.inspect, 'getsource', lambda what: getsource(what) + '# edited')
+    run_evaluate('a', 'hellaswag')
+    assert sum(calls) == 240
+    save(gpt(n_embd=8), tmp_path / 'a')
+    run_evaluate('a', 'hellaswag')
+    assert sum(calls) == 300
+
+
+def test_list_and_names(run_evaluate, tasks, monkeypatch):
+    manager = lm_eval.tasks.TaskManager
+    whole = functools.cache(lambda: manager(include_path=[evaluate.OURS, str(tasks[0])]))       # this takes seconds
+    monkeypatch.setattr(lm_eval.tasks, 'TaskManager', lambda include_defaults=True, **options:
+                        whole() if include_defaults else manager(include_defaults=False, **options))
+    out, results = run_evaluate('a', 'list')
+    assert {'passkey', 'passkey_4000', 'arc_easy_3', 'arc_challenge', 'winogrande', 'mmlu'} <= set(out.splitlines())
+    assert results is None
+    message, _ = run_evaluate('a', 'piqa,arc_chalenge')
+    assert message == "--tasks: 'arc_chalenge' is unknown; did you mean 'arc_challenge'?"
+
+
+def test_settings(run_evaluate, run, tmp_path, monkeypatch):
+    save(gpt(), tmp_path / 'a')
+    (tmp_path / 'file').write_text('')
+    for where in ('--json=file/x.json', '--json=a', '--answers=file/x'):
+        message, results = run_evaluate('a', 'piqa', where)
+        assert message.startswith('cannot write ') and results is None, message
+    assert not [name for name in os.listdir(tmp_path) if name not in ('a', 'file', 'out')]
+    assert 'batch_size' in run_evaluate('a', 'piqa', '--batch_size=0')[0]
+    assert 'no such folder' in run(evaluate, '--include_path=nowhere')
+    shutil.rmtree(tmp_path / 'a')
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)
+    assert 'pip install lm_eval==0.4.13' in run_evaluate('a', 'piqa')[0]

@@ -70,7 +70,8 @@ def test_an_edit_counts(tree, what, results={}):
         assert 'kernels/cpu.py, which gives the numbers' in found['line']
     else:
         assert "model.py's plain code, not kernels/cpu.py: " in found['line']
-        assert ('it fails here (RuntimeError: no such instruction)' if 'fails' in what else 'other numbers') in found['line']
+        why = 'RuntimeError: no such instruction' if 'fails' in what else 'other numbers than this model.py'
+        assert why in found['line']
     if file == 'model.py' and what != 'nothing' and 'nothing' in results:       # what trains and what is pruned did change
         assert abs(found['loss'] - results['nothing']['loss']) > 1e-4
         assert abs(found['pruned'] - results['nothing']['pruned']) > 1e-6
@@ -79,8 +80,8 @@ def test_an_edit_counts(tree, what, results={}):
 def test_training_follows_an_edit(tree, lines):
     """The first thing that a reader tries: no ReLU, train with the default settings, and see other losses."""
     def losses(out):
-        tree.run('train.py', 'config/selective_small.py', f'--dataset={lines}', '--n_layer=1', '--n_head=2', '--n_embd=32',
-                 '--block_size=64', '--max_iters=4', '--log_interval=1', '--eval_iters=1', '--device=cpu',
+        tree.run('train.py', 'config/selective_small.py', f'--dataset={lines}', '--n_layer=1', '--n_head=2',
+                 '--n_embd=32', '--block_size=64', '--max_iters=4', '--log_interval=1', '--eval_iters=1', '--device=cpu',
                  f'--out_dir={out}')
         with open(tree.path / out / 'log.jsonl') as f:
             return [line['loss'] for line in map(json.loads, f) if 'loss' in line]
@@ -97,7 +98,8 @@ def make(**config):
 
 def test_what_is_installed():
     plain = m.selective_attention
-    for kernel, function in [('none', plain), ('listing', m.selective_attention_listing), ('auto', None), ('cpu', None)]:
+    listing = m.selective_attention_listing
+    for kernel, function in ('none', plain), ('listing', listing), ('auto', None), ('cpu', None):
         gpt = make()
         line = kernels.install(gpt, kernel)
         assert '\n' not in line and line.startswith('attention: ')
@@ -111,6 +113,15 @@ def test_what_is_installed():
             kernels.install(make(n_embd=20), kernel)
     with pytest.raises(ValueError, match='float16'):
         kernels.install(make(), 'cpu', torch.float16)
+
+
+def test_a_listing_that_differs_says_so(monkeypatch):
+    """The listing is model.py's own and runs as it is asked to; but it says if `attend` computes something else."""
+    assert 'other numbers' not in kernels.install(make(), 'listing')
+    attend = m.attend
+    monkeypatch.setattr(m, 'attend', lambda q, k, v, F, i, j, vote, **more: attend(
+        q, k, v, F, i, j, lambda L0: L0, **more))
+    assert 'it gives other numbers than this model.py' in kernels.install(make(), 'listing')
 
 
 def test_vote_scale_is_checked_away_from_zero():

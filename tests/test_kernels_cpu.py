@@ -203,6 +203,16 @@ def test_float32_is_as_exact_as_the_plain_form():
             assert error < 2 * allowed + 1e-6 * want[name].abs().max(), name
 
 
+def test_token_0_stays_column_0_though_nobody_can_see_it():
+    qkv = example(2, 2, 67, 4, 0)
+    with torch.no_grad():                                       # every row sees itself with a logit of 200 and more
+        q, k, _ = qkv
+        k[:] = 20 * torch.randn(k.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        k[:, :, 0] = 0
+        q.copy_(k)
+    assert check(qkv, lambda L0: relu(L0 - L0[:, :, :1]), tolerance=1e-9) < 1
+
+
 def test_as_the_model_calls_it(monkeypatch):
     qkv = torch.randn(2, 40, 3 * 8, dtype=torch.float64, requires_grad=True)
     q, k, v = (x.view(2, 40, 2, 4).transpose(1, 2) for x in qkv.split(8, dim=2))

@@ -107,6 +107,8 @@ def test_a_stopped_search_continues(runs, run, monkeypatch):
     count.clear()
     run(*SMALL, '--tolerance=0.05')
     assert found(runs) == whole and len(count) < second     # a search that is done costs next to nothing
+    monkeypatch.setattr(prune.ckpt, 'code_fingerprint', lambda: 'an edited model.py')
+    assert 'continuing with' not in run(*SMALL, '--tolerance=0.05')     # whose losses are others
 
 
 def test_policies_and_baseline(runs, run):
@@ -119,7 +121,7 @@ def test_policies_and_baseline(runs, run):
     loss = found(runs, 'standard/budgets_oldest.json')['unpruned_loss']
     assert 'less memory' in run(*SMALL, f'--baseline={runs / "standard"}')
     assert found(runs)['baseline_loss'] == found(runs)['target_loss'] == loss
-    assert found(runs)['held_out'].keys() == {'unpruned', 'pruned', 'baseline'}
+    assert found(runs)['held_out'].keys() == {'target', 'unpruned', 'pruned', 'difference', 'holds'}
 
 
 def test_sampling_inside_the_budgets(runs, run):
@@ -142,3 +144,35 @@ def test_sampling_inside_the_budgets(runs, run):
 def test_refusals(args, words, runs, run):
     assert words in run(*SMALL, *args)
     assert not (runs / 'selective/budgets.json').exists()
+
+
+def test_unseen_windows(lines, runs, run):
+    """Only the point of the curve counts that keeps the loss on windows which the search has not seen."""
+    out = run(*SMALL, '--tolerance=0.05')
+    held_out, curve = found(runs)['held_out'], found(runs)['curve']
+    gpt, _ = ckpt.load_model(runs / 'selective')
+    dataset = prune.data.load_dataset(str(lines))
+    batches = [dataset.batch('val', 2 + n, size, 32, 0) for n, size in enumerate((4, 2))]
+
+    @torch.no_grad()
+    def loss(budgets):
+        return sum(gpt(x, y, cache=KVCache(gpt, len(x), budgets))[1].item() * len(x) for x, y in batches) / 6
+    target = loss([32] * 3) + 0.05
+    assert abs(held_out['target'] - target) < 1e-4 and abs(held_out['pruned'] - loss(found(runs)['budgets'])) < 1e-4
+    assert abs(held_out['difference'][0] - (held_out['pruned'] - target)) < 1e-4
+    assert held_out['difference'][1] <= held_out['difference'][0] <= held_out['difference'][2]
+    fit = [p['budgets'] for p in curve if loss(p['budgets']) <= target]
+    assert held_out['holds']['budgets'] == fit[-1] and abs(held_out['holds']['val_loss'] - loss(fit[-1])) < 1e-4
+    assert 'windows that the search has not seen' in out
+    trials = prune.Trials(gpt, batches, 'selective')
+    assert prune.unseen(trials, curve, torch.zeros(6))['holds'] is None
+    assert prune.unseen(trials, curve, torch.full((6,), 99.0))['holds']['budgets'] == curve[-1]['budgets']
+
+
+def test_bootstrap():
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0)) + 3
+    low, high = prune.bootstrap(values)
+    error = values.std() / 200**0.5
+    assert abs(low - (values.mean() - 1.96 * error)) < 0.2 * error and abs(high - (values.mean() + 1.96 * error)) < 0.2 * error
+    assert prune.bootstrap(torch.full((5,), 2.0)) == (2.0, 2.0)
+    assert prune.bootstrap(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 8.0])) == (0.5, 0.5)

@@ -8,7 +8,7 @@ import torch
 
 import model as m
 import train
-from lab import ablate, reproduce, runs, tasks
+from lab import ablate, figures, reproduce, runs, tasks
 from support import settings
 
 TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_size=4', '--eval_interval=4', '--eval_iters=1',
@@ -18,6 +18,7 @@ TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_
 def naive(rule, q, k, v):
     """The rules of ablate.py in loops over rows and columns."""
     H, T, D = q.shape[1:]
+    K = int(rule.partition('=')[2] or 0)
     y = torch.zeros_like(q)
     for b in range(len(q)):
         for h in range(H):
@@ -29,6 +30,12 @@ def naive(rule, q, k, v):
                     vote = q[b, head, i] @ k[b, head, j] / D**0.5
                     if (j < i or rule == 'self_too') and (j > 0 or rule == 'first_too'):
                         S[j] = vote if rule == 'no_relu' else vote.clamp(min=0)
+                    if rule == 'fox':                           # -log of the gate, which is a sigmoid of token 0's logit
+                        S[j] = -torch.sigmoid(q[b, head, i] @ k[b, head, 0] / D**0.5 + 4).log() if 0 < j < i else 0
+                    if rule == 'alibi':                         # one more step away from the next row
+                        S[j] = 2**(-8 * (h + 1) / H)
+                    if K:                                       # of K tokens, the one that token i + 1 drives out
+                        S[j] = float('inf') if j > 0 and j == i - K + 2 else 0
                 if rule == 'at_once':
                     F = F + S
                 L = q[b, h, i] @ k[b, h, :i + 1].T / D**0.5 - F[:i + 1]
@@ -39,33 +46,70 @@ def naive(rule, q, k, v):
 
 
 @pytest.fixture
-def unchanged(monkeypatch):
-    """model.py as it was, when the test is over."""
-    for name in ('attend', 'Temperature', 'CausalSelfAttention'):
-        monkeypatch.setattr(m, name, getattr(m, name))
-    monkeypatch.setattr(m.CausalSelfAttention, 'vote', m.CausalSelfAttention.vote)
-    monkeypatch.setattr(m.CausalSelfAttention, 'attention', staticmethod(m.selective_attention))
+def qkv():
+    def qkv(H):
+        return torch.randn(3, 2, H, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    return qkv
 
 
-@pytest.mark.parametrize('rule', ablate.RULES[:7])
+@pytest.mark.parametrize('rule', [*ablate.VOTES, *ablate.LISTINGS, 'alibi', 'window=2', 'window=4', 'window=9', 'window=30'])
 @pytest.mark.parametrize('H', [1, 3, 4])
-def test_rules(rule, H, unchanged, monkeypatch):
-    monkeypatch.setattr('sys.argv', [])
-    ablate.change(rule)
-    layer = m.CausalSelfAttention(m.GPTConfig(n_head=H, n_embd=4 * H, selective=True))
-    q, k, v = torch.randn(3, 2, H, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
-    y, _ = layer.attention(q, k, v, layer.vote, memory_tau=1.0)
+def test_rules(rule, H, qkv):
+    """All are the recurrence F <- F + S; standard attention and windows included."""
+    q, k, v = qkv(H)
+    with ablate.changed(rule):
+        torch.manual_seed(0)
+        layer = m.GPT(m.GPTConfig(n_layer=1, n_head=H, n_embd=4 * H, vocab_size=9, selective=True)).transformer.h[0].attn
+        y, M = layer.attention(q, k, v, layer.vote, memory_tau=1.0)
+        none = layer.attention(q, k, v, layer.vote)
+    assert none[1] is None and M.shape == (2, 9)
+    torch.testing.assert_close(none[0], y)
     torch.testing.assert_close(y, naive(rule, q, k, v), atol=1e-6, rtol=1e-6)
+    published = m.selective_attention(q, k, v, torch.relu, memory_tau=1.0)
+    assert torch.allclose(y, published[0]) == (rule == 'as_published' or rule in ('last_head', 'groups') and H == 1)
+    if rule == 'as_published':
+        torch.testing.assert_close(M, published[1], atol=1e-6, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize('K', [2, 4, 9, 20])
+def test_window_is_a_budget_by_age(K, qkv):
+    """window=K sees what a cache of K tokens with policy 'oldest' keeps, so that trained and pruned windows compare."""
+    q, k, v = qkv(3)
+    cache = m.LayerCache(2, 3, K, 4, 'oldest', 'cpu', torch.float64)
+    y, M = ablate.window(K, q, k, v, None, memory_tau=1.0)
+    torch.testing.assert_close(y, cache.attend(q, k, v, torch.arange(9), None))
+    assert M[0].tolist() == [min(i, K - 1) for i in range(9)]
+
+
+def test_what_is_changed_is_put_back():
+    before = m.selective_attention, m.Temperature, m.CausalSelfAttention, m.CausalSelfAttention.vote
+    for rule in ('no_relu', 'groups', 'window=3', 'ssmax', 'double_heads'):
+        with pytest.raises(ZeroDivisionError), ablate.changed(rule):
+            assert before != (m.selective_attention, m.Temperature, m.CausalSelfAttention, m.CausalSelfAttention.vote)
+            1 / 0
+        assert before == (m.selective_attention, m.Temperature, m.CausalSelfAttention, m.CausalSelfAttention.vote)
+        assert m.CausalSelfAttention.attention is m.selective_attention
+
+
+def test_temperatures_of_other_papers():
+    config = m.GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=9)
+    x, pos = torch.zeros(1, 5, 8), torch.arange(5)
+    n = torch.arange(1, 6.0)
+    theirs = ablate.PositionOnly(config, True)(x, x, pos)
+    torch.testing.assert_close(theirs, (1 + 0.0113 * n.log())[:, None], atol=1e-4, rtol=0)      # exp(-exp(1.5)) = 0.0113
+    scaled = ablate.ScalableSoftmax(config, True)(x, x, pos)
+    torch.testing.assert_close(scaled, 0.43 * (n + 1).log()[:, None].expand(5, 2))
 
 
 def losses(folder):
     return [line['val_loss'] for line in map(json.loads, open(folder / 'log.jsonl')) if 'val_loss' in line]
 
 
-@pytest.mark.parametrize('rule, flags', [('as_published', ['--selective']), ('no_relu', ['--selective']),
-                                         ('double_heads', ['--rope']), ('at_once', ['--selective', '--rope']),
-                                         ('groups', ['--selective']), ('no_position', ['--ssa=qv'])])
-def test_trained_by_the_rule(run, unchanged, dataset, tmp_path, rule, flags):
+@pytest.mark.parametrize('rule, flags', [
+    ('as_published', ['--selective']), ('no_relu', ['--selective']), ('fox', ['--selective', '--rope']), ('window=3', ['--selective']),
+    ('alibi', ['--selective', '--rope']), ('double_heads', ['--rope', '--qk_norm']), ('no_position', ['--ssa=qv']),
+    ('position_only', ['--ssa=q', '--ssa_lr=10']), ('ssmax', ['--ssa=q'])])
+def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
     args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.05', *flags]
     run(train, *args, f'--out_dir={tmp_path / "plain"}')
     run(ablate, rule, *args, f'--out_dir={tmp_path / "changed"}')
@@ -77,12 +121,20 @@ def test_trained_by_the_rule(run, unchanged, dataset, tmp_path, rule, flags):
         assert saved['transformer.h.0.attn.c_proj.weight'].shape == (16, 32)
     if rule == 'no_position':
         assert (saved['transformer.h.0.attn.ssa.q.alpha'] == -torch.inf).all()
+    if rule == 'position_only':
+        assert saved['transformer.h.0.attn.ssa.q.beta'].shape == (1,) and saved['transformer.h.0.attn.ssa.q.beta'] != 1.5
+    if rule == 'ssmax':
+        assert saved['transformer.h.0.attn.ssa.q.s'].shape == (4,)
 
 
 @pytest.mark.parametrize('args, words', [
     ([], 'the rule comes first'), (['nothing'], 'the rule comes first'), (['no_relu'], 'changes nothing'),
-    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing')])
-def test_refusals_of_ablate(run, unchanged, args, words):
+    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing'),
+    (['window=4'], 'changes nothing'), (['window=1', '--selective'], 'the rule comes first'), (['window', '--selective'], 'the rule comes'),
+    (['window=K', '--selective'], 'the rule comes first'), (['alibi=3', '--selective'], 'the rule comes first'),
+    (['ssmax', '--ssa=qv'], 'changes nothing'), (['fox', '--selective', '--vote_scale'], 'no vote_scale'),
+    (['double_heads', '--dropout=0.1'], 'no dropout')])
+def test_refusals_of_ablate(run, args, words):
     assert words in run(ablate, *args)
 
 
@@ -165,14 +217,14 @@ def test_records_right_and_entropy(run, tmp_path):
     run(tasks, *tasks_args)
     run(train, *TINY, f'--dataset={tmp_path}/copying', '--max_iters=1', f'--out_dir={tmp_path}/out', '--ssa=qv')
     trained = runs.read_run(str(tmp_path / 'out'), 1)
-    assert 0 <= reproduce.records_right(trained, f'{tmp_path}/copying', batches=1) < 0.5
-    spread_out = reproduce.entropy(trained, batches=1)
+    assert 0 <= figures.records_right(trained, f'{tmp_path}/copying', batches=1) < 0.5
+    spread_out = figures.entropy(trained, batches=1)
     assert 0.95 < spread_out <= 1                               # a fresh model looks everywhere
     gpt, saved = reproduce.ckpt.load_model(str(tmp_path / 'out'))
     with torch.no_grad():
         saved['model']['transformer.h.0.attn.c_attn.weight'][:32] *= 1e4
     torch.save(saved, tmp_path / 'out/ckpt.pt')
-    assert reproduce.entropy(trained, batches=1) < 0.2
+    assert figures.entropy(trained, batches=1) < 0.2
 
 
 def test_a_run_that_was_resumed(tmp_path):
@@ -208,20 +260,67 @@ def test_data_sets_are_what_their_settings_say(run, tmp_path):
         reproduce.task_data(runner, 'copying', records=40)
 
 
-def test_a_search_that_stopped_is_gone_on_with(claim, tmp_path, monkeypatch):
+def test_searches(tmp_path, monkeypatch):
+    """Unfinished ones are resumed, finished ones kept; a model that misses the target unpruned is left out."""
     ran = []
-    monkeypatch.setattr(reproduce, 'command', ran.append)
+    monkeypatch.setattr(figures, 'command', ran.append)
     runner, one = runs.Runner(reproduce.ReproduceConfig(), 'small'), runs.Run(str(tmp_path), [], [], [], [], 0.0)
-    for policy, held_out in ('selective', {'pruned': 1.0}), ('oldest', {}):
-        (tmp_path / f'budgets_{policy}.json').write_text(json.dumps({'held_out': held_out, 'curve': [{'saving': 4.0}]}))
-    reproduce.prune(runner, [one])
+    for policy, held_out in ('selective', {'holds': {'saving': 4.0}}), ('oldest', {}), ('none', {'holds': None}):
+        (tmp_path / f'{policy}.json').write_text(json.dumps({'held_out': held_out}))
+    policies = 'selective', 'oldest', 'random', 'none'
+    jobs = [(one, policy, ['--tolerance=0.01'], f'{policy}.json') for policy in policies]
+    figures.search(runner, jobs, 64)
     assert sorted(args[3] for args in ran) == ['--policy=oldest', '--policy=random']
-    assert reproduce.saving('selective')([one]) == '4.0x'
+    assert [figures.saving(f'{policy}.json')([one]) for policy in policies] == ['4.0x', 'never', 'never', 'never']
+
+    def fails(args):
+        raise settings.UserError('prune.py: the loss is above the target: ' + words)
+    monkeypatch.setattr(figures, 'command', fails)
+    words = 'nothing can be taken away'
+    figures.search(runner, jobs, 64)
+    words = 'something else'
+    with pytest.raises(settings.UserError, match='something else'):
+        figures.search(runner, jobs, 64)
+
+
+def test_kinds_of_targets():
+    """Against loops: new, among the newest, farther back."""
+    tokens = torch.randint(9, (3, 41), generator=torch.Generator().manual_seed(0))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    found = figures.kinds(x, y, near=5)
+    for b in range(3):
+        for t in range(40):
+            seen = x[b, :t + 1].tolist()
+            kind = 'new' if y[b, t] not in seen else 'near' if y[b, t] in seen[-5:] else 'recall'
+            assert figures.KINDS[found[b, t]] == kind
+    assert set(found.flatten().tolist()) == {0, 1, 2}
+    losses = torch.rand(3, 40)
+    by_kind, shares = figures.by_kind(losses, found), figures.shares(found)
+    assert by_kind['all'] == pytest.approx(sum(by_kind[kind] * shares[kind] for kind in figures.KINDS))
+    assert by_kind['recall'] == pytest.approx(losses[found == 2].mean())
+    assert figures.against(losses, losses) == figures.against_recall(losses, losses, found) == '+0.0000 [+0.0000, +0.0000]'
+    assert figures.against(losses + 0.5, losses) == '+0.5000 [+0.5000, +0.5000]'
+
+
+def test_token_losses(run, dataset, tmp_path):
+    """Under a budget and with the rule that a run was trained with."""
+    args = [*TINY, dataset, '--selective', '--rope', '--max_iters=4']
+    run(ablate, 'window=4', *args, f'--out_dir={tmp_path}/window=4-x')
+    run(train, *args, f'--out_dir={tmp_path}/plain')
+    window, plain = (runs.read_run(str(tmp_path / name), 4) for name in ('window=4-x', 'plain'))
+    assert (figures.rule_of(window.folder), figures.rule_of(plain.folder)) == ('window=4', None)
+    losses, which = figures.token_losses(window, 6)
+    assert losses.shape == which.shape == (6, 12)
+    pruned, _ = figures.token_losses(window, 6, [4], 'oldest')      # the same tokens; the votes are tiny
+    torch.testing.assert_close(pruned, losses, atol=1e-3, rtol=0)
+    with_rule, _ = figures.token_losses(runs.Run(f'{tmp_path}/plain', [], [], [], [], 0.0), 6)
+    assert not torch.allclose(with_rule, losses)
+    assert figures.position_part([plain]) == '' and figures.new_parameters(plain) == 0
 
 
 def test_list_and_refusals(run):
     out = run(reproduce, '--list')
     assert all(claim.__name__ in out for claim in reproduce.CLAIMS)
     assert 'which claims' in run(reproduce) and 'nothing is no claim' in run(reproduce, 'nothing')
-    assert 'not in the range 1 to 100' in run(reproduce, 'text', '--seeds=0')
-    assert '--to=nowhere.md: No such file' in run(reproduce, 'text', '--to=nowhere.md')
+    assert 'not in the range 1 to 100' in run(reproduce, 'gate', '--seeds=0')
+    assert '--to=nowhere.md: No such file' in run(reproduce, 'gate', '--to=nowhere.md')

@@ -10,7 +10,7 @@ import data
 import prune
 import sample
 import train
-from lab import tasks
+from lab import names, tasks
 from support import settings
 
 
@@ -69,10 +69,10 @@ def test_passkey(run, tmp_path, depth, low, high):
     dataset, texts = records(run, tmp_path, 'passkey', '--length=8', f'--depth={depth}')
     depths = []
     for text in texts:
-        before, key, after, answer = re.fullmatch(r' *((?:[a-z]+ )*)\[(\d{4})\]((?: [a-z]+)*) \[(\d{4})', text).groups()
+        before, key, after, answer = re.fullmatch(r' *((?:[a-z]+ )*)\[(\d{5})\]((?: [a-z]+)*) \[(\d{5})', text).groups()
         assert key == answer and len(before.split()) + len(after.split()) == 8
         depths.append(len(before.split()) / 8)
-    assert (min(depths), max(depths)) == (low, high) and [text[-4:] for text in texts] == [
+    assert (min(depths), max(depths)) == (low, high) and [text[-5:] for text in texts] == [
         ''.join(text[place - 1] for place in dataset.answers) for text in texts]
 
 
@@ -127,3 +127,29 @@ def test_train_prune_and_sample(run, tmp_path):
 def test_refusals(args, words, run, tmp_path):
     assert re.search(words, run(tasks, *args, f'--data_dir={tmp_path}'))
     assert not list(tmp_path.iterdir())
+
+
+def test_names(tmp_path, monkeypatch):
+    """Names are drawn anew for each file and copy; keywords, operators and layout are not."""
+    (tmp_path / 'a.py').write_text('def f(x):\n    # a comment\n    return x + 1  # x\n')
+    (tmp_path / 'broken.py').write_text('def (((\n')
+    (tmp_path / 'b.py').write_text(''.join(f'v{n} = v{n - 1}\n' for n in range(1, 400)))
+    files = [(str(tmp_path / name), name) for name in ('a.py', 'b.py', 'broken.py')]
+    monkeypatch.setattr(names.prepare_text, 'stdlib_documents', lambda: files)
+    cfg = names.NamesConfig(data_dir=str(tmp_path), copies=3)
+    names.prepare(cfg)
+    dataset = data.load_dataset('names', root=str(tmp_path))
+    assert dataset.vocab_size == 257 and dataset.tokens('train') > 0
+    first = names.lexemes('def f(x):\n    # a comment\n    return x + 1  # x\n')
+    assert [word for word in first if isinstance(word, str)] == ['f', 'x', 'x', '1']
+    a, b = (names.named(first, np.random.default_rng(seed)) for seed in (1, 2))
+    fixed = np.array([not isinstance(word, str) for word in first])
+    assert (a[fixed] == b[fixed]).all() and (a[fixed] < names.FIRST_NAME).all() and (a[~fixed] >= names.FIRST_NAME).all()
+    f, x, again, one = a[~fixed].tolist()
+    assert x == again and len({f, x, one}) == 3 and a.tolist() != b.tolist()
+    many = names.named([f'v{n}' for n in range(400) for _ in 'ab'], np.random.default_rng(0))
+    assert (many[0::2] == many[1::2]).all() and len(set(many.tolist())) == 160
+    assert len(set(many[-320:].tolist())) == 160                # the newest 160 names have one each
+    whole = (tmp_path / 'names/train.bin').read_bytes()
+    names.prepare(cfg)
+    assert (tmp_path / 'names/train.bin').read_bytes() == whole

@@ -111,7 +111,8 @@ def test_learning_and_sampling(dataset, tmp_path, run, monkeypatch):
 def test_texts_of_one_batch(dataset, tmp_path, run, flags):
     """num_samples texts are N texts after one prompt; greedy ones are that of a single run."""
     run(train, dataset, *SMALL, '--max_iters=60', f'--out_dir={tmp_path}', '--selective', *flags[:1])
-    args = [f'--out_dir={tmp_path}', '--max_new_tokens=40', '--device=cpu', '--start=line 1', *[b + '=4' for b in flags[1:]]]
+    args = [f'--out_dir={tmp_path}', '--max_new_tokens=40', '--device=cpu', '--start=line 1']
+    args += [flag + '=4' for flag in flags[1:]]
     one = run(sample, *args, '--temperature=0').split('-' * 40)
     three = run(sample, *args, '--temperature=0', '--num_samples=3').split('-' * 40)
     assert len(three) == 4 and [text.strip() for text in three[:3]] == [one[0].strip()] * 3
@@ -125,7 +126,8 @@ def test_bos(dataset, tmp_path, run, monkeypatch):
     read, batch = sample.stream, data.Dataset.batch
     monkeypatch.setattr(sample, 'stream', lambda model, idx, *args, **more: (seen.append(idx[0].tolist()),
                                                                               read(model, idx, *args, **more))[1])
-    monkeypatch.setattr(data.Dataset, 'batch', lambda *args, **more: (batches.append(batch(*args, **more)), batches[-1])[1])
+    monkeypatch.setattr(data.Dataset, 'batch',
+                        lambda *args, **more: (batches.append(batch(*args, **more)), batches[-1])[1])
     for bos in True, False:
         out_dir = tmp_path / str(bos)
         run(train, dataset, *SMALL, '--max_iters=1', f'--out_dir={out_dir}', f'--bos={bos}', '--selective')
@@ -283,11 +285,30 @@ def test_settings_that_count(tmp_path):
 
 @pytest.mark.parametrize('wrong, words', [
     ({'init_from': 'nothing'}, 'init_from'), ({'memory_loss': 0.1}, 'memory_loss needs selective'),
-    ({'n_embd': 10}, 'n_embd 10 is not divisible'), ({'freeze': 'base'}, 'leaves nothing to train'),
+    ({'n_embd': 10}, 'n_embd 10 is not divisible'), ({'freeze': 'base'}, 'trains nothing'),
     ({'gradient_accumulation_steps': 3}, '3 cannot be shared out among 2 processes')])
 def test_impossible_runs(wrong, words):
     with pytest.raises(settings.UserError, match=words):
         train.check(train.TrainConfig(**wrong), world=2)
+
+
+@pytest.mark.parametrize('script', ['train', 'sample', 'prune'])
+def test_threads_wait_without_spinning(script):
+    """OpenMP reads OMP_WAIT_POLICY once, when torch is imported; by then it must be set."""
+    code = f"""
+import builtins, os
+real, seen = builtins.__import__, []
+def spy(name, *args, **more):
+    if name == 'torch':
+        seen.append(os.environ.get('OMP_WAIT_POLICY'))
+    return real(name, *args, **more)
+builtins.__import__ = spy
+import {script}
+print(seen[0])
+"""
+    env = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    assert out == 'PASSIVE\n'
 
 
 def test_help_lists_every_setting():

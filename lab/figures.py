@@ -1,0 +1,219 @@
+"""What is measured after training: losses by kind of target, records answered, entropy of attention, memory kept."""
+import contextlib
+import json
+import os
+import statistics
+
+import torch
+import torch.nn.functional as fn
+
+import data
+import kernels
+import model as m
+import prune
+from lab import ablate
+from lab.runs import command, spread, table
+from support import checkpoint as ckpt
+from support.settings import UserError
+
+# ---- Losses by kind of target
+
+NEAR = 64       # tokens: what lies farther back is recall
+KINDS = 'new', 'near', 'recall'
+
+
+def kinds(x, y, near=NEAR):
+    """The kind of each target, as a place in KINDS. x, y (B, T) -> (B, T).
+
+    new: the target did not occur in its window before; recall: it did, but not among the newest `near` tokens, which is
+    what only a memory longer than that can know; near: all the others.
+    """
+    B, T = x.shape
+    j = torch.arange(T)
+    newest = torch.stack([((x[b] == y[b, :, None]) & (j <= j[:, None])).mul(j + 1).amax(dim=1) for b in range(B)])
+    return torch.where(newest == 0, 0, torch.where(j + 1 - newest < near, 1, 2))
+
+
+def rule_of(folder):
+    """The rule of lab.ablate that a run was trained with, None for train.py: the Runner puts it first in the name."""
+    rule = os.path.basename(folder).split('-')[0]
+    with contextlib.suppress(UserError):
+        ablate.parse(rule)
+        return rule
+
+
+@torch.no_grad()
+def token_losses(run, windows, budgets=None, policy='selective', seed=1):
+    """Cross-entropy of each target and its kind, (windows, T) each, on validation windows that prune.py does not see.
+
+    budgets, policy: of a KVCache; None: the whole context.
+    """
+    rule = rule_of(run.folder)
+    with ablate.changed(rule) if rule else contextlib.nullcontext():
+        model, checkpoint = ckpt.load_model(run.folder)
+        rule or kernels.install(model)
+        text, T, found = data.load_dataset(checkpoint['dataset']), model.config.block_size, []
+        size = max(1, 4096 // T)
+        for n in range(-(-windows // size)):
+            x, y = text.batch('val', n, size, T, seed, bos=ckpt.starts_with_bos(checkpoint))
+            cache = m.KVCache(model, size, budgets, policy) if budgets else None
+            logits, _ = model(x, y, cache=cache)
+            found.append((fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'), kinds(x, y)))
+    losses, which = (torch.cat(parts)[:windows] for parts in zip(*found))
+    return losses, which
+
+
+def by_kind(losses, which):
+    """Mean losses: {'all': …, 'new': …, 'near': …, 'recall': …}."""
+    return {'all': losses.mean().item(), **{kind: losses[which == n].mean().item() for n, kind in enumerate(KINDS)}}
+
+
+def shares(which):
+    return {kind: (which == n).float().mean().item() for n, kind in enumerate(KINDS)}
+
+
+def against(losses, base):
+    """A loss against another on the same windows, as text: the difference and its 95% interval over windows."""
+    difference = (losses - base).mean(dim=1)
+    low, high = prune.bootstrap(difference)
+    return f'{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]'
+
+
+def against_recall(losses, base, which):
+    """The same for recall tokens alone. The figure is a mean over tokens, of which windows have unequal numbers."""
+    mask = (which == KINDS.index('recall')).float()
+    low, high = prune.bootstrap((losses - base).mul(mask).sum(dim=1), mask.sum(dim=1))
+    return f'{(losses - base).mul(mask).sum() / mask.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
+
+
+LEGEND = f"""Losses in nats per token, on the same validation windows for all rows. Kinds of targets: *new* did not occur in the
+window before; *recall* did, but not among the newest {NEAR} tokens; *near* are the others. In brackets: the share of a kind, or a
+95% interval over windows (paired bootstrap), which does not cover how runs differ by their seeds."""
+
+
+def kinds_table(r, first, models, runs, extra=None, base='standard'):
+    """The table of losses by kind of target, on the same unseen windows for all; the seeds' means, and paired
+    differences to `base` with intervals over the windows of all seeds."""
+    windows = 32 if r.cfg.quick else 256
+    found = {name: [token_losses(run, windows) for run in some] for name, some in runs.items()}
+    all_losses = {name: torch.cat([losses for losses, _ in seeds]) for name, seeds in found.items()}
+    which = torch.cat([which for _, which in found[base]])
+
+    def kind(kind):
+        return lambda some: spread([by_kind(*measured)[kind] for measured in found[name_of[id(some)]]])
+
+    def difference(function, *more):
+        def column(some):
+            name = name_of[id(some)]
+            return '' if name == base else function(all_losses[name], all_losses[base], *more)
+        return column
+    name_of = {id(some): name for name, some in runs.items()}
+    share = shares(which)
+    columns = {'validation loss': kind('all'), f'against {base}': difference(against),
+               **{f'{k} ({share[k]:.0%})': kind(k) for k in KINDS},
+               f'recall against {base}': difference(against_recall, which), **(extra or {})}
+    return table(first, models, runs, columns)
+
+
+# ---- Records of questions and answers, entropy
+
+
+@torch.no_grad()
+def records_right(run, folder, batches=8):
+    """The fraction of validation records of a data set whose answers are all right."""
+    model, _ = ckpt.load_model(run.folder)
+    questions, right = data.Dataset(folder, folder), []
+    for n in range(batches):
+        x, y = questions.batch('val', n, 64, model.config.block_size)
+        right.append(((model(x, y)[0].argmax(dim=-1) == y) | (y < 0)).all(dim=1).float().mean().item())
+    return statistics.mean(right)
+
+
+def right_in(folders):
+    """Columns of `table` from {header: folder of a data set}."""
+    return {header: lambda runs, folder=folder: spread([records_right(run, folder) for run in runs], '{:.1%}')
+            for header, folder in folders.items()}
+
+
+@torch.no_grad()
+def entropy(run, batches=4):
+    """How spread out attention is: the entropy of a row's probabilities, as a fraction of the largest possible, mean
+    over rows, heads and layers. 0: one key gets everything; 1: all the same."""
+    rule = rule_of(run.folder)
+    with ablate.changed(rule) if rule else contextlib.nullcontext():
+        model, checkpoint = ckpt.load_model(run.folder)
+    text, entropies, attention = data.load_dataset(checkpoint['dataset']), [], m.fn.scaled_dot_product_attention
+
+    def recorded(q, k, v, **kwargs):
+        T = q.size(2)
+        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+        L = (q @ k.transpose(-2, -1) * q.size(-1)**-0.5).masked_fill(hidden, float('-inf'))
+        entropy = -(L.softmax(dim=-1) * L.log_softmax(dim=-1).masked_fill(hidden, 0)).sum(dim=-1)       # (B, H, T)
+        entropies.append((entropy[..., 1:] / torch.arange(2, T + 1).log()).mean().item())
+        return attention(q, k, v, **kwargs)
+    m.fn.scaled_dot_product_attention = recorded
+    try:
+        for n in range(batches):
+            model(text.batch('val', n, 16, model.config.block_size, bos=ckpt.starts_with_bos(checkpoint))[0])
+    finally:
+        m.fn.scaled_dot_product_attention = attention
+    return statistics.mean(entropies)
+
+
+# ---- SSA's parameters
+
+
+def position_part(runs):
+    """A column of `table`: the factor of log n on the queries at the end of training, smallest and largest head of all
+    layers and runs: σ(α), or what the rule has in its place; '' where there is none."""
+    factors = []
+    for run in runs:
+        for name, p in ckpt.load(run.folder)['model'].items():
+            if name.endswith('.ssa.q.alpha'):
+                factors += torch.sigmoid(p).tolist()
+            elif name.endswith('.ssa.q.beta'):
+                factors += torch.exp(-torch.exp(p)).tolist()
+            elif name.endswith('.ssa.q.s'):
+                factors += p.tolist()
+    return f'{min(factors):.4f} to {max(factors):.4f}' if factors else ''
+
+
+def new_parameters(run):
+    """The share that the temperatures have of a run's parameters."""
+    sizes = {name: p.numel() for name, p in ckpt.load(run.folder)['model'].items() if name != 'lm_head.weight'}
+    return sum(size for name, size in sizes.items() if '.ssa.' in name) / sum(sizes.values())
+
+
+# ---- Searches of prune.py
+
+
+def search(runner, jobs, windows):
+    """Have prune.py look for budgets where it has not yet. jobs: [(run, policy, flags that say how far, file)].
+
+    A model whose loss is above the target without pruning is left without a file.
+    """
+    def one(run, policy, flags, file):
+        if holds(run, file, unfinished=True):
+            try:
+                command(['prune.py', f'--out_dir={run.folder}', *flags, f'--policy={policy}', f'--windows={windows}',
+                         f'--device={runner.cfg.device}', f'--to={file}'])
+            except UserError as e:
+                if 'nothing can be taken away' not in str(e):
+                    raise
+    runner.each(one, jobs)
+
+
+def holds(run, file, unfinished=False):
+    """The point with the least memory that keeps the loss on unseen windows, too, or None; unfinished: whether the
+    search of this file has yet to be done."""
+    try:
+        with open(os.path.join(run.folder, file), encoding='utf-8') as f:
+            found = json.load(f)['held_out']
+    except FileNotFoundError:
+        found = {}
+    return not found if unfinished else found.get('holds')
+
+
+def saving(file):
+    """A column of `table`: how many times less memory the budgets take that hold on unseen windows."""
+    return lambda runs: spread([(holds(run, file) or {}).get('saving') for run in runs], '{:.1f}x')

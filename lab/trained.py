@@ -1,0 +1,89 @@
+"""Trained checkpoints for lab/bench.py: what attention costs depends on what the model has learned to mask."""
+import functools
+from dataclasses import dataclass
+
+import torch
+
+import data
+import kernels
+import model as m
+from support import checkpoint as ckpt
+from support.settings import UserError
+
+
+@dataclass
+class Run:
+    """A selective checkpoint: its model, its context length T, and the memory_tau of its loss, None without one."""
+    gpt: m.GPT
+    T: int
+    memory_tau: float | None
+    checkpoint: dict
+
+    def batch(self, tokens):
+        """Validation data x, y (B, T), with B = tokens / T, at least 1."""
+        dataset = data.load_dataset(self.checkpoint['dataset'])
+        return dataset.batch('val', 0, max(1, tokens // self.T), self.T, bos=ckpt.starts_with_bos(self.checkpoint))
+
+
+def load(out_dir, device='cpu'):
+    gpt, checkpoint = ckpt.load_model(out_dir, device)
+    if not gpt.config.selective:
+        raise UserError(f'{out_dir} has standard attention, whose cost does not depend on what it learned')
+    config = checkpoint['config']
+    return Run(gpt, gpt.config.block_size, config['memory_tau'] if config['memory_loss'] else None, checkpoint)
+
+
+@torch.no_grad()
+def queries_keys_values(run, tokens, device='cpu'):
+    """[(q, k, v), ...], (B, H, T, D) each: what the attention of each layer gets on validation data."""
+    seen = []
+
+    def record(q, k, v, vote, dropout=0.0, memory_tau=None):
+        seen.append((q, k, v))
+        return m.selective_attention(q, k, v, vote, dropout, memory_tau)
+    for block in run.gpt.transformer.h:
+        block.attn.attention = record
+    run.gpt(run.batch(tokens)[0].to(device))
+    return seen
+
+
+def attention_cases(run, tokens, device='cpu'):
+    """For each layer: {case: function that runs its attention forward and backward}, and the share that is computed."""
+    layers = queries_keys_values(run, tokens, device)
+    kernels.install(run.gpt, dtype=layers[0][0].dtype)
+    for block, qkv in zip(run.gpt.transformer.h, layers):
+        qkv = [x.detach().requires_grad_() for x in qkv]
+        dy = torch.randn_like(qkv[0])
+
+        def case(attention, qkv=qkv, dy=dy):
+            def once():
+                y, M = attention(*qkv)
+                outputs, grads = ([y], [dy]) if M is None else ([y, M], [dy, torch.ones_like(M)])
+                torch.autograd.grad(outputs, qkv, grads)
+            return once
+
+        def standard(q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), None
+        ways = {'selective': block.attn.attention, 'selective, rows': m.selective_attention}
+        cases = {'standard': case(standard)} | {name: case(functools.partial(
+            way, vote=block.attn.vote, memory_tau=run.memory_tau)) for name, way in ways.items()}
+        kernels.live_share()
+        cases['selective']()
+        yield cases, kernels.live_share()
+
+
+def step_case(run, selective, tokens, device='cpu'):
+    """A training step of the run, or of standard attention in its place. The learning rate is 0: the weights stay."""
+    config = vars(run.gpt.config) | {} if selective else vars(run.gpt.config) | dict(selective=False, vote_scale=False)
+    gpt = run.gpt if selective else m.GPT(m.GPTConfig(**config)).to(device)
+    kernels.install(gpt.train())
+    x, y = (t.to(device) for t in run.batch(tokens))
+    optimizer = gpt.configure_optimizers(0.1, 0.0, (0.9, 0.95), device)
+    epsilon = run.checkpoint['config']['memory_loss'] if selective else 0.0
+
+    def once():
+        _, loss, *memory = gpt(x, y, memory_tau=run.memory_tau if selective else None)
+        (loss + epsilon * memory[0] if memory else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return once
