@@ -148,6 +148,7 @@ COMMANDS = {
     'lab.visualize': ['--out_dir=out/a', '--start=line 1', '--device=cpu'],
     'lab.bench': ['--what=decode', '--shapes=small', '--lengths=64', '--tokens=64', '--rounds=1', '--device=cpu'],
     'lab.reproduce': ['--list'],
+    'lab.export_hf': ['--out_dir=out/a'],
 }
 
 
@@ -192,23 +193,44 @@ def as_json(change):
 DAMAGES = [b'', b'null', b'[]', b'{}', b'1', b'"x"', b'[' * 100_000, b'{"a":' * 100_000, b'\xff\xfe\x00', b'\0' * 5000, b'x' * 5000,
            b'{"iter": 1e999}', b'PK\x03\x04', lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: data + b'x',
            lambda data: data[::-1], 'missing', 'folder', 'loop', 'dangling']
-READERS = [('sample', COMMANDS['sample']), ('train', [*SMALL, '--out_dir=out/b']), ('train', ['config.py', *SMALL, '--out_dir=out/b']),
+READERS = [('sample', COMMANDS['sample']), ('train', ['config.py', *SMALL, '--out_dir=out/b']),
            ('train', [*SMALL, '--out_dir=out/a', '--init_from=resume', '--max_iters=3']), ('prune', COMMANDS['prune']),
            ('lab.plot', COMMANDS['lab.plot']), ('lab.visualize', COMMANDS['lab.visualize']),
            ('prepare_text', COMMANDS['prepare_text']), ('sample', [*COMMANDS['sample'], '--start=FILE:text.txt'])]
 
 
+opened = None           # the paths that are opened, while a set
+sys.addaudithook(lambda event, args: opened.add(os.path.abspath(os.fspath(args[0])))
+                 if event == 'open' and opened is not None and isinstance(args[0], (str, bytes, os.PathLike)) else None)
+
+
+def files_read(module, args):
+    """The files below the current folder that a command opens."""
+    global opened
+    opened = set()
+    code, err = outcome(module, args)
+    assert code == 0, err
+    found, opened = {os.path.relpath(os.fsdecode(path)) for path in opened}, None
+    shutil.rmtree('out/b', ignore_errors=True)
+    return {path for path in found if not path.startswith('..')}
+
+
 def test_damaged_files(here):
-    """Every file that there is, with every damage, to every script that may read it."""
-    faults = []
-    for path in sorted(path for path in here.rglob('*') if path.is_file() and path.parent != here / 'folder'):
-        whole = path.read_bytes()
-        damages = list(DAMAGES)
-        if path.suffix in ('.json', '.jsonl'):
-            for change in lambda v: None, lambda v: 'x', lambda v: [v], lambda v: -1, lambda v: 1.5, lambda v: {}:
-                damages += as_json(change)(whole)
-        for damage in damages:
-            for module, args in READERS:
+    """Every file that a script opens, with every damage."""
+    faults, seen = [], set()
+    wholes = {path: path.read_bytes() for path in here.rglob('*') if path.is_file() and not path.is_symlink()}
+    for module, args in READERS:
+        read = {path for path in files_read(module, args) if (module, path) not in seen}
+        seen |= {(module, path) for path in read}
+        for path, whole in wholes.items():          # what the command has written is as it was again
+            path.write_bytes(whole)
+        for path in (path for path in wholes if str(path.relative_to(here)) in read):
+            whole = wholes[path]
+            damages = list(DAMAGES)
+            if path.suffix in ('.json', '.jsonl'):
+                for change in lambda v: None, lambda v: 'x', lambda v: [v], lambda v: -1:
+                    damages += as_json(change)(whole)
+            for damage in damages:
                 remove(path)
                 if damage == 'folder':
                     path.mkdir()
@@ -218,8 +240,8 @@ def test_damaged_files(here):
                     path.write_bytes(damage(whole) if callable(damage) else damage)
                 faults.append(fault(module, args, here.parents[2]))
                 shutil.rmtree('out/b', ignore_errors=True)
-        remove(path)
-        path.write_bytes(whole)
+            remove(path)
+            path.write_bytes(whole)
     assert len(faults) > 500 and not any(faults), [text for text in faults if text]
 
 
