@@ -144,5 +144,9 @@ def is_text(path):
         return False
 
 
+def main():
+    prepare(settings.parse(TextConfig, positional='paths'))
+
+
 if __name__ == '__main__':
-    settings.run(lambda: prepare(settings.parse(TextConfig, positional='paths')))
+    settings.run(main)
