@@ -44,7 +44,9 @@ def save(out_dir, checkpoint):
     try:
         files.write_file(os.path.join(out_dir, 'ckpt.pt'), lambda f: torch.save(checkpoint, f))
     except RuntimeError as e:                   # how torch.save reports a write that fails
-        raise UserError(f'cannot write {out_dir}/ckpt.pt: {str(e).splitlines()[0][:200]}') from None
+        if settings.is_out_of_memory(e):
+            raise
+        raise UserError(f'cannot write {out_dir}/ckpt.pt: the disk is full, or takes no file of this size') from None
 
 
 def load(out_dir, device='cpu'):
