@@ -12,7 +12,7 @@ Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of all rows i
     Q[h] |k[h,j]| − m[h] − F[a,j] < log(ε/T)        for every head h, ε being half the rounding of 1
 
 so that all dead columns together have less of a row than rounding takes. With memory_tau, F[a,j] > memory_tau must hold,
-too: then M is exact and its gradient there is zero. F of a dead column becomes infinite, its P and its gradients zero.
+too: then M is exact and its gradient there is zero.
 
 Blocks of rows walk down the sequence. The columns that block a … b looks at are the slice first … b of every array: the
 live ones, packed against a, then the block's own. Nothing is moved while first = 0 and little has died; when an eighth of
@@ -127,7 +127,6 @@ def _forward(q, k, v, vote, tau, y, M, skip):
             if tau is not None:
                 dead &= F[:, first:a] > tau
             dead[:, 0] = False                                  # token 0 stays column 0 of what votes see
-            F[:, first:a].masked_fill_(dead, math.inf)
             n = int((~dead).sum(dim=1).max())                   # the longest list
             if n <= 7 / 8 * (a - first):
                 keep = dead.byte().argsort(dim=1, stable=True)[:, :n]           # the live ones first, token 0 before all

@@ -11,10 +11,11 @@
     profile     the operators that attention alone consists of (only when asked for)
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, ...), after a round to warm up. Peak memory
-is that of a process of its own on a CPU, and torch's on CUDA. Random weights mask little, which is the start of
-training; with --out_dir, queries, keys and values are those of trained models on their validation data, and `live` is
-the share of attention that is computed, as the rest is masked for good. The lines `growth` give the exponent p of time or memory
+is that of a process of its own on a CPU, and torch's on CUDA. The lines `growth` give the exponent p of time or memory
 ~ T^p, fitted over the lengths. The ratio is to the first case of a group. The table goes to --to as JSON, too.
+
+Random weights mask little, as at the start of training. With --out_dir, queries, keys and values are those of trained
+models on their validation data; `live` is the share of attention that is computed, the rest being masked for good.
 """
 import json
 import os
@@ -35,7 +36,7 @@ import model as m
 from lab import trained
 from lab.measure import Table, synchronize, times
 from lab.peers import GPT2, XTransformers, transformers, x_transformers
-from support import checkpoint as ckpt, devices, files, settings
+from support import devices, files, settings
 from support.settings import UserError
 
 SHAPES = {'small': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257),
@@ -52,6 +53,7 @@ class BenchConfig:
     lengths: str = '256,512,1024,2048,4096'     # context lengths T [list of 64 to 2**20]
     tokens: int = 4096              # of a batch; the batch size is tokens / T, at least 1 [1 to 2**24]
     rounds: int = 5                 # of which the median is taken [1 to 1000]
+    clock: str = 'wall'             # 'wall' or 'cpu': time of the process, steadier beside other work; one thread then
     quick: bool = False             # the small shape, two lengths, three rounds
     device: str = 'auto'            # 'cuda', 'mps', 'cpu'
     to: str = 'out/bench.json'      # the table as JSON
@@ -184,18 +186,20 @@ def main():
     parts, shapes = cfg.what.split(','), cfg.shapes.split(',')
     if set(parts) - set(PARTS):
         raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}")
+    if cfg.clock not in ('wall', 'cpu'):
+        raise UserError(f"--clock={cfg.clock}: it is 'wall' or 'cpu'")
     if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
         raise UserError(f'--shapes is among {", ".join(SHAPES)}, --lengths are whole numbers like 256,512')
     files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
     machine = torch.cuda.get_device_name() if 'cuda' in cfg.device else \
         f'{platform.machine()}, {torch.get_num_threads()} threads'
-    print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
+    print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds, {cfg.clock} time')
     print(f"{'part':10} {'shape':6} {'T':>6} {'case':34} {'value':>12} {'unit':8} {'ratio':>9}")
     table, lengths = Table(), [int(t) for t in cfg.lengths.split(',')]
     if cfg.out_dir:
         shapes, parts = [], [part for part in parts if part in ('attention', 'step', 'memory')]
-        trained_parts(table, cfg, parts)
+        trained.measure(table, cfg, parts, peak_memory)
     for shape in shapes:
         for part in parts:
             PARTS[part](table, cfg, shape, lengths)
@@ -213,41 +217,15 @@ def main():
 def attention_part(table, cfg, shape, lengths):
     for T in lengths:
         cases = attention_cases(SHAPES[shape], T, cfg.tokens, cfg.device)
-        values = times(cases, cfg.rounds, cfg.device)
+        values = times(cases, cfg.rounds, cfg.device, cfg.clock)
         table.group('attention', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
-
-
-def trained_parts(table, cfg, parts):
-    """attention, step and memory of each run in --out_dir, at its own T."""
-    for out_dir in cfg.out_dir.split(','):
-        run = trained.load(out_dir, cfg.device)
-        common = dict(shape='run', T=run.T, batch=max(1, cfg.tokens // run.T))
-        if 'attention' in parts:
-            totals, shares = {}, []
-            for l, (cases, live) in enumerate(trained.attention_cases(run, cfg.tokens, cfg.device)):
-                values = {name: 1e3 * s for name, s in times(cases, cfg.rounds, cfg.device).items()}
-                shares.append(live if live is not None else 1.0)
-                table.group('layer', values={f'{n}, layer {l}, live {shares[-1]:.0%}' if n == 'selective' else
-                                             f'{n}, layer {l}': v for n, v in values.items()}, unit='ms', **common)
-                totals = {name: totals.get(name, 0) + v for name, v in values.items()}
-            table.group('attention', values=totals, unit='ms', live=float(np.mean(shares)), **common)
-        names = {'standard': False, 'selective': True}
-        if 'step' in parts:
-            cases = {name: trained.step_case(run, selective, cfg.tokens, cfg.device) for name, selective in names.items()}
-            values = times(cases, cfg.rounds, cfg.device)
-            table.group('step', values={n: 1e3 * s for n, s in values.items()}, unit='ms', **common)
-        if 'memory' in parts:
-            table.group('memory', values={name: peak_memory([name, out_dir, run.T, cfg.tokens, cfg.device]) / 2**20
-                                          for name in names}, unit='MiB', **common)
-    for part in parts:
-        table.growth(part, 'run')
 
 
 def step_part(table, cfg, shape, lengths):
     names = [*MODELS, 'selective, listing', *['selective, x-transformers'] * bool(x_transformers())]
     for T in lengths:
         cases = {name: step_case(name, SHAPES[shape], T, cfg.tokens, cfg.device) for name in names}
-        values = times(cases, cfg.rounds, cfg.device)
+        values = times(cases, cfg.rounds, cfg.device, cfg.clock)
         table.group('step', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
 
 
@@ -272,12 +250,12 @@ def decode_part(table, cfg, shape, lengths):
             cases = {name: lambda cache=cache: gpt(new, cache=cache) for name, cache in caches.items()}
             if transformers():
                 cases["transformers' GPT-2, its cache"] = GPT2(s, T, B, text, cfg.device).decode(new)
-            values = times(cases, cfg.rounds, cfg.device)
+            values = times(cases, cfg.rounds, cfg.device, cfg.clock)
             table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
             q, k, v = torch.randn(3, B, s['n_head'], 1, s['n_embd'] // s['n_head'], device=cfg.device).unbind()
             values = times({f'{name}, attention alone': lambda cache=cache: [
                 layer.attend(q, k, v, cache.position, torch.relu) for layer in cache.layers]
-                for name, cache in caches.items()}, cfg.rounds, cfg.device)
+                for name, cache in caches.items()}, cfg.rounds, cfg.device, cfg.clock)
             table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
             table.group(f'decode{B}', shape, T, {f'{n}, its size': c.bytes() / 2**20 for n, c in caches.items()}, 'MiB')
 
@@ -301,7 +279,7 @@ def prefill_part(table, cfg, shape, lengths):
         cases = {'full cache': lambda: read(T), f'budgets of {K}': lambda: read(K)}
         at_once = selective(q, 'auto')
         cases['all at once, no cache'] = lambda: at_once(q, k, v)
-        values = times(cases, cfg.rounds, cfg.device)
+        values = times(cases, cfg.rounds, cfg.device, cfg.clock)
         table.group('prefill', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms')
 
 

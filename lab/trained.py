@@ -1,12 +1,16 @@
 """Trained checkpoints for lab/bench.py: what attention costs depends on what the model has learned to mask."""
+import dataclasses
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as fn
 
 import data
 import kernels
 import model as m
+from lab.measure import times
 from support import checkpoint as ckpt
 from support.settings import UserError
 
@@ -63,7 +67,7 @@ def attention_cases(run, tokens, device='cpu'):
             return once
 
         def standard(q, k, v):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), None
+            return fn.scaled_dot_product_attention(q, k, v, is_causal=True), None
         ways = {'selective': block.attn.attention, 'selective, rows': m.selective_attention}
         cases = {'standard': case(standard)} | {name: case(functools.partial(
             way, vote=block.attn.vote, memory_tau=run.memory_tau)) for name, way in ways.items()}
@@ -74,8 +78,8 @@ def attention_cases(run, tokens, device='cpu'):
 
 def step_case(run, selective, tokens, device='cpu'):
     """A training step of the run, or of standard attention in its place. The learning rate is 0: the weights stay."""
-    config = vars(run.gpt.config) | {} if selective else vars(run.gpt.config) | dict(selective=False, vote_scale=False)
-    gpt = run.gpt if selective else m.GPT(m.GPTConfig(**config)).to(device)
+    standard = dataclasses.replace(run.gpt.config, selective=False, vote_scale=False)
+    gpt = run.gpt if selective else m.GPT(standard).to(device)
     kernels.install(gpt.train())
     x, y = (t.to(device) for t in run.batch(tokens))
     optimizer = gpt.configure_optimizers(0.1, 0.0, (0.9, 0.95), device)
@@ -87,3 +91,29 @@ def step_case(run, selective, tokens, device='cpu'):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return once
+
+
+def measure(table, cfg, parts, peak_memory):
+    """attention, step and memory of each run in --out_dir, at its own T."""
+    for out_dir in cfg.out_dir.split(','):
+        run = load(out_dir, cfg.device)
+        common = dict(shape='run', T=run.T, batch=max(1, cfg.tokens // run.T))
+        if 'attention' in parts:
+            totals, shares = {}, []
+            for l, (cases, live) in enumerate(attention_cases(run, cfg.tokens, cfg.device)):
+                values = {name: 1e3 * s for name, s in times(cases, cfg.rounds, cfg.device, cfg.clock).items()}
+                shares.append(live if live is not None else 1.0)
+                table.group('layer', values={f'{n}, layer {l}, live {shares[-1]:.0%}' if n == 'selective' else
+                                             f'{n}, layer {l}': v for n, v in values.items()}, unit='ms', **common)
+                totals = {name: totals.get(name, 0) + v for name, v in values.items()}
+            table.group('attention', values=totals, unit='ms', live=float(np.mean(shares)), **common)
+        names = {'standard': False, 'selective': True}
+        if 'step' in parts:
+            cases = {name: step_case(run, selective, cfg.tokens, cfg.device) for name, selective in names.items()}
+            values = times(cases, cfg.rounds, cfg.device, cfg.clock)
+            table.group('step', values={n: 1e3 * s for n, s in values.items()}, unit='ms', **common)
+        if 'memory' in parts:
+            table.group('memory', values={name: peak_memory([name, out_dir, run.T, cfg.tokens, cfg.device]) / 2**20
+                                          for name in names}, unit='MiB', **common)
+    for part in parts:
+        table.growth(part, 'run')

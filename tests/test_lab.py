@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import model as m
+import train
 from lab import bench
-from support import files, settings
+from support import checkpoint as ckpt, files, settings
 
 
 @pytest.fixture
@@ -40,6 +41,25 @@ def test_bench_table(run, tmp_path, monkeypatch, capsys):
     sizes = {row['case']: row['value'] for row in rows if row['part'] == 'decode1' and row['T'] == 80 and row['unit'] == 'MiB'}
     assert sizes['full cache, its size'] == 40 * sizes['budgets of 2, its size']
     assert 'growth' in capsys.readouterr().out
+
+
+def test_bench_of_trained_runs(run, tmp_path, lines):
+    for T in 80, 160:
+        run(train, f'--dataset={lines}', f'--out_dir={tmp_path / str(T)}', '--n_layer=2', '--n_head=2', '--n_embd=8',
+            f'--block_size={T}', '--selective', '--rope', '--memory_loss=0.1', '--batch_size=2', '--device=cpu',
+            '--gradient_accumulation_steps=1', '--max_iters=1', '--eval_iters=1')
+        checkpoint = ckpt.load(tmp_path / str(T))
+        checkpoint['model']['transformer.h.0.attn.c_attn.weight'].mul_(100 if T == 160 else 0)      # the first layer masks
+        ckpt.save(tmp_path / str(T), checkpoint)
+    run(bench, f'--out_dir={tmp_path / "80"},{tmp_path / "160"}', '--tokens=160', '--rounds=1', '--device=cpu',
+        f'--to={tmp_path / "bench.json"}')
+    rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
+    live = {row['T']: row['live'] for row in rows if row['part'] == 'attention' and row['T'] != 'growth'}
+    assert live[80] == 1 and live[160] < 0.99
+    cases = {(row['part'], row['T'], row['case']) for row in rows}
+    assert {(part, T, case) for part in ('attention', 'step', 'memory') for T in (80, 160, 'growth')
+            for case in ('standard', 'selective')} <= cases
+    assert ('layer', 80, 'selective, layer 1, live 100%') in cases
 
 
 def test_bench_memory_of_a_process(tmp_path):
