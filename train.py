@@ -5,7 +5,7 @@
     python train.py config/selective_small.py --init_from=resume
     python train.py config/selective_small.py --eval_only
     python train.py config/finetune_gpt2_ssa.py
-    torchrun --standalone --nproc_per_node=8 train.py config/selective_124m.py
+    python -m support.launch --nproc_per_node=8 train.py config/selective_124m.py       torchrun, with readable errors
 
 Settings come from config files and --key=value pairs, in their order; the last one wins. Ctrl-C finishes the step
 and saves. A resumed run computes exactly what an uninterrupted one does: all that is random depends on the seed and
