@@ -146,7 +146,7 @@ class Dataset:
     def batch(self, split, index, batch_size, block_size, seed=0, bos=False):
         """Batch number index of random windows: (x, y), int64 tensors (batch_size, block_size).
 
-        y is x one token later. With bos, x begins with <|endoftext|>, and a token less is read. In a data set of records
+        y is x one token later. With bos, x begins with <|endoftext|>, and a token less is read. In a set of records
         every window is a whole record, without bos; it may be shorter than block_size, and y is -1, which the loss
         ignores, where it is not an answer. A batch depends on the arguments alone, not on earlier batches, so a resumed
         run and each of several processes ask for a batch by its number. Raises UserError if the split is shorter than

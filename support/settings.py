@@ -63,6 +63,8 @@ def run(main):
     except OSError as e:
         fail(f'{e.filename or "input or output"}: {e.strerror or e}')
     except (MemoryError, RuntimeError) as e:
+        if 'by peer' in str(e):         # what torch's gloo says of it, in each that is left
+            fail('another process of this run has ended')
         if not is_out_of_memory(e):
             raise
         fail('not enough memory: use a smaller model, batch_size or block_size')

@@ -29,11 +29,11 @@ SCRIPTS = {module: getattr(importlib.import_module(module), PARSE.search(text)[1
            if PARSE.search(text) and module != 'support.settings'}
 LIMIT = 20              # seconds that one case may take
 
-NUMBERS = ['nan', 'inf', '-inf', '1e999', '1e30', '1e20', '-1', '-1e-9', '5' * 5000, '²', '٣', '0x10', '1.5e', '', ' ', 'one',
-           'None', '[]', '1,2', '--1', '1e-400']
-TEXTS = ['', '.', '..', '../x', 'a/b', '/dev/null', '/dev/null/x', '/proc/self/x', 'x' * 300, 'x/' * 3000, ' ', '-', '*', ',',
-         '[x]', '$HOME', '\\', 'é…\u202e', '²', '1e999', '-1', 'nan', 'None', 'FILE:', 'FILE:.', 'FILE:/dev/zero', 'http://[',
-         'a\nb', '\x00', '\x1b[2J', '\udcff', 'meta', 'cuda:999', 'folder', 'file', 'loop']
+NUMBERS = ['nan', 'inf', '-inf', '1e999', '1e30', '1e20', '-1', '-1e-9', '5' * 5000, '²', '٣', '0x10', '1.5e', '', ' ',
+           'one', 'None', '[]', '1,2', '--1', '1e-400']
+TEXTS = ['', '.', '..', '../x', 'a/b', '/dev/null', '/dev/null/x', '/proc/self/x', 'x' * 300, 'x/' * 3000, ' ', '-', '*',
+         ',', '[x]', '$HOME', '\\', 'é…\u202e', '²', '1e999', '-1', 'nan', 'None', 'FILE:', 'FILE:.', 'FILE:/dev/zero',
+         'http://[', 'a\nb', '\x00', '\x1b[2J', '\udcff', 'meta', 'cuda:999', 'folder', 'file', 'loop']
 VALUES = [None, [], {}, (), int, b'x', 10**5000, math.nan, -math.inf, True, 1j, object(), lambda: 1, ['x', 1], {1: 2}]
 
 
@@ -71,7 +71,7 @@ def files_in(folder):
 
 
 def fault(module, args, folder):
-    """What is wrong with how a script ends; None if it succeeds, or fails in one line and leaves the folder as it was."""
+    """What is wrong with how a script ends; None if it succeeds, or fails in one line and leaves all as it was."""
     before = files_in(folder)
     try:
         code, err = outcome(module, args)
@@ -175,7 +175,8 @@ def test_texts(module, here):
                 if value == f.default or '\n' in horror:
                     continue
                 args = [arg for arg in command if arg.startswith('--') or f.type is str]
-                faults.append(fault(module, [*args, horror if f.type is list else f'--{f.name}={horror}'], here.parents[2]))
+                args.append(horror if f.type is list else f'--{f.name}={horror}')
+                faults.append(fault(module, args, here.parents[2]))
                 shutil.rmtree('out/b', ignore_errors=True)
     assert not any(faults), [text for text in faults if text]
 
@@ -190,9 +191,9 @@ def as_json(change):
     return damages
 
 
-DAMAGES = [b'', b'null', b'[]', b'{}', b'1', b'"x"', b'[' * 100_000, b'{"a":' * 100_000, b'\xff\xfe\x00', b'\0' * 5000, b'x' * 5000,
-           b'{"iter": 1e999}', b'PK\x03\x04', lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: data + b'x',
-           lambda data: data[::-1], 'missing', 'folder', 'loop', 'dangling']
+DAMAGES = [b'', b'null', b'[]', b'{}', b'1', b'"x"', b'[' * 100_000, b'{"a":' * 100_000, b'\xff\xfe\x00', b'\0' * 5000,
+           b'x' * 5000, b'{"iter": 1e999}', b'PK\x03\x04', lambda data: data[:len(data) // 2], lambda data: data[:-1],
+           lambda data: data + b'x', lambda data: data[::-1], 'missing', 'folder', 'loop', 'dangling']
 READERS = [('sample', COMMANDS['sample']), ('train', ['config.py', *SMALL, '--out_dir=out/b']),
            ('train', [*SMALL, '--out_dir=out/a', '--init_from=resume', '--max_iters=3']), ('prune', COMMANDS['prune']),
            ('lab.plot', COMMANDS['lab.plot']), ('lab.visualize', COMMANDS['lab.visualize']),
