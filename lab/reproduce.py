@@ -84,7 +84,8 @@ def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained on token 0 and the
     newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
     Ks = (16, 64) if r.cfg.quick else (8, 16, 32, 64)
-    models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'selective': '--selective'}
+    models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'ALiBi': 'alibi --selective',
+              'selective': '--selective'}
     runs = r.train(models, r.cfg.config, 1000, text(r), quick=100)
     gaps = {K: mean_loss(runs[f'newest {K}']) - mean_loss(runs['standard']) for K in Ks}
     passed = min(gaps.values()) > 0 and all(gap >= 0.05 for K, gap in gaps.items() if K <= 32)
