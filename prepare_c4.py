@@ -257,5 +257,9 @@ def read_lines(name, server):
         yield rest
 
 
+def main():
+    prepare(settings.parse(C4Config))
+
+
 if __name__ == '__main__':
-    settings.run(lambda: prepare(settings.parse(C4Config)))
+    settings.run(main)

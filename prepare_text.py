@@ -72,7 +72,7 @@ def prepare(cfg):
 
 
 def list_documents(paths, ext):
-    """[(file, its path relative to the folder named)] in a fixed order, and how many files and folders are not readable.
+    """[(file, its path relative to the folder named)] in a fixed order; how many files and folders are not readable.
 
     Without hidden and empty files, and data sets that lie in a folder; a file that has several names counts once.
     """
@@ -85,7 +85,8 @@ def list_documents(paths, ext):
                 folders[:] = [f for f in folders if not f.startswith('.') and not known_meta(os.path.join(folder, f))]
                 for file in (os.path.join(folder, f) for f in files if not f.startswith('.')):
                     if not ext or file.endswith(ext):
-                        found.setdefault(os.path.realpath(file), (file, os.path.relpath(file, path).replace(os.sep, '/')))
+                        key = os.path.relpath(file, path).replace(os.sep, '/')
+                        found.setdefault(os.path.realpath(file), (file, key))
         else:
             found.setdefault(os.path.realpath(path), (path, os.path.basename(path)))
     found = [(file, key) for file, key in found.values() if os.path.isfile(file) and os.path.getsize(file)]
@@ -144,5 +145,9 @@ def is_text(path):
         return False
 
 
+def main():
+    prepare(settings.parse(TextConfig, positional='paths'))
+
+
 if __name__ == '__main__':
-    settings.run(lambda: prepare(settings.parse(TextConfig, positional='paths')))
+    settings.run(main)

@@ -20,7 +20,7 @@ import torch
 import data
 import kernels
 from model import KVCache, stream
-from support import checkpoint as ckpt, devices, pretrained, settings
+from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 
@@ -40,19 +40,6 @@ class SampleConfig(pretrained.PretrainedConfig):
     dtype: str = 'auto'                     # bfloat16 where a GPU has it ['auto', 'float32', 'bfloat16', 'float16']
 
 
-def read_text(start):
-    """The text of the setting `start`."""
-    try:
-        if start == '-':
-            return sys.stdin.read()
-        if start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8') as f:
-                return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'--start: {e}') from None
-    return start
-
-
 def show(tokens, tokenizer):
     """Print tokens as text, each as soon as it comes."""
     text = codecs.getincrementaldecoder('utf-8')('replace')             # a character may take several tokens
@@ -70,7 +57,7 @@ def main():
     kernels.fast_rows(model)
     devices.threads_for_generation(model)
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    prompt = read_text(cfg.start)
+    prompt = files.read_text(cfg.start)
     ids = data.encode_prompt(prompt, tokenizer, ckpt.starts_with_bos(checkpoint))
     if max(ids) >= model.config.vocab_size:
         raise UserError(f'the prompt has token {max(ids)}, the model knows {model.config.vocab_size}')

@@ -5,7 +5,7 @@
     python train.py config/selective_small.py --init_from=resume
     python train.py config/selective_small.py --eval_only
     python train.py config/finetune_gpt2_ssa.py
-    torchrun --standalone --nproc_per_node=8 train.py config/selective_124m.py
+    python -m support.launch --nproc_per_node=8 train.py config/selective_124m.py       torchrun, with readable errors
 
 Settings come from config files and --key=value pairs, in their order; the last one wins. Ctrl-C finishes the step
 and saves. A resumed run computes exactly what an uninterrupted one does: all that is random depends on the seed and
@@ -84,7 +84,7 @@ def check(cfg, world):
             (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' trains nothing: set ssa or vote_scale"),
             (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
              f'cannot be shared out among {world} processes'),
-            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: standard attention masks nothing')]:
+            (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: only that masks tokens')]:
         if wrong:
             raise UserError(why)
 
@@ -144,14 +144,8 @@ def open_data(cfg, processes, start):
     dataset = processes.after_master(opened)
     cfg.vocab_size = cfg.vocab_size or dataset.vocab_size
     cfg.bos = cfg.bos and not dataset.record_len
-    if start and start['tokenizer'] != dataset.tokenizer_name:
-        raise UserError(f'data set {cfg.dataset} has the tokenizer {dataset.tokenizer_name}, the model '
-                        + start['tokenizer'])
-    if cfg.init_from == 'resume' and not (cfg.eval_only or cfg.resume_changed):
-        known = start.get('data')           # checkpoints of the first version have the name alone
-        if known != dataset.fingerprint() if known else start['dataset'] != cfg.dataset:
-            raise UserError(f'data set {cfg.dataset} is not what {cfg.out_dir} began with, {start["dataset"]}, or was '
-                            'made again since: give that one, or --resume_changed')
+    if start:
+        ckpt.check_data(start, dataset, cfg)
     if cfg.vocab_size < dataset.vocab_size:
         raise UserError(f'vocab_size {cfg.vocab_size} is less than the {dataset.vocab_size} of data set {cfg.dataset}')
     for split in 'train', 'val':            # long enough?

@@ -37,7 +37,7 @@ class ReproduceConfig:
     dataset: str = ''                   # data/<name>; '': the offline default, stdlib
     config: str = 'config/claims.py'    # the size of models and steps; rules, ssa and finetune have smaller models
     contexts: str = '256,512,1024'      # headline: tokens of context
-    models: int = 0                     # rules, ssa: the first so many of the models, 0: all [0 to 100]
+    models: int = 0                     # headline, rules, ssa: the first so many models, 0: all [0 to 100]
     # where
     device: str = 'cpu'                 # of the runs
     workers: int = os.cpu_count()       # runs at a time [1 to 1000]
@@ -84,7 +84,8 @@ def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained on token 0 and the
     newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
     Ks = (16, 64) if r.cfg.quick else (8, 16, 32, 64)
-    models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'selective': '--selective'}
+    models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'ALiBi': 'alibi --selective',
+              'selective': '--selective'}
     runs = r.train(models, r.cfg.config, 1000, text(r), quick=100)
     gaps = {K: mean_loss(runs[f'newest {K}']) - mean_loss(runs['standard']) for K in Ks}
     passed = min(gaps.values()) > 0 and all(gap >= 0.05 for K, gap in gaps.items() if K <= 32)
@@ -103,6 +104,7 @@ def headline(r):
     attention (theirs: 32, 41, 44 tokens a layer). Here at 256, 512, 1,024, with what simple baselines do."""
     models = {'standard': '', 'selective': '--selective', 'memory loss 0.1': '--selective --memory_loss=0.1',
               'memory loss 0.02': '--selective --memory_loss=0.02'}
+    models = dict(list(models.items())[:r.cfg.models or None])
     parts, kept = [], {}
     for T in [256] if r.cfg.quick else map(int, r.cfg.contexts.split(',')):
         runs = r.train(models, r.cfg.config, 1000, text(r, T), quick=100)

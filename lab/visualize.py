@@ -229,19 +229,6 @@ def write_panels(reading, stem, config, budgets=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_text(start):
-    """The text of the setting `start`; bytes that are not UTF-8 become U+FFFD."""
-    try:
-        if start == '-':
-            return sys.stdin.buffer.read().decode('utf-8', 'replace')
-        if start.startswith('FILE:'):
-            with open(start[5:], 'rb') as f:
-                return f.read().decode('utf-8', 'replace')
-    except OSError as e:
-        raise UserError(f'--start: {e}') from None
-    return start
-
-
 def main():
     cfg = settings.parse(VisualizeConfig)
     if cfg.png:
@@ -260,7 +247,7 @@ def main():
     budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model) if c.selective else None
 
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    ids = data.encode_prompt(read_text(cfg.start), tokenizer, ckpt.starts_with_bos(checkpoint))
+    ids = data.encode_prompt(files.read_text(cfg.start, errors='replace'), tokenizer, ckpt.starts_with_bos(checkpoint))
     if cfg.cut:
         ids = ids[:c.block_size]
     if len(ids) < 2:

@@ -44,7 +44,9 @@ def save(out_dir, checkpoint):
     try:
         files.write_file(os.path.join(out_dir, 'ckpt.pt'), lambda f: torch.save(checkpoint, f))
     except RuntimeError as e:                   # how torch.save reports a write that fails
-        raise UserError(f'cannot write {out_dir}/ckpt.pt: {str(e).splitlines()[0][:200]}') from None
+        if settings.is_out_of_memory(e):
+            raise
+        raise UserError(f'cannot write {out_dir}/ckpt.pt: the disk is full, or takes no file of this size') from None
 
 
 def load(out_dir, device='cpu'):
@@ -68,7 +70,7 @@ def load(out_dir, device='cpu'):
 
 
 def check_resume(checkpoint, cfg):
-    """Raises UserError where cfg would make another run of the checkpoint's; returns in one line what differs, or ''."""
+    """Raises UserError where cfg would make another run of the checkpoint's; returns what differs, as a line, or ''."""
     args, was = model_args(checkpoint), checkpoint['config']
     if missing := {'optimizer', 'scaler'} - set(checkpoint):
         raise UserError(f'{cfg.out_dir}/ckpt.pt has no {min(missing)}: it can be read, not resumed')
@@ -86,6 +88,18 @@ def check_resume(checkpoint, cfg):
     if checkpoint['iter_num'] >= cfg.max_iters:
         raise UserError(f'{cfg.out_dir} is done, {checkpoint["iter_num"]} of {cfg.max_iters} steps: raise --max_iters')
     return f"resumed with {', '.join(told.values())}" if told else ''
+
+
+def check_data(checkpoint, dataset, cfg):
+    """Raises UserError for a data set of another tokenizer than the checkpoint's, or that would make it another run."""
+    if checkpoint['tokenizer'] != dataset.tokenizer_name:
+        raise UserError(f'data set {cfg.dataset} has the tokenizer {dataset.tokenizer_name}, the model '
+                        + checkpoint['tokenizer'])
+    if cfg.init_from == 'resume' and not (cfg.eval_only or cfg.resume_changed):
+        known = checkpoint.get('data')      # checkpoints of the first version have the name alone
+        if known != dataset.fingerprint() if known else checkpoint['dataset'] != cfg.dataset:
+            raise UserError(f'data set {cfg.dataset} is not what {cfg.out_dir} began with, {checkpoint["dataset"]}, or '
+                            'was made again since: give that one, or --resume_changed')
 
 
 def is_added(name):
@@ -139,7 +153,7 @@ def load_model(out_dir, device='cpu'):
 
 
 def load_optimizer(optimizer, scaler, model, checkpoint):
-    """Give optimizer and scaler their state in the checkpoint; learning rates, decay and betas stay those of the settings.
+    """Give optimizer and scaler their state in the checkpoint; learning rates, decay and betas are of the settings.
 
     Moments go by the names of parameters, because the groups may differ: SSA has its own where ssa_lr is not 1.
     """
@@ -228,7 +242,7 @@ class Log:
 
 
 def read_log(out_dir):
-    """The figures of a run as dictionaries, in their order. Leaves out the settings, and lines that a kill cut short."""
+    """The figures of a run as dictionaries, in order. Leaves out the settings, and lines that a kill cut short."""
     return [line for line in read_lines(os.path.join(out_dir, 'log.jsonl')) if 'iter' in line]
 
 

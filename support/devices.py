@@ -1,6 +1,7 @@
 """Where a model runs: devices, dtypes, threads, signals, and the processes of torchrun."""
 import contextlib
 import os
+import re
 import signal
 from datetime import timedelta
 
@@ -14,6 +15,8 @@ def pick_device(name='auto'):
     """'auto' is cuda, then mps, then cpu. Raises UserError for a device that is not there."""
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if not re.fullmatch('cpu|mps|cuda(:[0-9]{1,3})?', name):
+        raise UserError(f"device {name!r}: it is 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:

@@ -52,7 +52,7 @@ class Server:
                     if answer.status_code == 429 or answer.status_code >= 500:
                         wait = retry_after(answer.headers.get('Retry-After', ''))
                         if wait > LONGEST_WAIT:
-                            raise UserError(f'{url}: the server asks to wait {wait / 60:,.0f} minutes: run it again then')
+                            raise UserError(f'{url}: busy for {wait / 60:,.0f} minutes, says the server: run it later')
                         raise requests.HTTPError(f'HTTP {answer.status_code}')
                     begin, size = place_of(answer, got, size)
                     skip = got - begin  # a server without Range requests sends everything again

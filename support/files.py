@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 
 from support.settings import UserError
 
@@ -41,15 +42,15 @@ def made(folder):
         missing.append(folder)
         folder = os.path.dirname(folder) or '.'
     try:
-        if missing:
-            os.makedirs(missing[0], exist_ok=True)
-    except OSError as e:
-        raise UserError(f'cannot make the folder {missing[0]}: {e.strerror}') from None
-    try:
+        try:
+            if missing:
+                os.makedirs(missing[0], exist_ok=True)
+        except (OSError, RecursionError) as e:      # the latter for thousands of folders in each other
+            raise UserError(f'cannot make the folder {missing[0]}: {getattr(e, "strerror", "too deep")}') from None
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            for folder in missing:
+        for folder in missing:
+            with contextlib.suppress(OSError):
                 os.rmdir(folder)
         raise
 
@@ -171,6 +172,27 @@ def write_file(path, content):
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_text(start, errors='strict'):
+    """The text of a setting `start`: text itself, FILE:path, or - for standard input.
+
+    errors: 'replace' makes U+FFFD of what is not UTF-8, 'strict' a UserError.
+    """
+    path = start.removeprefix('FILE:')
+    if start not in ('-', path) and os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f'--start: {path} is not a file of text')       # but a folder, or a device without an end
+    try:
+        if start == '-':
+            return sys.stdin.buffer.read().decode('utf-8', errors)
+        if start != path:
+            with open(path, 'rb') as f:
+                return f.read().decode('utf-8', errors)
+    except OSError as e:
+        raise UserError(f'--start: {path}: {e.strerror}') from None
+    except UnicodeDecodeError:
+        raise UserError(f'--start: {path} is not UTF-8 text') from None
+    return start
 
 
 def read_json(path, shape, hint):

@@ -37,6 +37,9 @@ NAMES = {bool: 'True or False', int: 'a whole number', float: 'a number', str: '
 class UserError(Exception):
     """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
 
+    def __init__(self, text):
+        super().__init__(one_line(text))
+
 
 # ---- How a script ends -----------------------------------------------------------------------------------------------
 
@@ -63,6 +66,8 @@ def run(main):
     except OSError as e:
         fail(f'{e.filename or "input or output"}: {e.strerror or e}')
     except (MemoryError, RuntimeError) as e:
+        if 'by peer' in str(e):         # what torch's gloo says of it, in each that is left
+            fail('another process of this run has ended')
         if not is_out_of_memory(e):
             raise
         fail('not enough memory: use a smaller model, batch_size or block_size')

@@ -211,6 +211,12 @@ def test_generate_until(bos, budgets):
         write({'do_sample': True, 'temperature': 1.0, 'top_p': 0.9})
 
 
+def test_a_text_ends_with_the_end_of_text_token(monkeypatch):
+    written = iter([97, 98, EOT, 99, 100])
+    monkeypatch.setattr('lab.harness.model.stream', lambda *_, **__: (torch.tensor([[token]]) for token in written))
+    assert subject(gpt()).generate_until([Request('x', {'until': []})]) == ['ab'] and list(written) == [99, 100]
+
+
 def test_a_vocabulary_that_is_too_small():
     with pytest.raises(UserError, match='vocabulary of 100$'):
         subject(gpt(vocab_size=100)).loglikelihood([Request('a', '~')])
@@ -308,10 +314,12 @@ def test_resume(run_evaluate, tmp_path, monkeypatch):
     run_evaluate('a', 'hellaswag', '--budgets=5')
     assert sum(calls) == 180
     getsource = evaluate.inspect.getsource
-    monkeypatch.setattr(evaluate.inspect, 'getsource', lambda what: getsource(what) + '# edited')
+    monkeypatch.setattr(evaluate.inspect, 'getsource', lambda what: getsource(what) + '# edited' * (what is m))
     run_evaluate('a', 'hellaswag')
     assert sum(calls) == 240
-    save(gpt(n_embd=8), tmp_path / 'a')
+    other = gpt()
+    other.lm_head.weight.data += 0.1
+    save(other, tmp_path / 'a')
     run_evaluate('a', 'hellaswag')
     assert sum(calls) == 300
 

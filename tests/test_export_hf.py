@@ -240,10 +240,10 @@ TEXTS = ['the thing, then: Wörter\n\n  3.14 in there\t', '', ' ', '日本 the<'
 
 
 @pytest.mark.parametrize('bos', [False, True])
-@pytest.mark.parametrize('kind', ['bytes', 'small', 'gpt2'])
+@pytest.mark.parametrize('kind', ['bytes', 'small', 'gpt2', 'gpt2:4096'])
 def test_tokenizer(kind, bos, tmp_path, monkeypatch):
-    if kind == 'small':         # a byte-pair encoding of a few merges
-        ranks = [*(bytes([b]) for b in range(256)), *b'th|the|in| t| the|ing|re| there'.split(b'|')]
+    if kind == 'small':         # a byte-pair encoding of a few merges, the first one across words
+        ranks = [*(bytes([b]) for b in range(256)), *b', |th|the|in| t| the|ing|re| there'.split(b'|')]
         small = tiktoken.Encoding('small', pat_str=PATTERN,
                                   mergeable_ranks={token: n for n, token in enumerate(ranks)},
                                   special_tokens={data.END_OF_TEXT: len(ranks)})

@@ -94,7 +94,7 @@ def test_learning_and_sampling(dataset, tmp_path, run, monkeypatch):
     assert greedy.startswith('line 1') and 'tokens/s; KV cache' in greedy
     (tmp_path / 'prompt.txt').write_text('line 1')
     from_file = run(sample, *args, f'--start=FILE:{tmp_path / "prompt.txt"}', '--temperature=0')
-    monkeypatch.setattr(sys, 'stdin', io.StringIO('line 1'))
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'line 1')))
     from_stdin = run(sample, *args, '--start=-', '--temperature=0')
     assert greedy.split('---')[0] == from_file.split('---')[0] == from_stdin.split('---')[0]
     same = [run(sample, *args, '--seed=2').split('---')[0] for _ in range(2)]
