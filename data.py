@@ -29,6 +29,16 @@ TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
 
 # ----------------------------------------------------------------------------- tokenizers
 
+def vocabulary(name):
+    """How many tokens the tokenizer of that name has. Raises UserError for a name that is none."""
+    family, _, count = name.partition(':')
+    if family == 'gpt2' and re.fullmatch('[1-9][0-9]{2,4}', count) and 257 <= int(count) <= 50257:
+        return int(count)
+    if name not in ('gpt2', 'bytes'):
+        raise UserError(f"tokenizer {name!r} is unknown: it is 'gpt2', 'gpt2:N' with N from 257 to 50257, or 'bytes'")
+    return 50257 if name == 'gpt2' else 257
+
+
 def get_tokenizer(name):
     """The tiktoken.Encoding called 'gpt2' (50,257 tokens), 'gpt2:N' (N) or 'bytes' (256 bytes and <|endoftext|>).
 
@@ -37,22 +47,18 @@ def get_tokenizer(name):
     'bytes' needs no download. tiktoken downloads GPT-2's table once and keeps it, in the folder named by
     TIKTOKEN_CACHE_DIR if that is set. Raises UserError, within 8 seconds, if it is out of reach.
     """
+    end = vocabulary(name) - 1  # entries of the table; the last id is <|endoftext|>'s
     if name == 'bytes':
         # The pattern only cuts the text into pieces for tiktoken; without merges every byte is a token.
         return tiktoken.Encoding('bytes', pat_str=r'(?s).{1,64}', special_tokens={END_OF_TEXT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    family, _, count = name.partition(':')
-    beginning = family == 'gpt2' and re.fullmatch('[1-9][0-9]{2,4}', count) and 257 <= int(count) <= 50257
-    if name != 'gpt2' and not beginning:
-        raise UserError(f"tokenizer {name!r} is unknown: it is 'gpt2', 'gpt2:N' with N from 257 to 50257, or 'bytes'")
     try:
         gpt2 = within(8, tiktoken.get_encoding, 'gpt2')
     except Exception as e:  # requests, hash and file errors alike: there is no vocabulary
         raise UserError(f'the gpt2 vocabulary could not be downloaded ({type(e).__name__}): check the network, '
                         'or set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes') from None
-    if not count:
+    if name == 'gpt2':
         return gpt2
-    end = int(count) - 1  # entries; the last id is <|endoftext|>'s
     ranks = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < end}
     return tiktoken.Encoding(name, pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end})
 
@@ -204,6 +210,8 @@ def read_meta(path):
     if (length is None) != (answers is None) or answers is not None and not (
             answers and 0 < min(answers) <= max(answers) < length):
         raise UserError(f'{file} is damaged (record_len and answers do not fit): {hint}')
+    if meta['vocab_size'] != vocabulary(meta['tokenizer']):
+        raise UserError(f"{file} is damaged (the tokenizer {meta['tokenizer']} has not {meta['vocab_size']} tokens): {hint}")
     return meta
 
 

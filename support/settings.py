@@ -37,6 +37,9 @@ NAMES = {bool: 'True or False', int: 'a whole number', float: 'a number', str: '
 class UserError(Exception):
     """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
 
+    def __init__(self, text):
+        super().__init__(one_line(text))
+
 
 # ---- How a script ends -----------------------------------------------------------------------------------------------
 
