@@ -36,7 +36,7 @@ def test_bench_table(run, tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
     assert {row['part'] for row in rows} == {'attention', 'step', 'decode1', 'decode32', 'prefill', 'generate1', 'generate32',
                                              'profile'}
-    assert {row['T'] for row in rows} == {40, 80, 'growth'}
+    assert {row['T'] for row in rows} == {64, 80, 'growth'}
     assert all(np.isfinite(row['value']) for row in rows)
     sizes = {row['case']: row['value'] for row in rows if row['part'] == 'decode1' and row['T'] == 80 and row['unit'] == 'MiB'}
     assert sizes['full cache, its size'] == 40 * sizes['budgets of 2, its size']
