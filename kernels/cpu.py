@@ -1,13 +1,13 @@
 """Selective attention on a CPU: what is masked is not paid for. model.py is complete without this file.
 
-Computes what `model.selective_attention` computes, forward and backward, and skips the columns that no later row can see.
+Computes what `model.selective_attention` computes, forward and backward, but skips columns that no later row can see.
 While no vote is negative, F only grows. A row is never masked from itself, from the token before it or from token 0, so
 these bound the denominator of its softmax from below:
 
     l[h,i]   = log( sum of exp L[h,i,j] over j in {0, i-1, i} )
     P[h,i,j] ≤ exp( |q[h,i]| |k[h,j]| / √D − F[i,j] − l[h,i] )                          by Cauchy and Schwarz
 
-Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of all rows i from a on. Column j is *dead* from row a on if
+Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of all rows i from a on. Column j is dead from then on if
 
     Q[h] |k[h,j]| − m[h] − F[a,j] < log(ε/T)        for every head h, ε being half the rounding of 1
 
@@ -31,7 +31,7 @@ import torch.nn.functional as fn
 import model
 
 BLOCK = 64              # rows of a block
-TOKENS = 4096           # so many tokens of a batch are computed together: short sequences side by side
+TOGETHER = 2**20        # so many logits of a block are computed together: short sequences side by side
 TINY = 1e-30            # a smaller P is 0: far below rounding, and products of denormal numbers are slow on a CPU
 
 
@@ -83,9 +83,9 @@ class _SelectiveAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, vote, tau, *parameters):
-        B, _, T, _ = q.shape
+        B, H, T, _ = q.shape
         y, M = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, T if tau is not None else 0)
-        n = max(1, TOKENS // T)
+        n = max(1, TOGETHER // (H * min(BLOCK, T) * T))
         ctx.walks = []                                          # a slice of the batch, and its blocks
         for g in [slice(b, b + n) for b in range(0, B, n)]:
             for skip in (True, False):
@@ -112,9 +112,9 @@ def _forward(q, k, v, vote, tau, y, M, skip):
     B, H, T, D = q.shape
     if skip and _can_be_negative(vote, q, k):
         return None
-    q, kv = _scaled(q), torch.cat([k, v], dim=3)                # kv (B, H, T, 2D) is packed in its place
-    k3, v3 = kv.flatten(0, 1).split(D, dim=2)                   # (B*H, T, D)
-    k_norm, Q, m = bounds(q.view(B, H, T, D), k)
+    q = _scaled(q)                                              # (B*H, T, D)
+    k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))     # packed in their place
+    k3, v3, k_norm = k.flatten(0, 1), v.flatten(0, 1), None
     F = q.new_zeros(B, T)                                       # as it enters the block
     columns = torch.arange(T).repeat(B, 1)
     constants, buffer = _Constants(T, q.dtype), q.new_empty(B * H * min(BLOCK, T) * T)
@@ -122,7 +122,9 @@ def _forward(q, k, v, vote, tau, y, M, skip):
     blocks, first = [], 0
     for a in range(0, T, BLOCK):
         b, packing = min(a + BLOCK, T), None
-        if skip and a:
+        if skip and a and F[:, first:a].amax() > -log_eps:      # before that, nothing dies by votes
+            if k_norm is None:
+                k_norm, Q, m = bounds(q.view(B, H, T, D), k)
             dead = (Q[:, :, a, None] * k_norm[:, :, first:a] - m[:, :, a, None]).amax(dim=1) - F[:, first:a] < log_eps
             if tau is not None:
                 dead &= F[:, first:a] > tau
@@ -131,7 +133,7 @@ def _forward(q, k, v, vote, tau, y, M, skip):
             if n <= 7 / 8 * (a - first):
                 keep = dead.byte().argsort(dim=1, stable=True)[:, :n]           # the live ones first, token 0 before all
                 packing = first, columns[:, first:a].clone(), keep
-                for x in kv, k_norm[..., None], F[:, None, :, None], columns[:, None, :, None]:
+                for x in k, v, k_norm[..., None], F[:, None, :, None], columns[:, None, :, None]:
                     x[:, :, a - n:a] = _take(x[:, :, first:a], keep)
                 first = a - n
         blocks.append((a, b, first, F[:, first:b].clone(), packing))
@@ -151,9 +153,10 @@ def _backward(q, k, v, vote, tau, parameters, blocks, dy, dM):
     """dq, dk, dv (B, H, T, D) and the gradients of the parameters."""
     B, H, T, D = q.shape
     *blocks, columns = blocks
-    q, dy, kv_all = _scaled(q), dy.flatten(0, 1), torch.cat([k, v], dim=3)
-    kv = _take(kv_all, columns)                                 # as the forward left it
-    k3, v3 = kv.flatten(0, 1).split(D, dim=2)
+    q, dy = _scaled(q), dy.contiguous().flatten(0, 1)
+    k, v = k.contiguous(), v.contiguous()                       # to be taken from, many times
+    packed_k, packed_v = _take(k, columns), _take(v, columns)   # as the forward left them
+    k3, v3 = packed_k.flatten(0, 1), packed_v.flatten(0, 1)
     dq = torch.empty_like(q)
     dkv = q.new_zeros(B, 2, H, D, T)                            # transposed: products with P are faster so
     # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
@@ -185,7 +188,8 @@ def _backward(q, k, v, vote, tau, parameters, blocks, dy, dM):
         dkv[:, 1, ..., first:b] += torch.bmm(dy[:, a:b].transpose(1, 2), P).view(B, H, D, N)
         if packing:
             first_before, columns_before, keep = packing
-            kv[:, :, first_before:a] = _take(kv_all, columns_before)
+            packed_k[:, :, first_before:a] = _take(k, columns_before)
+            packed_v[:, :, first_before:a] = _take(v, columns_before)
             for x in dkv.view(B, -1, T), G[:, None]:
                 packed = x[..., first:a].clone()
                 x[..., first_before:a] = 0

@@ -90,7 +90,9 @@ def attentions(q):
 def attention_cases(shape, T, tokens, device):
     H, B = shape['n_head'], max(1, tokens // T)
     dtype = getattr(torch, devices.pick_dtype('auto', device))
-    qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, dtype=dtype, requires_grad=True)
+    qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, dtype=dtype)
+    qkv[..., :2 * shape['n_embd']] *= 0.1                       # logits are small at the start of training: none masks
+    qkv.requires_grad_()
     heads = lambda: [t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(shape['n_embd'], dim=2)]    # q, k, v
 
     def case(attend):
