@@ -1,27 +1,27 @@
 """Selective attention on a CPU: what is masked is not paid for. model.py is complete without this file.
 
-Computes what `model.selective_attention` computes, forward and backward, but skips columns that no later row can see.
+Computes what `model.selective_attention` computes, forward and backward, but skips what no later row can see.
 While no vote is negative, F only grows. A row is never masked from itself, from the token before it or from token 0, so
 these bound the denominator of its softmax from below:
 
     l[h,i]   = log( sum of exp L[h,i,j] over j in {0, i-1, i} )
     P[h,i,j] ≤ exp( |q[h,i]| |k[h,j]| / √D − F[i,j] − l[h,i] )                          by Cauchy and Schwarz
 
-Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of all rows i from a on. Column j is dead from then on if
+Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of the rows i from a on. From there column j is dead if
 
     Q[h] |k[h,j]| − m[h] − F[a,j] < log(ε/T)        for every head h, ε being half the rounding of 1
 
-so that all dead columns together have less of a row than rounding takes. With memory_tau, F[a,j] > memory_tau must hold,
-too: then M is exact and its gradient there is zero.
+so that all dead columns together have less of a row than rounding takes. With memory_tau, F[a,j] > memory_tau must
+hold, too: then M is exact and its gradient there is zero.
 
 Blocks of rows walk down the sequence. The columns that block a … b looks at are the slice first … b of every array: the
-live ones, packed against a, then the block's own. Nothing is moved while first = 0 and little has died; when an eighth of
-the list is dead, it is packed. The backward walks up again and undoes each packing where the forward did it:
+live ones, packed against a, then the block's own. Nothing is moved while first = 0 and little has died; when an eighth
+of the list is dead, it is packed. The backward walks up again and undoes each packing where the forward did it:
 
     before   0 1 2 3 4 5 6 7 | 8 9 …        first = 0, a = 8; 1, 2, 4 and 6 are dead
     after            0 3 5 7 | 8 9 …        first = 4
 
-Every sequence of a batch has its own list. Lists are as long as the longest; the others are filled up with dead columns.
+Every sequence of a batch has its own list. All are as long as the longest, the others filled up with dead columns.
 """
 import math
 
@@ -38,8 +38,8 @@ TINY = 1e-30            # a smaller P is 0: far below rounding, and products of 
 def selective_attention(q, k, v, vote, dropout=0.0, memory_tau=None):
     """As `model.selective_attention`: q, k, v (B, H, T, D) -> y (B, H, T, D), M (B, T) or None.
 
-    vote: logits of head 0 (B, R, N) -> votes (B, R, N), elementwise but for column 0, which is token 0. Its derivative, and
-    that of the parameters that it reads, come from autograd. If a vote is negative, nothing is skipped.
+    vote: logits of head 0 (B, R, N) -> votes (B, R, N), elementwise but for column 0, which is token 0. Its
+    derivative, and that of the parameters that it reads, come from autograd. If a vote is negative, nothing is skipped.
     Dropout, and other types than float32 and float64, are left to model.py.
     """
     if dropout or q.device.type != 'cpu' or q.dtype not in (torch.float32, torch.float64):
@@ -131,7 +131,7 @@ def _forward(q, k, v, vote, tau, y, M, skip):
             dead[:, 0] = False                                  # token 0 stays column 0 of what votes see
             n = int((~dead).sum(dim=1).max())                   # the longest list
             if n <= 7 / 8 * (a - first):
-                keep = dead.byte().argsort(dim=1, stable=True)[:, :n]           # the live ones first, token 0 before all
+                keep = dead.byte().argsort(dim=1, stable=True)[:, :n]           # the live ones first, token 0 leading
                 packing = first, columns[:, first:a].clone(), keep
                 for x in k, v, k_norm[..., None], F[:, None, :, None], columns[:, None, :, None]:
                     x[:, :, a - n:a] = _take(x[:, :, first:a], keep)
@@ -199,7 +199,7 @@ def _backward(q, k, v, vote, tau, parameters, blocks, dy, dM):
 
 
 def _probabilities(q, k, F, vote, constants, buffer, grad=False):
-    """A block of rows: q (B*H, R, D) scaled, k (B*H, N, D), of which the last R are the rows' own, F (B, N) as it enters.
+    """A block of rows: q (B*H, R, D) scaled, k (B*H, N, D), the last R being the rows' own, F (B, N) as it enters.
 
     Returns P (B*H, R, N), which lies in the buffer; F (B, R+1, N) of each row and of the row after the block; the votes
     S (B, R, N) that count; and, where grad is set, head 0's logits and all votes with their graph.

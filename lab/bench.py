@@ -48,9 +48,9 @@ MODELS = {'standard': {}, 'selective': dict(selective=True), 'SSA': dict(ssa='qv
 @dataclass
 class BenchConfig:
     what: str = 'attention,step,memory,decode,prefill,generate'     # which parts, with commas
-    out_dir: str = ''               # trained selective runs, with commas, for attention, step, memory; '': random weights
+    out_dir: str = ''               # trained selective runs, with commas; '': random weights
     shapes: str = 'small,124m'      # 'small': 4 layers of 4 heads of 32; '124m': 12 layers of 12 heads of 64
-    lengths: str = '256,512,1024,2048,4096'     # context lengths T [list of 32 to 2**20]
+    lengths: str = '256,512,1024,2048,4096'     # context lengths T [list of 64 to 2**20]
     tokens: int = 4096              # of a batch; the batch size is tokens / T, at least 1 [1 to 2**24]
     rounds: int = 5                 # of which the median is taken [1 to 1000]
     clock: str = 'wall'             # 'wall' or 'cpu': time of the process, steadier beside other work; one thread then

@@ -32,7 +32,8 @@ except ImportError:
     pytest.skip('triton is not installed', allow_module_level=True)
 
 
-@pytest.mark.parametrize('capability, D, names', [(80, 64, 'forward,columns'), (80, 16, 'tile'), (90, 64, 'votes,forward')])
+@pytest.mark.parametrize('capability, D, names', [
+    (80, 64, 'forward,columns'), (80, 16, 'tile'), (90, 64, 'votes,forward')])
 def test_compiles_for_gpus(capability, D, names):
     """In a process of its own, as these tests run Triton's interpreter; a part of the kernels, as each takes seconds."""
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}

@@ -128,7 +128,8 @@ def test_a_column_is_kept_until_its_probability_is_less_than_rounding(below, hea
 @pytest.mark.parametrize('together', [1, 2 * 2 * 8 * 67, 2**20])
 def test_sequences_of_a_batch_have_lists_of_their_own(monkeypatch, together):
     monkeypatch.setattr(cpu, 'TOGETHER', together)              # one by one, in pairs, all together
-    T, dies = 67, torch.rand(5, 67, generator=torch.Generator().manual_seed(0)) < torch.tensor([0, .3, .6, .9, 1])[:, None]
+    T, often = 67, torch.tensor([0, .3, .6, .9, 1])[:, None]
+    dies = torch.rand(5, T, generator=torch.Generator().manual_seed(0)) < often
     qkv = example(5, 2, T, 4, 100. * dies)
     shares = [check([x[b:b + 1].detach().requires_grad_() for x in qkv], memory_tau=1.0) for b in range(5)]
     assert sorted(shares, reverse=True) == shares and shares[0] == 1 and shares[-1] < 0.3
