@@ -211,7 +211,7 @@ def read_meta(path):
             answers and 0 < min(answers) <= max(answers) < length):
         raise UserError(f'{file} is damaged (record_len and answers do not fit): {hint}')
     if meta['vocab_size'] != vocabulary(meta['tokenizer']):
-        raise UserError(f"{file} is damaged (the tokenizer {meta['tokenizer']} has not {meta['vocab_size']} tokens): {hint}")
+        raise UserError(f"{file} is damaged ({meta['tokenizer']} has not {meta['vocab_size']} tokens): {hint}")
     return meta
 
 

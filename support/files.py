@@ -144,7 +144,7 @@ def check_output(path, ending, sign):
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f'{path} cannot be written: {folder} is not a folder that takes files')
+        raise UserError(f'cannot write {path}: {folder} is not a folder that takes files')
     if os.path.lexists(path):
         try:
             with open(path, 'rb') as f:

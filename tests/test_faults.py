@@ -1,4 +1,4 @@
-"""What no setting causes: readers that go, terminals that close, full disks, damaged bits, two runs at once, lying servers."""
+"""What no setting causes: readers that go, closed terminals, full disks, flipped bits, two runs at once, servers that lie."""
 import json
 import os
 import signal
@@ -26,8 +26,9 @@ SMALL = ['--block_size=16', '--n_layer=1', '--n_head=2', '--n_embd=16', '--batch
 
 def start(*args, **more):
     """A script in a process of its own."""
-    return subprocess.Popen([sys.executable, *args], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            **{'stdout': subprocess.PIPE, 'env': {**os.environ, 'OMP_NUM_THREADS': '1'}, **more})
+    streams = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *args], cwd=ROOT, text=True, **streams,
+                            **{'env': {**os.environ, 'OMP_NUM_THREADS': '1'}, **more})
 
 
 def last_step(out_dir):
@@ -94,7 +95,8 @@ def test_flipped_bits_are_noticed(dataset, tmp_path, run):
 def test_one_process_at_a_time(dataset, tmp_path, run):
     """The second says who has the folder, and a process that was killed keeps nobody out."""
     args = [dataset, *SMALL, '--max_iters=1', f'--out_dir={tmp_path / "x"}']
-    code = f'import time; from support import files\nwith files.locked({str(tmp_path / "x")!r}): print("has it", flush=True); time.sleep(99)'
+    code = ('import time; from support import files\n'
+            f'with files.locked({str(tmp_path / "x")!r}): print("has it", flush=True); time.sleep(99)')
     holder = start('-c', code)
     holder.stdout.readline()
     out = run(train, *args)
@@ -116,13 +118,15 @@ def test_a_resumed_run_stays_the_same_run(dataset, tmp_path, run):
         out = run(train, *args, setting)
         assert f'another run by {setting[2:].split("=")[0]}=' in out and 'resume_changed' in out
     (tmp_path / 'other.txt').write_text('other text\n' * 900)
-    prepare_text.prepare(prepare_text.TextConfig(paths=[str(tmp_path / 'other.txt')], tokenizer='bytes', data_dir=str(tmp_path)))
+    prepare_text.prepare(prepare_text.TextConfig(paths=[str(tmp_path / 'other.txt')], tokenizer='bytes',
+                                                 data_dir=str(tmp_path)))
     assert 'is not what' in run(train, *args, f'--dataset={tmp_path / "other"}')
     assert 'resumed with max_iters=8 (was 4), eval_iters=2 (was 1)' in run(train, *args, '--eval_iters=2')
     out = run(train, *args, '--max_iters=9', '--seed=5', f'--dataset={tmp_path / "other"}', '--resume_changed')
     assert 'seed=5 (was 1337)' in out and 'done in' in out
     lines = [json.loads(line) for line in open(tmp_path / 'out/log.jsonl')]
-    assert [(line['from'], line['config']['seed']) for line in lines if 'config' in line] == [(0, 1337), (4, 1337), (8, 5)]
+    assert [(line['from'], line['config']['seed']) for line in lines if 'config' in line] == \
+        [(0, 1337), (4, 1337), (8, 5)]
     assert [line['iter'] for line in lines if 'loss' in line] == list(range(9))
 
 
@@ -140,7 +144,8 @@ def test_data_that_cannot_be_meant(lines, dataset, tmp_path, run):
 
 
 def test_too_large_for_the_machine(dataset, tmp_path, run):
-    assert 'GB of memory' in run(train, dataset, *SMALL, '--n_layer=1000', '--n_embd=65536', f'--out_dir={tmp_path / "x"}')
+    args = [dataset, *SMALL, f'--out_dir={tmp_path / "x"}']
+    assert 'GB of memory' in run(train, *args, '--n_layer=1000', '--n_embd=65536')
     assert not (tmp_path / 'x').exists()
 
 

@@ -31,12 +31,12 @@ def test_bench_compares_the_same_thing():
 def test_bench_table(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'peak_memory', lambda case: 1)
     monkeypatch.setitem(bench.SHAPES, 'small', dict(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
-    run(bench, '--what=attention,step,decode,prefill,generate,profile', '--shapes=small', '--lengths=40,80', '--tokens=80',
+    run(bench, '--what=attention,step,decode,prefill,generate,profile', '--shapes=small', '--lengths=64,80', '--tokens=80',
         '--rounds=1', '--device=cpu', f'--to={tmp_path / "bench.json"}')
     rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
     assert {row['part'] for row in rows} == {'attention', 'step', 'decode1', 'decode32', 'prefill', 'generate1', 'generate32',
                                              'profile'}
-    assert {row['T'] for row in rows} == {40, 80, 'growth'}
+    assert {row['T'] for row in rows} == {64, 80, 'growth'}
     assert all(np.isfinite(row['value']) for row in rows)
     sizes = {row['case']: row['value'] for row in rows if row['part'] == 'decode1' and row['T'] == 80 and row['unit'] == 'MiB'}
     assert sizes['full cache, its size'] == 40 * sizes['budgets of 2, its size']
