@@ -150,6 +150,7 @@ def test_eval_only(dataset, tmp_path, run):
     for more in [], ['--selective=False', '--n_layer=5', '--init_from=resume', '--kernel=none']:
         out = run(train, *args, '--eval_only', *more)
         assert f"step 20 | validation loss {logged['val_loss']:.4f} | memory {logged['memory']:.1%}" in out
+        assert (f"| live {logged['live']:.1%}" in out) == ('--kernel=none' not in more)      # what kernels/cpu.py computed
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert 'does not exist' in run(train, dataset, *SMALL, '--eval_only', f'--out_dir={tmp_path / "x"}')
     assert not (tmp_path / 'x').exists()
