@@ -6,35 +6,36 @@
 """
 from dataclasses import dataclass
 
-import matplotlib
-import matplotlib.pyplot as plt
-
+from lab import plot
 from support import files, settings
-
-matplotlib.use('Agg')
+from support.settings import UserError
 
 
 @dataclass
-class PlotConfig:
-    selective: str = 'out/selective.json'       # of runs without memory loss
-    memory_loss: str = 'out/memory_loss.json'   # of runs with it
-    to: str = 'results/cost.png'
+class PlotCostConfig:
+    selective: str = 'out/selective.json'       # lab.bench's table of runs without memory loss
+    memory_loss: str = 'out/memory_loss.json'   # lab.bench's table of runs with it
+    to: str = 'out/cost.png'                    # the picture
 
 
-def points(table, case, part='attention'):
-    """T and milliseconds for each sequence."""
-    rows = [row for row in table['rows'] if row['part'] == part and row['case'] == case and row['T'] != 'growth']
-    return [row['T'] for row in rows], [row['value'] / row['batch'] for row in rows]
+def points(path, case):
+    """T and milliseconds of attention for each sequence."""
+    row = {'part': str, 'case': str, 'T': (int, str), 'value': float, 'batch?': int}
+    table = files.read_json(path, {'rows': [row]}, 'run lab.bench again')
+    rows = [row for row in table['rows'] if (row['part'], row['case']) == ('attention', case) and row['T'] != 'growth']
+    if not rows:
+        raise UserError(f'{path} has no times of attention on trained runs: run lab.bench --what=attention --out_dir=RUNS')
+    return [row['T'] for row in rows], [row['value'] / row.get('batch', 1) for row in rows]
 
 
 def main():
-    cfg = settings.parse(PlotConfig)
-    selective, memory_loss = (files.read_json(path, {'rows': [dict]}, 'run lab.bench again')
-                              for path in (cfg.selective, cfg.memory_loss))
+    cfg = settings.parse(PlotCostConfig)
+    lines = [('standard (SDPA)', points(cfg.memory_loss, 'standard'), 'o-k'),
+             ('selective', points(cfg.selective, 'selective'), 's-C0'),
+             ('selective, memory loss', points(cfg.memory_loss, 'selective'), '^-C3')]
+    plt = plot.import_pyplot()
     figure, axes = plt.subplots(figsize=(5, 3.6), layout='constrained')
-    for label, (x, y), style in [('standard (SDPA)', points(memory_loss, 'standard'), 'o-k'),
-                                 ('selective', points(selective, 'selective'), 's-C0'),
-                                 ('selective, memory loss', points(memory_loss, 'selective'), '^-C3')]:
+    for label, (x, y), style in lines:
         axes.plot(x, y, style, label=label)
         axes.annotate(f'{y[-1]:.0f}', (x[-1], y[-1]), textcoords='offset points', xytext=(6, -3))
     axes.set_xscale('log', base=2)
@@ -45,8 +46,7 @@ def main():
     axes.set_ylabel('ms for each sequence')
     axes.set_title('Attention of 4 layers, forward + backward, trained weights', fontsize='medium')
     axes.legend()
-    figure.savefig(cfg.to, dpi=150)
-    print(cfg.to)
+    plot.save_figure(figure, cfg.to)
 
 
 if __name__ == '__main__':

@@ -19,6 +19,11 @@ from support import settings
 if not torch.cuda.is_available():       # Triton reads it when it is imported, which any later test may do
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
+# Started in the background or under nohup, a shell leaves these ignored, and processes inherit that.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
