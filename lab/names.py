@@ -20,7 +20,7 @@ import numpy as np
 
 import data
 import prepare_text
-from support import settings
+from support import files, settings
 
 FIRST_NAME = 96         # names are the bytes from here on, everything else lies below
 
@@ -69,20 +69,21 @@ def prepare(cfg):
     """Write <data_dir>/<name>: train.bin, val.bin and meta.json. Returns the folder."""
     tokenizer = data.get_tokenizer('bytes')
     folder = data.output_folder(cfg.data_dir, cfg.name, r'(train|val)\.bin')
-    documents = prepare_text.stdlib_documents()
-    train, val = (data.TokenFile(os.path.join(folder, f'{split}.bin')) for split in ('train', 'val'))
-    with train, val:
-        for number, (file, _, _, is_val) in enumerate(prepare_text.split_documents(documents, 'stdlib')):
-            try:
-                with tokenize.open(file) as f:
-                    found = lexemes(f.read())
-            except (SyntaxError, tokenize.TokenError, UnicodeDecodeError):
-                continue
-            for copy in range(cfg.copies):
-                rng = np.random.default_rng([cfg.seed % 2**64, number, copy])
-                (val if is_val else train).write([*named(found, rng), tokenizer.eot_token])
-    data.write_meta(folder, tokenizer, f'lab.names, {cfg.copies} copies, seed {cfg.seed}', True,
-                    {'train.bin': train.count, 'val.bin': val.count})
+    documents, _ = prepare_text.stdlib_documents()
+    with files.replacing_folder(folder) as new:
+        train, val = (data.TokenFile(os.path.join(new, f'{split}.bin')) for split in ('train', 'val'))
+        with train, val:
+            for number, (file, _, _, is_val) in enumerate(prepare_text.split_documents(documents, 'stdlib')):
+                try:
+                    with tokenize.open(file) as f:
+                        found = lexemes(f.read())
+                except (SyntaxError, tokenize.TokenError, UnicodeDecodeError):
+                    continue
+                for copy in range(cfg.copies):
+                    rng = np.random.default_rng([cfg.seed % 2**64, number, copy])
+                    (val if is_val else train).write([*named(found, rng), tokenizer.eot_token])
+        data.write_meta(new, tokenizer, f'lab.names, {cfg.copies} copies, seed {cfg.seed}', True,
+                        {'train.bin': train.count, 'val.bin': val.count})
     print(f'{folder}: {train.count:,} train and {val.count:,} val tokens')
     return folder
 

@@ -149,6 +149,7 @@ COMMANDS = {
     'lab.bench': ['--what=decode', '--shapes=small', '--lengths=64', '--tokens=64', '--rounds=1', '--device=cpu'],
     'lab.reproduce': ['--list'],
     'lab.export_hf': ['--out_dir=out/a'],
+    'lab.plot_cost': [],
 }
 
 

@@ -135,7 +135,7 @@ def test_names(tmp_path, monkeypatch):
     (tmp_path / 'broken.py').write_text('def (((\n')
     (tmp_path / 'b.py').write_text(''.join(f'v{n} = v{n - 1}\n' for n in range(1, 400)))
     files = [(str(tmp_path / name), name) for name in ('a.py', 'b.py', 'broken.py')]
-    monkeypatch.setattr(names.prepare_text, 'stdlib_documents', lambda: files)
+    monkeypatch.setattr(names.prepare_text, 'stdlib_documents', lambda: (files, 0))
     cfg = names.NamesConfig(data_dir=str(tmp_path), copies=3)
     names.prepare(cfg)
     dataset = data.load_dataset('names', root=str(tmp_path))
