@@ -182,8 +182,7 @@ class CausalSelfAttention(nn.Module):
         D = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)     # q, k, v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = [nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity() for _ in range(2)]
         self.ssa = nn.ModuleDict({name: Temperature(config, position_aware=name == 'q') for name in config.ssa})
         self.vote_scale = nn.Parameter(torch.zeros(())) if config.vote_scale else None
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -209,8 +208,9 @@ class CausalSelfAttention(nn.Module):
             heads['q'], heads['k'] = rotate(heads['q'], heads['k'], pos)
         for name, temperature in self.ssa.items():
             tau = temperature(x, qkv[name], pos)                        # (B, T, H)
-            heads[name] = heads[name] * tau.to(x.dtype)[..., None]
-        q, k, v = (heads[name].transpose(1, 2) for name in 'qkv')       # (B, H, T, D)
+            heads[name] = heads[name] * tau[..., None]
+        # under autocast norms and temperatures are in float32; attention has the dtype of c_attn's output
+        q, k, v = (heads[name].to(qkv[name].dtype).transpose(1, 2) for name in 'qkv')       # (B, H, T, D)
 
         dropout = self.config.dropout if self.training else 0.0
         vote, M = self.vote if self.config.selective else None, None

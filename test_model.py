@@ -528,6 +528,16 @@ def test_what_a_gpu_runs():
     torch.testing.assert_close(close, gpt(idx)[0][:, 0], atol=0.05, rtol=0.05)
 
 
+def test_autocast_gives_attention_one_dtype():
+    """Norms and temperatures are float32 under autocast; a kernel gets q, k and v in bfloat16 all the same."""
+    gpt, seen = make(selective=True, ssa='qkv', rope=True, qk_norm=True, dtype=torch.float32), []
+    for block in gpt.transformer.h:
+        block.attn.attention = lambda q, k, v, *more: seen.append((q.dtype, k.dtype, v.dtype)) or (v, None)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        gpt(tokens(2, 24))
+    assert set(seen) == {(torch.bfloat16,) * 3}
+
+
 @pytest.mark.parametrize('selective', [False, True])
 def test_decoding_is_one_graph(selective):
     """A step has fixed shapes and never looks at a value: torch.compile takes it whole, once for all positions."""
