@@ -181,8 +181,8 @@ def evaluate(cfg, model, dataset, processes):
     kernels/cpu.py: the share of attention that it computed, as the rest is provably masked."""
     model.eval()
     kernels.live_share()                    # from here on
-    names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len)
-    totals, batches = [0.0] * len(names), range(processes.rank, cfg.eval_iters, processes.world)
+    names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len) + ['live']
+    totals, batches = [0.0] * (len(names) - 1), range(processes.rank, cfg.eval_iters, processes.world)
     for n in batches:
         with devices.autocast(cfg.device, cfg.dtype):
             x, y = get_batch(cfg, dataset, 'val', n)
@@ -191,11 +191,10 @@ def evaluate(cfg, model, dataset, processes):
             figures.append((logits.argmax(dim=-1) == y)[y >= 0].float().mean())
         totals = [total + figure.item() for total, figure in zip(totals, figures)]
     model.train()
-    live = kernels.live_share()
-    if live is not None:
-        names, totals = [*names, 'live'], [*totals, live * len(batches)]
-    *totals, count = processes.mean(*totals, len(batches))
-    return {name: total / count for name, total in zip(names, totals)}
+    # a process without a batch has no live share, but adds up as many numbers as the others
+    *totals, count = processes.mean(*totals, (kernels.live_share() or 0.0) * len(batches), len(batches))
+    figures = {name: total / count for name, total in zip(names, totals)}
+    return figures if figures['live'] else {name: figures[name] for name in names[:-1]}
 
 
 def shown(figures):

@@ -36,7 +36,7 @@ MACHINE = 'out_dir init_from eval_only resume_changed dataset device compile ker
 PACE = 'max_iters lr_decay_iters eval_interval eval_iters log_interval dtype'.split()
 BUDGETS = {'budgets': [int], 'checkpoint': str, 'policy?': str}         # the part of budgets.json that generation needs
 FIGURES = {'iter': range(2**63), **{f'{name}?': float for name in (
-    'loss', 'val_loss', 'memory', 'accuracy', 'lr', 'tokens_per_s', 'seconds', 'mfu')}}         # a line of log.jsonl
+    'loss', 'val_loss', 'memory', 'accuracy', 'live', 'lr', 'tokens_per_s', 'seconds', 'mfu')}}         # a line of log.jsonl
 
 
 def save(out_dir, checkpoint):

@@ -64,8 +64,11 @@ def test_resume_is_exact(how, dataset, tmp_path, run):
     assert a['iter_num'] == 150 and all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
 
 
-def test_two_processes_train_as_one(dataset, tmp_path, run):
-    args = [dataset, *SMALL, '--max_iters=10', '--selective', '--memory_loss=0.1', '--gradient_accumulation_steps=4']
+@pytest.mark.parametrize('eval_iters', [1, 3])
+def test_two_processes_train_as_one(dataset, tmp_path, run, eval_iters):
+    """With a single batch of validation the second process has none of it."""
+    args = [dataset, *SMALL, '--max_iters=10', '--selective', '--memory_loss=0.1', '--gradient_accumulation_steps=4',
+            f'--eval_iters={eval_iters}']
     run(train, *args, f'--out_dir={tmp_path / "one"}')
     two = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *args,
                 f'--out_dir={tmp_path / "two"}')
