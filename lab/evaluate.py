@@ -181,6 +181,7 @@ def check(cfg):
             os.remove(cfg.json)
     except OSError as e:
         raise UserError(f'cannot write {e.filename}: {e.strerror}') from None
+    files.check_output(cfg.json, '', '"settings"')
     cfg.device = devices.pick_device(cfg.device)
     cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
 

@@ -36,6 +36,9 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         import safetensors.torch
     except ImportError:
         raise UserError('this needs the package safetensors: pip install safetensors') from None
+    # model.safetensors is written first, so an export that was stopped can be repeated
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, 'model.safetensors')):
+        raise UserError(f'{folder} has files that are not an export: choose another --folder')
     c, tokenizer = model.config, data.get_tokenizer(checkpoint['tokenizer'])
     bos = ckpt.starts_with_bos(checkpoint)
     eot = min(tokenizer.eot_token, c.vocab_size - 1)        # a GPT-2 of other tokens may have a smaller vocabulary

@@ -1,6 +1,5 @@
 """What is measured after training: losses by kind of target, records answered, entropy of attention, memory kept."""
 import contextlib
-import json
 import os
 import statistics
 
@@ -13,7 +12,7 @@ import model as m
 import prune
 from lab import ablate
 from lab.runs import command, spread, table
-from support import checkpoint as ckpt
+from support import checkpoint as ckpt, files
 from support.settings import UserError
 
 # ---- Losses by kind of target
@@ -206,11 +205,8 @@ def search(runner, jobs, windows):
 def holds(run, file, unfinished=False):
     """The point with the least memory that keeps the loss on unseen windows, too, or None; unfinished: whether the
     search of this file has yet to be done."""
-    try:
-        with open(os.path.join(run.folder, file), encoding='utf-8') as f:
-            found = json.load(f)['held_out']
-    except FileNotFoundError:
-        found = {}
+    path = os.path.join(run.folder, file)
+    found = files.read_json(path, {'held_out': dict}, 'run prune.py again')['held_out'] if os.path.isfile(path) else {}
     return not found if unfinished else found.get('holds')
 
 

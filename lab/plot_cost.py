@@ -30,6 +30,7 @@ def points(path, case):
 
 def main():
     cfg = settings.parse(PlotCostConfig)
+    files.check_output(cfg.to, '.png', 'IHDR')      # the first part of a PNG
     lines = [('standard (SDPA)', points(cfg.memory_loss, 'standard'), 'o-k'),
              ('selective', points(cfg.selective, 'selective'), 's-C0'),
              ('selective, memory loss', points(cfg.memory_loss, 'selective'), '^-C3')]

@@ -16,6 +16,7 @@ import data
 import prepare_c4
 import prepare_text
 import train
+from lab import evaluate, export_hf, plot_cost
 from support import checkpoint as ckpt, download, files
 from support.settings import UserError
 
@@ -230,3 +231,22 @@ def test_bombs(liar, tmp_path, monkeypatch):
         with pytest.raises(UserError, match='line 1 has more than'):
             for _ in prepare_c4.read_lines('x', server):
                 pass
+
+
+@pytest.mark.parametrize('script, args', [
+    (plot_cost, ['--selective=bench.json', '--memory_loss=bench.json', '--to=own/README.md']),
+    (plot_cost, ['--selective=bench.json', '--memory_loss=bench.json', '--to=own/x.png']),
+    (export_hf, ['--out_dir=run', '--folder=own']),
+    (evaluate, ['--out_dir=run', '--json=own/x.json', '--tasks=passkey', '--device=cpu'])])
+def test_files_of_others_are_left_alone(script, args, dataset, tmp_path, run, monkeypatch):
+    """A script replaces what it wrote itself, nothing else."""
+    monkeypatch.chdir(tmp_path)
+    run(train, dataset, *SMALL, '--max_iters=1', '--out_dir=run')
+    rows = [dict(part='attention', case=case, T=T, value=1.0) for case in ('standard', 'selective') for T in (64, 128)]
+    Path('bench.json').write_text(json.dumps({'rows': rows}))
+    mine = dict.fromkeys(['README.md', 'x.png', 'x.json'], 'mine')
+    Path('own').mkdir()
+    for name, text in mine.items():
+        Path('own', name).write_text(text)
+    assert 'choose another' in run(script, *args) or 'is not a file name for this' in run(script, *args)
+    assert {path.name: path.read_text() for path in Path('own').iterdir()} == mine
