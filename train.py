@@ -40,7 +40,7 @@ class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
     init_from: str = 'scratch'          # 'scratch', 'resume' (<out_dir>/ckpt.pt), 'gpt2', 'gpt2-xl', … or a folder
     resume_changed: bool = False        # resume even where settings or data make it another run
     eval_only: bool = False             # evaluate <out_dir>/ckpt.pt or init_from, print it, and write nothing
-    freeze: str = ''                    # 'base': train only what SSA and vote_scale add to the model ['', 'base']
+    freeze: str = ''                    # 'base': train only what GPT-2 does not have, as SSA ['', 'base']
     seed: int = 1337                    # of the weights, the batches and dropout [0 to 2**31]
     max_iters: int = 600000             # steps in all [1 to 1e9]
     eval_interval: int = 2000           # steps between evaluations; each also saves a checkpoint [1 to 1e9]
@@ -81,7 +81,6 @@ def check(cfg, world):
     if cfg.init_from not in ('scratch', 'resume'):
         pretrained.check(cfg.init_from)
     for wrong, why in [
-            (cfg.freeze and not (cfg.ssa or cfg.vote_scale), "freeze='base' trains nothing: set ssa or vote_scale"),
             (cfg.gradient_accumulation_steps % world, f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} '
              f'cannot be shared out among {world} processes'),
             (cfg.memory_loss and not cfg.selective, 'memory_loss needs selective=True: only that masks tokens')]:
@@ -238,6 +237,8 @@ def train(cfg, processes):
     if cfg.freeze:
         for name, p in raw_model.named_parameters():
             p.requires_grad_(ckpt.is_added(name))
+        if not any(p.requires_grad for p in raw_model.parameters()):
+            raise UserError("freeze='base' trains nothing: set ssa or vote_scale, or add parameters of yours")
     optimizer = raw_model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2),
                                                torch.device(cfg.device).type, cfg.ssa_lr)
     scaler = torch.amp.GradScaler(enabled=cfg.dtype == 'float16')

@@ -29,6 +29,7 @@ What is masked, with --selective. T x T matrices:
     groups              one selector for every two heads, which mask for these two alone
     window=K            no votes: token 0 and the newest K - 1 tokens, as a budget of K with policy 'oldest' keeps
     alibi               no votes: logits fall with distance by 2^(-8h/H) a token in head h = 1 ... H (arXiv 2108.12409)
+    votes_and_alibi     both, to see what either adds to the other
 
 Temperatures, with --ssa (2411.12892 section 3):
 
@@ -80,6 +81,8 @@ def listing(rule, q, k, v, vote, dropout=0.0, memory_tau=None):
     S = S * (j <= i if rule == 'self_too' else j < i) * (j >= 0 if rule == 'first_too' else j > 0)
     F = S.cumsum(dim=-2) if rule == 'at_once' else S.cumsum(dim=-2) - S
     L = L - F.repeat_interleave(-(-H // len(selectors)), dim=1)[:, :H]      # each selector's F for its own heads
+    if rule == 'votes_and_alibi':
+        L = L + by_distance(H, i)
     P = fn.dropout(L.masked_fill(j > i, float('-inf')).softmax(dim=-1), dropout, training=dropout > 0)
     M = None if memory_tau is None else m.memory_requirement(F.transpose(0, 1), i[:, 0], memory_tau).mean(dim=0)
     return P.to(v.dtype) @ v, M
@@ -93,11 +96,16 @@ def window(K, q, k, v, vote, dropout=0.0, memory_tau=None):
     return y, None if memory_tau is None else (seen.sum(dim=1) - 1.0).expand(len(q), -1)
 
 
+def by_distance(H, i):
+    """What ALiBi adds to the logits of rows i (T, 1): (H, T, T)."""
+    slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=i.device) / H)
+    return slopes[:, None, None] * (i.T - i)
+
+
 def alibi(q, k, v, vote, dropout=0.0, memory_tau=None):
     H, T = q.shape[1:3]
     i = torch.arange(T, device=q.device)[:, None]
-    slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=q.device) / H)
-    bias = (slopes[:, None, None] * (i.T - i)).masked_fill(i.T > i, float('-inf')).to(q.dtype)
+    bias = by_distance(H, i).masked_fill(i.T > i, float('-inf')).to(q.dtype)
     y = fn.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     return y, None if memory_tau is None else i[:, 0].float().expand(len(q), -1)
 
@@ -156,7 +164,7 @@ class DoubleHeads(m.CausalSelfAttention):
 # ----------------------------------------------------------------------------------------------------------------------
 
 VOTES = {'no_relu': no_relu, 'fox': fox}
-LISTINGS = 'as_published', 'first_too', 'self_too', 'at_once', 'last_head', 'groups'
+LISTINGS = 'as_published', 'first_too', 'self_too', 'at_once', 'last_head', 'groups', 'votes_and_alibi'
 TEMPERATURES = {'no_position': no_position, 'position_only': PositionOnly, 'ssmax': ScalableSoftmax}
 RULES = (*VOTES, *LISTINGS, 'window=K', 'alibi', *TEMPERATURES, 'double_heads')
 

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import statistics
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as fn
@@ -41,9 +42,34 @@ def rule_of(folder):
         return rule
 
 
+@dataclass
+class Losses:
+    """The loss of each target of some windows, and its kind."""
+    nats: torch.Tensor      # (windows, T)
+    kinds: torch.Tensor     # (windows, T), places in KINDS
+
+    def of(self, kind):
+        """(windows, T): 1 where a target is of this kind, 0 elsewhere; None stands for all kinds."""
+        return torch.ones_like(self.nats) if kind is None else (self.kinds == KINDS.index(kind)).float()
+
+    def mean(self, kind=None):
+        return ((self.nats * self.of(kind)).sum() / self.of(kind).sum()).item()
+
+    def against(self, base, kind=None):
+        """The difference to other Losses on the same windows and its 95% interval over windows, as text."""
+        difference, counted = ((self.nats - base.nats) * self.of(kind)).sum(dim=1), self.of(kind).sum(dim=1)
+        low, high = prune.bootstrap(difference, counted)    # a mean over targets: windows have unequal numbers of a kind
+        return f'{difference.sum() / counted.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
+
+
+def together(several):
+    """The Losses of several seeds, their windows one below the other."""
+    return Losses(*(torch.cat([getattr(one, name) for one in several]) for name in ('nats', 'kinds')))
+
+
 @torch.no_grad()
 def token_losses(run, windows, budgets=None, policy='selective', seed=1):
-    """Cross-entropy of each target and its kind, (windows, T) each, on validation windows that prune.py does not see.
+    """The Losses of a run on validation windows that prune.py does not see.
 
     budgets, policy: of a KVCache; None: the whole context.
     """
@@ -57,32 +83,19 @@ def token_losses(run, windows, budgets=None, policy='selective', seed=1):
             x, y = text.batch('val', n, size, T, seed, bos=ckpt.starts_with_bos(checkpoint))
             cache = m.KVCache(model, size, budgets, policy) if budgets else None
             logits, _ = model(x, y, cache=cache)
-            found.append((fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'), kinds(x, y)))
-    losses, which = (torch.cat(parts)[:windows] for parts in zip(*found))
-    return losses, which
+            found.append(Losses(fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'), kinds(x, y)))
+    found = together(found)
+    return Losses(found.nats[:windows], found.kinds[:windows])
 
 
-def by_kind(losses, which):
-    """Mean losses: {'all': …, 'new': …, 'near': …, 'recall': …}."""
-    return {'all': losses.mean().item(), **{kind: losses[which == n].mean().item() for n, kind in enumerate(KINDS)}}
+def measure(runner, runs):
+    """{name: [Losses of each seed]} of {name: [Run]}, on the same windows for all."""
+    return {name: [token_losses(run, 32 if runner.cfg.quick else 256) for run in some] for name, some in runs.items()}
 
 
-def shares(which):
-    return {kind: (which == n).float().mean().item() for n, kind in enumerate(KINDS)}
-
-
-def against(losses, base):
-    """A loss against another on the same windows, as text: the difference and its 95% interval over windows."""
-    difference = (losses - base).mean(dim=1)
-    low, high = prune.bootstrap(difference)
-    return f'{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]'
-
-
-def against_recall(losses, base, which):
-    """The same for recall tokens alone. The figure is a mean over tokens, of which windows have unequal numbers."""
-    mask = (which == KINDS.index('recall')).float()
-    low, high = prune.bootstrap((losses - base).mul(mask).sum(dim=1), mask.sum(dim=1))
-    return f'{(losses - base).mul(mask).sum() / mask.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
+def mean_of(losses):
+    """The mean loss of several seeds."""
+    return statistics.mean(one.mean() for one in losses)
 
 
 LEGEND = f"""Losses in nats per token, on the same validation windows for all rows. Kinds of targets: *new* did not occur in the
@@ -90,28 +103,21 @@ window before; *recall* did, but not among the newest {NEAR} tokens; *near* are 
 95% interval over windows (paired bootstrap), which does not cover how runs differ by their seeds."""
 
 
-def kinds_table(r, first, models, runs, extra=None, base='standard'):
-    """The table of losses by kind of target, on the same unseen windows for all; the seeds' means, and paired
-    differences to `base` with intervals over the windows of all seeds."""
-    windows = 32 if r.cfg.quick else 256
-    found = {name: [token_losses(run, windows) for run in some] for name, some in runs.items()}
-    all_losses = {name: torch.cat([losses for losses, _ in seeds]) for name, seeds in found.items()}
-    which = torch.cat([which for _, which in found[base]])
+def kinds_table(first, models, runs, losses, extra=None, base='standard'):
+    """The table of losses by kind of target: the seeds' means, and differences to the model `base`.
 
-    def kind(kind):
-        return lambda some: spread([by_kind(*measured)[kind] for measured in found[name_of[id(some)]]])
+    losses: of `measure`; extra: more columns, as `table` takes them.
+    """
+    def means(kind=None):
+        return lambda name: spread([one.mean(kind) for one in losses[name]])
 
-    def difference(function, *more):
-        def column(some):
-            name = name_of[id(some)]
-            return '' if name == base else function(all_losses[name], all_losses[base], *more)
-        return column
-    name_of = {id(some): name for name, some in runs.items()}
-    share = shares(which)
-    columns = {'validation loss': kind('all'), f'against {base}': difference(against),
-               **{f'{k} ({share[k]:.0%})': kind(k) for k in KINDS},
-               f'recall against {base}': difference(against_recall, which), **(extra or {})}
-    return table(first, models, runs, columns)
+    def against(kind=None):
+        return lambda name: '' if name == base else together(losses[name]).against(together(losses[base]), kind)
+    columns = {'validation loss': means(), f'against {base}': against()}
+    columns |= {f'{kind} ({together(losses[base]).of(kind).mean():.0%})': means(kind) for kind in KINDS}
+    columns |= {f'recall against {base}': against('recall')}
+    columns = {header: {name: column(name) for name in models} for header, column in columns.items()}
+    return table(first, models, runs, {**columns, **(extra or {})})
 
 
 # ---- Records of questions and answers, entropy

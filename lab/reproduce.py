@@ -85,18 +85,19 @@ def gate(r):
     newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
     Ks = (16, 64) if r.cfg.quick else (8, 16, 32, 64)
     models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'ALiBi': 'alibi --selective',
-              'selective': '--selective'}
+              'selective': '--selective', 'selective and ALiBi': 'votes_and_alibi --selective'}
     runs = r.train(models, r.cfg.config, 1000, text(r), quick=100)
-    gaps = {K: mean_loss(runs[f'newest {K}']) - mean_loss(runs['standard']) for K in Ks}
+    losses = figures.measure(r, runs)
+    gaps = {K: figures.mean_of(losses[f'newest {K}']) - figures.mean_of(losses['standard']) for K in Ks}
     passed = min(gaps.values()) > 0 and all(gap >= 0.05 for K, gap in gaps.items() if K <= 32)
     verdict = f"**The gate {'passes' if passed else 'fails'}**: against standard " + ', '.join(
         f'newest {K} {gap:+.3f}' for K, gap in gaps.items()) + '.'
-    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs)])
+    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs, losses)])
 
 
-def by_kinds(r, first, models, runs):
+def by_kinds(r, first, models, runs, losses):
     """The parts of a section about losses by kind of target: what they are, the table, the picture."""
-    return figures.LEGEND, figures.kinds_table(r, first, models, runs), curves(r, {r.claim: runs})
+    return figures.LEGEND, figures.kinds_table(first, models, runs, losses), curves(r, {r.title: runs})
 
 
 def headline(r):
@@ -109,7 +110,7 @@ def headline(r):
     for T in [256] if r.cfg.quick else map(int, r.cfg.contexts.split(',')):
         runs = r.train(models, r.cfg.config, 1000, text(r, T), quick=100)
         columns = {'requirement': last('memory', '{:.1%}')}
-        parts += [f'**Context {T}**', figures.kinds_table(r, 'attention', models, runs, columns),
+        parts += [f'**Context {T}**', figures.kinds_table('attention', models, runs, figures.measure(r, runs), columns),
                   equal_memory(r, T, runs, kept)]
     return '\n\n'.join([figures.LEGEND, *parts, tokens_kept(r, kept)])
 
@@ -139,9 +140,9 @@ def equal_memory(r, T, runs, kept):
             K = max(2, round(least))
             trained = r.train({K: f'window={K} --selective'}, r.cfg.config, 1000, text(r, T), quick=100)
             tried.append((trained[K][0], None, ''))
-        losses = [figures.by_kind(*figures.token_losses(one, count, kept, policy)) for one, kept, policy in tried]
+        losses = [figures.token_losses(one, count, kept, policy) for one, kept, policy in tried]
         rows.append([name, ' '.join(map(str, budgets)), *saved,
-                     *(f"{loss['all']:.3f} / {loss['recall']:.3f}" for loss in losses), *[''] * (5 - len(losses))])
+                     *(f"{one.mean():.3f} / {one.mean('recall'):.3f}" for one in losses), *[''] * (5 - len(losses))])
     header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest',
               'trained on as many']
     rows = [header, ['---'] * len(header), *rows]
@@ -169,9 +170,11 @@ def heads(r):
     many."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
     runs = r.train(models, r.cfg.config, 1000, text(r), quick=150)
-    double, selective = (mean_loss(runs['standard']) - mean_loss(runs[name]) for name in list(models)[1:])
-    verdict = f'Selective attention gains {selective:+.4f} on standard attention, twice the heads {double:+.4f}.'
-    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs)])
+    losses = figures.measure(r, runs)
+    standard, double, selective = (figures.mean_of(losses[name]) for name in models)
+    verdict = (f'Against standard attention: selective attention {selective - standard:+.4f}, twice the heads '
+               f'{double - standard:+.4f}.')
+    return '\n\n'.join([verdict, *by_kinds(r, 'attention', models, runs, losses)])
 
 
 def rules(r):
@@ -183,7 +186,7 @@ def rules(r):
               'votes act at once': 'at_once --selective', 'a token may mask itself': 'self_too --selective'}
     models = dict(list(models.items())[:r.cfg.models or (5 if r.cfg.quick else None)])
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
-    return '\n\n'.join(by_kinds(r, 'rule', models, runs))
+    return '\n\n'.join(by_kinds(r, 'rule', models, runs, figures.measure(r, runs)))
 
 
 def ssa(r):
@@ -280,14 +283,20 @@ def memory(r):
 # minutes on two cores
 CLAIMS = {gate: 40, headline: 120, heads: 15, rules: 30, ssa: 30, finetune: 15, variable_assignment: 20, passkey: 10,
           denoising: 8, memory: 10}
+ABOUT_TEXT = gate, headline, heads, rules, ssa, finetune
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def section(page, claim, body):
-    """The page with the section of the claim replaced, or put at the end."""
-    begin, end = f'<!-- lab.reproduce {claim} -->', f'<!-- end of {claim} -->'
+def title(cfg, claim):
+    """The name of a claim's section; a text of one's own has its own."""
+    return f'{claim.__name__} {cfg.dataset}' if cfg.dataset and claim in ABOUT_TEXT else claim.__name__
+
+
+def section(page, title, body):
+    """The page with the section of this title replaced, or put at the end."""
+    begin, end = f'<!-- lab.reproduce {title} -->', f'<!-- end of {title} -->'
     before, found, rest = page.partition(begin)
     if not found:
         return f'{page.rstrip()}\n\n{begin}\n{body}\n{end}\n'
@@ -330,15 +339,15 @@ def main():
     if not all(T.isascii() and T.isdigit() and int(T) >= 32 for T in cfg.contexts.split(',')):
         raise UserError(f'--contexts={cfg.contexts}: numbers of 32 and more, as 256,512')
     plot.import_pyplot()                                        # what can be wrong is known before the work
-    for name in cfg.claims:
-        cfg.quick or section(read(cfg.to), name, '')
-    for name in cfg.claims:
-        runner = Runner(cfg, name)
+    runners = {name: Runner(cfg, name, title(cfg, claims[name])) for name in cfg.claims}
+    for runner in runners.values():
+        cfg.quick or section(read(cfg.to), runner.title, '')
+    for name, runner in runners.items():
         body = f'{claims[name](runner)}\n\n{footer(runner)}'
         if cfg.quick:
             print(body)
         else:
-            plot.write(cfg.to, section(read(cfg.to), name, body))
+            plot.write(cfg.to, section(read(cfg.to), runner.title, body))
 
 
 if __name__ == '__main__':

@@ -52,8 +52,9 @@ def read_run(folder, max_iters):
 class Runner:
     """Trains the models of a claim, or finds that they were trained already, for this claim or another."""
 
-    def __init__(self, cfg, claim):
-        self.cfg, self.claim, self.started, self.commands, self.about = cfg, claim, time.time(), [], ''
+    def __init__(self, cfg, claim, title=''):
+        self.cfg, self.claim, self.title, self.started = cfg, claim, title or claim, time.time()
+        self.commands, self.about = [], ''
         self.seeds = 1 if cfg.quick else cfg.seeds
         self.folder = os.path.join(cfg.out_dir, 'quick') if cfg.quick else cfg.out_dir
 
@@ -92,13 +93,14 @@ class Runner:
         return [future.result() for future in futures]
 
     def save(self, picture):
-        """Write the claim's picture, results/<claim>.png beside the page, and return the link to it."""
-        link = os.path.join('results', f'{self.claim}.png')     # as RESULTS.md, which lies beside the folder, has it
+        """Write the section's picture, results/<title>.png beside the page, and return the link to it."""
+        name = self.title.replace(' ', '_').replace('/', '_') + '.png'
+        link = os.path.join('results', name)                    # as RESULTS.md, which lies beside the folder, has it
         path = os.path.join(os.path.dirname(self.cfg.to), link)
         if self.cfg.quick:
-            link = path = os.path.join(self.folder, f'{self.claim}.png')
+            link = path = os.path.join(self.folder, name)
         plot.save_figure(picture, path)
-        return f'![{self.claim}]({link})'
+        return f'![{self.title}]({link})'
 
     def one(self, folder, words, args, steps):
         """The Run of one command, which is given what there is of it already."""
@@ -153,11 +155,14 @@ def steps_to(figure, goal):
 
 
 def table(first, models, runs, columns):
-    """Markdown: a row for each model, with its flags, its columns {header: function of [Run]} and its minutes."""
+    """Markdown: a row for each model, with its flags, its columns and its minutes.
+
+    columns: {header: a function of [Run], or {name of the model: text}}.
+    """
     columns = {**columns, 'minutes': lambda runs: f'{statistics.mean(run.seconds for run in runs) / 60:.1f}'}
     rows = [[first, 'FLAGS', *columns], ['---'] * (len(columns) + 2)]
-    rows += [[name, flags and f'`{flags}`', *(column(runs[name]) for column in columns.values())]
-             for name, flags in models.items()]
+    rows += [[name, flags and f'`{flags}`', *(column[name] if isinstance(column, dict) else column(runs[name])
+                                               for column in columns.values())] for name, flags in models.items()]
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -32,8 +32,8 @@ def naive(rule, q, k, v):
                         S[j] = vote if rule == 'no_relu' else vote.clamp(min=0)
                     if rule == 'fox':                           # -log of the gate, which is a sigmoid of token 0's logit
                         S[j] = -torch.sigmoid(q[b, head, i] @ k[b, head, 0] / D**0.5 + 4).log() if 0 < j < i else 0
-                    if rule == 'alibi':                         # one more step away from the next row
-                        S[j] = 2**(-8 * (h + 1) / H)
+                    if 'alibi' in rule:                         # one more step away from the next row
+                        S[j] = (0 if rule == 'alibi' else S[j]) + 2**(-8 * (h + 1) / H)
                     if K:                                       # of K tokens, the one that token i + 1 drives out
                         S[j] = float('inf') if j > 0 and j == i - K + 2 else 0
                 if rule == 'at_once':
@@ -294,12 +294,31 @@ def test_kinds_of_targets():
             kind = 'new' if y[b, t] not in seen else 'near' if y[b, t] in seen[-5:] else 'recall'
             assert figures.KINDS[found[b, t]] == kind
     assert set(found.flatten().tolist()) == {0, 1, 2}
-    losses = torch.rand(3, 40)
-    by_kind, shares = figures.by_kind(losses, found), figures.shares(found)
-    assert by_kind['all'] == pytest.approx(sum(by_kind[kind] * shares[kind] for kind in figures.KINDS))
-    assert by_kind['recall'] == pytest.approx(losses[found == 2].mean())
-    assert figures.against(losses, losses) == figures.against_recall(losses, losses, found) == '+0.0000 [+0.0000, +0.0000]'
-    assert figures.against(losses + 0.5, losses) == '+0.5000 [+0.5000, +0.5000]'
+
+
+def test_losses_of_kinds():
+    g = torch.Generator().manual_seed(0)
+    losses = figures.Losses(torch.rand(3, 40, generator=g), torch.randint(3, (3, 40), generator=g))
+    assert losses.mean() == pytest.approx(losses.nats.mean())
+    assert losses.mean() == pytest.approx(sum(losses.mean(kind) * losses.of(kind).mean() for kind in figures.KINDS))
+    assert losses.mean('recall') == pytest.approx(losses.nats[losses.kinds == 2].mean())
+    worse = figures.Losses(losses.nats + 0.5 * (losses.kinds == 2), losses.kinds)
+    assert worse.against(losses, 'recall') == '+0.5000 [+0.5000, +0.5000]'
+    assert losses.against(losses) == worse.against(losses, 'near') == '+0.0000 [+0.0000, +0.0000]'
+    assert figures.together([losses, worse]).mean() == pytest.approx(figures.mean_of([losses, worse]))
+
+
+def test_table_of_kinds():
+    """Two seeds: the rows of the base and of another model, which is better on recall tokens alone."""
+    base = [figures.Losses(torch.full((4, 10), nats), torch.arange(10).remainder(3).expand(4, 10)) for nats in (1.0, 1.2)]
+    better = [figures.Losses(one.nats - 0.1 * (one.kinds == 2), one.kinds) for one in base]
+    one = [runs.Run('x', [], [], [], [], 60.0)] * 2
+    rows = figures.kinds_table('model', {'standard': '', 'other': '--flag'}, {'standard': one, 'other': list(one)},
+                               {'standard': base, 'other': better}).splitlines()
+    assert 'new (40%) | near (30%) | recall (30%)' in rows[0]
+    assert rows[2].startswith('| standard |  | 1.1000 ± 0.1414 |  | ')
+    assert rows[3].startswith('| other | `--flag` | 1.0700 ± 0.1414 | -0.0300 [-0.0300, -0.0300] | ')
+    assert '| -0.1000 [-0.1000, -0.1000] | 1.0 |' in rows[3]
 
 
 def test_token_losses(run, dataset, tmp_path):
@@ -309,13 +328,20 @@ def test_token_losses(run, dataset, tmp_path):
     run(train, *args, f'--out_dir={tmp_path}/plain')
     window, plain = (runs.read_run(str(tmp_path / name), 4) for name in ('window=4-x', 'plain'))
     assert (figures.rule_of(window.folder), figures.rule_of(plain.folder)) == ('window=4', None)
-    losses, which = figures.token_losses(window, 6)
-    assert losses.shape == which.shape == (6, 12)
-    pruned, _ = figures.token_losses(window, 6, [4], 'oldest')      # the same tokens; the votes are tiny
-    torch.testing.assert_close(pruned, losses, atol=1e-3, rtol=0)
-    with_rule, _ = figures.token_losses(runs.Run(f'{tmp_path}/plain', [], [], [], [], 0.0), 6)
-    assert not torch.allclose(with_rule, losses)
+    losses = figures.token_losses(window, 6)
+    assert losses.nats.shape == losses.kinds.shape == (6, 12)
+    pruned = figures.token_losses(window, 6, [4], 'oldest')         # the same tokens; the votes are tiny
+    torch.testing.assert_close(pruned.nats, losses.nats, atol=1e-3, rtol=0)
+    assert not torch.allclose(figures.token_losses(plain, 6).nats, losses.nats)
     assert figures.position_part([plain]) == '' and figures.new_parameters(plain) == 0
+
+
+def test_a_text_of_ones_own_has_its_own_section():
+    cfg = reproduce.ReproduceConfig(dataset='mine')
+    assert reproduce.title(cfg, reproduce.gate) == 'gate mine' and reproduce.title(cfg, reproduce.passkey) == 'passkey'
+    assert reproduce.title(reproduce.ReproduceConfig(), reproduce.gate) == 'gate'
+    page = reproduce.section(reproduce.section('# R', 'gate', 'a'), 'gate mine', 'b')
+    assert '<!-- lab.reproduce gate -->\na\n' in page and '<!-- lab.reproduce gate mine -->\nb\n' in page
 
 
 def test_list_and_refusals(run):
