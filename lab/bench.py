@@ -9,6 +9,7 @@
     memory      peak memory of a training step                 decode    one token from a KV cache
     prefill     attention while a prompt is read               generate  1,000 tokens: cache, budgets, nanoGPT's way
     profile     the operators that attention alone consists of (only when asked for)
+    forget      of trained models: what a cache without budgets could drop at no loss (only when asked for)
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, ...), after a round to warm up. Peak memory
 is that of a process of its own on a CPU, and torch's on CUDA. The lines `growth` give the exponent p of time or memory
@@ -186,8 +187,10 @@ def main():
     if cfg.quick:
         cfg.shapes, cfg.lengths, cfg.rounds = 'small', '256,512', 3
     parts, shapes = cfg.what.split(','), cfg.shapes.split(',')
-    if set(parts) - set(PARTS):
-        raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}")
+    if set(parts) - {*PARTS, 'forget'}:
+        raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}, forget")
+    if 'forget' in parts and not cfg.out_dir:
+        raise UserError('--what=forget is about trained models: give their folders with --out_dir')
     if cfg.clock not in ('wall', 'cpu'):
         raise UserError(f"--clock={cfg.clock}: it is 'wall' or 'cpu'")
     if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
@@ -200,7 +203,7 @@ def main():
     print(f"{'part':10} {'shape':6} {'T':>6} {'case':34} {'value':>12} {'unit':8} {'ratio':>9}")
     table, lengths = Table(), [int(t) for t in cfg.lengths.split(',')]
     if cfg.out_dir:
-        shapes, parts = [], [part for part in parts if part in ('attention', 'step', 'memory')]
+        shapes, parts = [], [part for part in parts if part in ('attention', 'step', 'memory', 'forget')]
         trained.measure(table, cfg, parts, peak_memory)
     for shape in shapes:
         for part in parts:

@@ -1,6 +1,7 @@
 """Trained checkpoints for lab/bench.py: what attention costs depends on what the model has learned to mask."""
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn.functional as fn
 import data
 import kernels
 import model as m
+from kernels import cpu
 from lab.measure import times
 from support import checkpoint as ckpt
 from support.settings import UserError
@@ -93,8 +95,35 @@ def step_case(run, selective, tokens, device='cpu'):
     return once
 
 
+@torch.no_grad()
+def still_needed(layer, q, k):
+    """What a cache without budgets could not drop after the last row, by the bound of kernels/cpu.py: {case: (B, T)}.
+
+    q, k (B, H, T, D), as attention gets them in this layer; no vote may be negative. The bound needs the longest query
+    and the smallest denominator of the rows to come. 'queries as seen' takes those of the text so far, which proves
+    nothing about later rows. Where qk_norm bounds both, there is 'any query', too.
+    """
+    D, T = q.size(3), q.size(2)
+    k_norm, longest_q, least = cpu.bounds(q * D**-0.5, k)
+    votes = layer.vote(q[:, 0] @ k[:, 0].transpose(1, 2) * D**-0.5).tril(-1)        # (B, T, T)
+    votes[:, :, 0] = 0
+    F = votes.sum(dim=1)                                        # (B, T), as the next row would have it
+    cases = {'queries as seen': (longest_q[:, :, :1], least[:, :, :1])}
+    if layer.config.qk_norm and not layer.config.ssa:
+        # an RMS-normalised vector is √D long before its weights, and rotation keeps it so
+        longest_q, longest_k = layer.q_norm.weight.abs().max(), D**0.5 * layer.k_norm.weight.abs().max()
+        # of the three logits two are of keys as long as can be, the third is that of token 0
+        least = torch.logaddexp(math.log(2) - longest_q * longest_k, -longest_q * k_norm[:, :, :1])
+        cases['any query'] = longest_q, least
+    log_eps = math.log(torch.finfo(q.dtype).eps / 2 / T)
+    needed = {name: (longest * k_norm - least).amax(dim=1) - F >= log_eps for name, (longest, least) in cases.items()}
+    for alive in needed.values():
+        alive[:, 0] = True                                      # it has no votes
+    return needed
+
+
 def measure(table, cfg, parts, peak_memory):
-    """attention, step and memory of each run in --out_dir, at its own T."""
+    """attention, step, memory and forget of each run in --out_dir, at its own T."""
     for out_dir in cfg.out_dir.split(','):
         run = load(out_dir, cfg.device)
         common = dict(shape='run', T=run.T, batch=max(1, cfg.tokens // run.T))
@@ -115,5 +144,13 @@ def measure(table, cfg, parts, peak_memory):
         if 'memory' in parts:
             table.group('memory', values={name: peak_memory([name, out_dir, run.T, cfg.tokens, cfg.device]) / 2**20
                                           for name in names}, unit='MiB', **common)
+        if 'forget' in parts:
+            values = {'full cache': run.T}
+            layers = queries_keys_values(run, cfg.tokens, cfg.device)
+            for l, (block, (q, k, _)) in enumerate(zip(run.gpt.transformer.h, layers)):
+                for name, alive in still_needed(block.attn, q, k).items():
+                    values[f'layer {l}, {name}'] = alive.float().sum(dim=1).mean().item()
+            table.group('forget', values=values, unit='tokens', **common)
     for part in parts:
-        table.growth(part, 'run')
+        if part != 'forget':
+            table.growth(part, 'run')

@@ -5,10 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as fn
 
 import model as m
 import train
-from lab import bench
+from lab import bench, trained
 from support import checkpoint as ckpt, files, settings
 
 
@@ -51,8 +52,10 @@ def test_bench_of_trained_runs(run, tmp_path, lines):
         checkpoint = ckpt.load(tmp_path / str(T))
         checkpoint['model']['transformer.h.0.attn.c_attn.weight'].mul_(100 if T == 160 else 0)      # the first layer masks
         ckpt.save(tmp_path / str(T), checkpoint)
+    with pytest.raises(settings.UserError, match='give their folders with --out_dir'):
+        run(bench, '--what=forget')
     run(bench, f'--out_dir={tmp_path / "80"},{tmp_path / "160"}', '--tokens=160', '--rounds=1', '--device=cpu',
-        f'--to={tmp_path / "bench.json"}')
+        '--what=attention,step,memory,forget', f'--to={tmp_path / "bench.json"}')
     rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
     live = {row['T']: row['live'] for row in rows if row['part'] == 'attention' and row['T'] != 'growth'}
     assert live[80] == 1 and live[160] < 0.99
@@ -60,6 +63,38 @@ def test_bench_of_trained_runs(run, tmp_path, lines):
     assert {(part, T, case) for part in ('attention', 'step', 'memory') for T in (80, 160, 'growth')
             for case in ('standard', 'selective')} <= cases
     assert ('layer', 80, 'selective, layer 1, live 100%') in cases
+    left = {row['T']: row['value'] for row in rows if row['case'] == 'layer 0, queries as seen'}
+    assert left[80] == 80 and left[160] < 159
+
+
+def test_what_a_cache_needs_no_more():
+    """What no query can see: the attention of the worst later rows is the same without it, whatever the strength."""
+    T, D, counts = 400, 4, []
+    torch.manual_seed(0)
+    layer = m.GPT(m.GPTConfig(n_layer=1, n_head=2, n_embd=2 * D, vocab_size=9, selective=True, qk_norm=True)).transformer.h[0].attn
+    q, k = torch.randn(2, 2, 2, T, D)
+    for strength in torch.linspace(0.2, 4, 60):
+        layer.q_norm.weight.data.fill_(strength)
+        layer.k_norm.weight.data.fill_(strength)
+        longest = D**0.5 * strength
+        q, k = layer.q_norm(q), layer.k_norm(k)
+        k[:, :, 0] = -k[:, :, 1]                                # who looks for token 1 looks away from token 0
+        needed = trained.still_needed(layer, q, k)
+        assert set(needed) == {'queries as seen', 'any query'}
+        dead = ~needed['any query']
+        votes = (q[:, 0] @ k[:, 0].transpose(1, 2) / D**0.5).relu().tril(-1)
+        votes[:, :, 0] = 0
+        # later rows as long as can be, each looking for one token, with the least logits of themselves and the one before
+        L = fn.normalize(k, dim=3) * longest @ k.transpose(2, 3) / D**0.5 - votes.sum(dim=1)[:, None, None]
+        P = fn.pad(L, (0, 2), value=-(longest**2 / D**0.5).item()).double().softmax(dim=3)[..., :T]
+        assert (P * dead[:, None, None]).sum(dim=3).max() < 1e-7
+        counts.append(dead.sum().item())
+    assert counts[0] == 0 and counts[-1] > 0
+
+
+def test_a_bound_for_any_query_needs_qk_norm():
+    layer = m.GPT(m.GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=9, selective=True)).transformer.h[0].attn
+    assert set(trained.still_needed(layer, torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4))) == {'queries as seen'}
 
 
 def test_bench_memory_of_a_process(tmp_path):
