@@ -31,7 +31,7 @@ import torch.nn.functional as fn
 import model
 
 BLOCK = 64              # rows of a block
-TOGETHER = 2**20        # so many logits of a block are computed together: short sequences side by side
+TOGETHER = 2**19        # so many logits of a block are computed together: short sequences side by side
 TINY = 1e-30            # a smaller P is 0: far below rounding, and products of denormal numbers are slow on a CPU
 
 
@@ -85,7 +85,7 @@ class _SelectiveAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, vote, tau, *parameters):
         B, H, T, _ = q.shape
         y, M = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, T if tau is not None else 0)
-        n = max(1, TOGETHER // (H * min(BLOCK, T) * T))
+        n = max(1, TOGETHER // (H * min(BLOCK, T) * min(512, T)))       # long sequences soon have few columns left
         ctx.walks = []                                          # a slice of the batch, and its blocks
         for g in [slice(b, b + n) for b in range(0, B, n)]:
             for skip in (True, False):
