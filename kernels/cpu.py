@@ -255,7 +255,10 @@ def _scaled(q):
 
 def _take(x, columns):
     """x (B, H, N, D), columns (B, M) -> (B, H, M, D)."""
-    return torch.stack([x[b].index_select(1, j) for b, j in enumerate(columns)])
+    taken = x.new_empty(*x.shape[:2], columns.size(1), x.size(3))
+    for b, j in enumerate(columns):
+        torch.index_select(x[b], 1, j, out=taken[b])
+    return taken
 
 
 def bounds(q, k):
