@@ -3,6 +3,7 @@
     python -m lab.bench --out_dir=out/sel_1024,out/sel_2048 --to=out/selective.json
     python -m lab.bench --out_dir=out/mem_1024,out/mem_2048 --to=out/memory_loss.json
     python -m lab.plot_cost --selective=out/selective.json --memory_loss=out/memory_loss.json --to=results/cost.png
+    python -m lab.plot_cost ... --qk_norm=out/qk_norm.json      a third line, of runs with memory loss and qk_norm
 """
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from support.settings import UserError
 class PlotCostConfig:
     selective: str = 'out/selective.json'       # lab.bench's table of runs without memory loss
     memory_loss: str = 'out/memory_loss.json'   # lab.bench's table of runs with it
+    qk_norm: str = ''                           # of runs with it and with qk_norm; '': left out
     to: str = 'out/cost.png'                    # the picture
 
 
@@ -34,15 +36,18 @@ def main():
     lines = [('standard (SDPA)', points(cfg.memory_loss, 'standard'), 'o-k'),
              ('selective', points(cfg.selective, 'selective'), 's-C0'),
              ('selective, memory loss', points(cfg.memory_loss, 'selective'), '^-C3')]
+    if cfg.qk_norm:
+        lines.append(('selective, memory loss, qk_norm', points(cfg.qk_norm, 'selective'), 'v--C2'))
     plt = plot.import_pyplot()
     figure, axes = plt.subplots(figsize=(5, 3.6), layout='constrained')
     for label, (x, y), style in lines:
         axes.plot(x, y, style, label=label)
         axes.annotate(f'{y[-1]:.0f}', (x[-1], y[-1]), textcoords='offset points', xytext=(6, -3))
     axes.set_xscale('log', base=2)
+    x = lines[0][1][0]
     axes.set_xticks(x, [f'{T:,}' for T in x])
     axes.set_ylim(bottom=0)
-    axes.set_xlim(right=1.15 * x[-1])
+    axes.set_xlim(right=1.25 * x[-1])
     axes.set_xlabel('context length T, tokens')
     axes.set_ylabel('ms for each sequence')
     axes.set_title('Attention of 4 layers, forward + backward, trained weights', fontsize='medium')
