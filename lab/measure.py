@@ -48,7 +48,7 @@ class Table:
         rows = [r for r in self.rows if r['part'] == part and r['shape'] == shape]
         for name in dict.fromkeys(r['case'] for r in rows):
             points = [(math.log(r['T']), math.log(r['value'] / r.get('batch', 1))) for r in rows if r['case'] == name]
-            if len(points) > 1:
+            if len({T for T, _ in points}) > 1:
                 p = float(np.polyfit(*zip(*points), deg=1)[0])
                 self.rows.append(dict(part=part, shape=shape, T='growth', case=name, value=p, unit='exponent'))
                 print(f'{part:10} {shape:6} growth {name:34} T^{p:.2f} for each sequence', flush=True)
