@@ -20,7 +20,7 @@ import data
 import prepare_text
 import train
 from lab import figures, plot, tasks
-from lab.runs import Runner, command, curves, last, mean_loss, spread, steps_to, table
+from lab.runs import Runner, command, curves, last, mean_loss, spread, steps_to, table, tokens_kept
 from support import checkpoint as ckpt
 from support import settings
 from support.settings import UserError
@@ -148,21 +148,6 @@ def equal_memory(r, T, runs, kept):
     rows = [header, ['---'] * len(header), *rows]
     return ('Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows; and with as many '
             'tokens, the loss of all / of recall tokens:\n\n' + '\n'.join(f"| {' | '.join(row)} |" for row in rows))
-
-
-def tokens_kept(r, kept):
-    """The picture: tokens kept a layer against context, the paper's beside ours."""
-    plt = plot.import_pyplot()
-    picture, ax = plt.subplots(figsize=(6, 4), layout='constrained')
-    for n, (name, points) in enumerate([*kept.items(), ("the paper's", {512: [32], 1024: [41], 2048: [44]})]):
-        colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
-        ax.plot(list(points), [statistics.mean(values) for values in points.values()], color=colour, linestyle=line,
-                marker=marker, label=name)
-    ax.set(xlabel='context', ylabel='tokens kept a layer', xscale='log', yscale='log',
-           title="at standard attention's loss")
-    ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
-    return r.save(picture)
 
 
 def heads(r):

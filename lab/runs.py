@@ -184,3 +184,18 @@ def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per 
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     return runner.save(picture)
+
+
+def tokens_kept(runner, kept):
+    """The picture: tokens kept a layer against context, the paper's beside ours. kept: {name: {context: [tokens]}}."""
+    plt = plot.import_pyplot()
+    picture, ax = plt.subplots(figsize=(6, 4), layout='constrained')
+    for n, (name, points) in enumerate([*kept.items(), ("the paper's", {512: [32], 1024: [41], 2048: [44]})]):
+        colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
+        ax.plot(list(points), [statistics.mean(values) for values in points.values()], color=colour, linestyle=line,
+                marker=marker, label=name)
+    ax.set(xlabel='context', ylabel='tokens kept a layer', xscale='log', yscale='log',
+           title="at standard attention's loss")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return runner.save(picture)
