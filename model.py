@@ -8,7 +8,7 @@ Symbols, as in the papers. Row i is a query, column j a key, h a head.
 
     L[h,i,j]    logits of attention, q[h,i].k[h,j] / sqrt(D)
     S[i,j]      vote of token i to mask token j for all later rows; made from L[0], so it costs no parameters
-    F[i,j]      sum of S[k,j] over k < i: how much the rows before i have masked token j; all heads subtract it
+    F[i,j]      sum of S[r,j] over r < i: how much the rows before i have masked token j; all heads subtract it
     P[h,i,j]    attention weights, softmax over j of L[h,i,j] - F[i,j]
     M[i]        memory requirement: how many tokens row i still needs
     K           budget: how many tokens a layer may keep
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as fn
+import torch.nn.functional as fn        # not F: that is the sum of votes
 
 
 @dataclass
@@ -52,7 +52,7 @@ def selective_attention_listing(q, k, v, vote, dropout=0.0, memory_tau=None):
     i = torch.arange(q.size(2), device=q.device)[:, None]       # (T, 1)
     j = i.T                                                     # (1, T)
     L = (q @ k.transpose(-2, -1)).to(F_dtype(q.dtype)) / math.sqrt(q.size(3))       # (B, H, T, T)
-    S = torch.where((0 < j) & (j < i), vote(L[:, 0]), 0.0)      # nobody votes on token 0, itself or the future
+    S = torch.where((0 < j) & (j < i), vote(L[:, 0]), 0.0)      # nobody votes on token 0 (BOS), itself or the future
     F = fn.pad(S, (0, 0, 1, -1)).cumsum(dim=1)                  # (B, T, T) rows moved down by one: votes act later
     P = (L - F[:, None]).masked_fill(j > i, float('-inf')).softmax(dim=-1)          # every head reads the same F
     P = fn.dropout(P, dropout, training=dropout > 0)
@@ -76,7 +76,7 @@ def attend(q, k, v, F, i, j, vote=None, forget=None, dropout=0.0):
     S = torch.zeros_like(L[:, 0], dtype=F.dtype)                # (B, R, N)
     if vote is not None:
         S = torch.where((0 < j) & (j < i), vote(L[:, 0].to(F.dtype)), S)        # not on token 0, itself or the future
-    # F[i,j] = sum of S[k,j] over k < i. A row's own vote acts only on later rows, hence R+1 sums from R votes.
+    # F[i,j] = sum of S[r,j] over r < i. A row's own vote acts only on later rows, hence R+1 sums from R votes.
     F = torch.cat([F[:, None], S], dim=1).cumsum(dim=1)         # (B, R+1, N)
     hidden = j > i                                              # nobody sees the future
     if forget is not None:
@@ -119,9 +119,9 @@ def F_dtype(dtype):
 
 
 def memory_requirement(F, i, memory_tau):
-    """M[i] = i - sum over j of min(F[i,j], τ)/τ, 2410.02703 section 6: how many earlier tokens row i still needs.
+    """M[i] = i - sum over j of min(F[i,j], τ) / τ, 2410.02703 section 6: how many earlier tokens row i still needs.
 
-    F (B, R, N) -> M (B, R). memory_tau is the paper's τ, the F at which a token counts as masked; None gives None.
+    F (B, R, N), i (R,) -> M (B, R). memory_tau is the paper's τ: the F at which a token counts as masked; None: no M.
     """
     return i - (F.clamp(max=memory_tau) / memory_tau).sum(dim=-1) if memory_tau is not None else None
 
@@ -173,7 +173,7 @@ def rotate(q, k, pos):
 class CausalSelfAttention(nn.Module):
     """Attention of H heads: standard, or selective where the config says so; SSA scales q, k, v before either."""
 
-    # What runs in training. kernels.install puts a faster function here, if it gives the same numbers.
+    # Selective attention without a cache. kernels.install puts a faster function here, if its numbers are the same.
     attention = staticmethod(selective_attention)
 
     def __init__(self, config):
@@ -209,7 +209,7 @@ class CausalSelfAttention(nn.Module):
         for name, temperature in self.ssa.items():
             tau = temperature(x, qkv[name], pos)                        # (B, T, H)
             heads[name] = heads[name] * tau[..., None]
-        # under autocast norms and temperatures are in float32; attention has the dtype of c_attn's output
+        # under autocast norms and temperatures may be wider; attention has the dtype of c_attn's output
         q, k, v = (heads[name].to(qkv[name].dtype).transpose(1, 2) for name in 'qkv')       # (B, H, T, D)
 
         dropout = self.config.dropout if self.training else 0.0
@@ -287,7 +287,7 @@ class GPT(nn.Module):
 
         idx, targets: int64 (B, T); a target of -1 is ignored. Without targets: logits of the last position only,
         (B, 1, V), and loss None. cache: a KVCache; idx continues the text that it holds. memory_tau, with targets and
-        no cache: return, third, the memory requirement as a fraction of the context, which training adds to the loss.
+        no cache: a third result, the memory requirement as a fraction of the context, which training adds to the loss.
         Raises ValueError where learned positions end before the tokens do. Single-token steps are not checked: reading
         the position would synchronise the GPU.
         """
@@ -314,12 +314,12 @@ class GPT(nn.Module):
         if memory_tau is None:
             return logits, loss
         if not self.config.selective:
-            raise ValueError('the memory requirement is one of selective attention')
+            raise ValueError('memory_tau needs selective=True: only votes mask tokens')
         # 2410.02703 section 6: mean over the batch of (sum over layers of max over rows of M) / (n_layer * T)
         return logits, loss, torch.stack([M.max(dim=1).values for M in Ms]).mean() / T
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """idx (B, T) and max_new_tokens more, (B, T + max_new_tokens). The options are those of `stream` below."""
+        """idx (B, T) and max_new_tokens more: (B * num_samples, T + max_new_tokens). options: see `stream` below."""
         new = list(stream(self, idx, max_new_tokens, temperature, top_k, **options))
         return torch.cat([idx.repeat_interleave(len(new[0]) // len(idx), dim=0), *new], dim=1) if new else idx
 
@@ -366,7 +366,7 @@ EMPTY = 2**30   # position of an empty slot: later than any row, so the causal m
 class LayerCache:
     """What one layer remembers: K slots of keys, values, F and positions, allocated once and written in place.
 
-    policy: which token a full layer drops: 'selective' the one of largest F, 'oldest' the oldest but token 0, 'random'.
+    policy: which token a full layer drops, never token 0: 'selective', that of largest F; 'oldest'; 'random'.
     """
 
     def __init__(self, B, H, K, D, policy, device, dtype):
@@ -380,13 +380,13 @@ class LayerCache:
         """The next tokens, at positions i (R,), with q, k, v (B, H, R, D); vote None: standard attention. Returns y."""
         if q.size(2) > 1:
             return self._prefill(q, k, v, i, vote)
-        # One row. Shapes are fixed and no value is read from the host, so that a step can be captured as a CUDA graph.
+        # One row. Shapes are fixed and the host reads no value, so that a step can be captured as a CUDA graph.
         score = self.score(self.F, i, self.j)
         score = score.masked_fill(self.j == EMPTY, math.inf)    # an empty slot goes first
         worst = score == score.amax(dim=1, keepdim=True)
         slot = self.j.masked_fill(~worst, EMPTY + 1).argmin(dim=1)      # (B,) of equal scores, the oldest token's
         b = torch.arange(len(slot), device=slot.device)         # every sequence of the batch drops its own
-        self.k[b, :, slot] = k[:, :, 0].to(self.k.dtype)
+        self.k[b, :, slot] = k[:, :, 0].to(self.k.dtype)        # (B, H, D)
         self.v[b, :, slot] = v[:, :, 0].to(self.v.dtype)
         self.F[b, slot] = 0.0
         self.j[b, slot] = i
@@ -395,7 +395,7 @@ class LayerCache:
         return y
 
     def _prefill(self, q, k, v, i, vote):
-        # A block of R rows over what is remembered and the block itself: n + R columns, in the order of age.
+        # A block of R rows over the n tokens remembered and the block itself: n + R columns, in the order of age.
         B, R, n = q.size(0), q.size(2), min(int(i[0]), self.K)
         age = self.j[:, :n].argsort(dim=1)                      # decoding fills slots in any order
         k = torch.cat([self.k.take_along_dim(age[:, None, :, None], 2), k.to(self.k.dtype)], dim=2)     # (B, H, n+R, D)
@@ -403,7 +403,7 @@ class LayerCache:
         j = torch.cat([self.j.gather(1, age), i.expand(B, R)], dim=1)           # (B, n+R)
         F = fn.pad(self.F.gather(1, age), (0, R))                               # (B, n+R)
         y, F, hidden = attend(q, k, v, F, i, j, vote, self.forget)
-        m = min(n + R, self.K)                                  # as many are left in every sequence
+        m = min(n + R, self.K)                                  # the same number is left in every sequence
         left = hidden[:, -1].int().argsort(dim=1, stable=True)[:, :m]           # (B, m) still in the order of age
         self.k[:, :, :m] = k.take_along_dim(left[:, None, :, None], 2)
         self.v[:, :, :m] = v.take_along_dim(left[:, None, :, None], 2)
@@ -432,7 +432,7 @@ class LayerCache:
         B, R, N = F.shape
         score = self.score(F, i, j).masked_fill(j >= i, -math.inf).expand(B, R, N)
         out = score.new_zeros(B, N)                             # -inf where a column was dropped
-        dropped_at = torch.full((B, N), R, device=F.device)     # the row that dropped it
+        dropped_at = torch.full((B, N), R, device=F.device)     # the row of the block that dropped it; R: none
         for r in range(max(0, self.K - (N - R)), R):            # before that the buffer has room
             worst = (score[:, r] + out).argmax(dim=1, keepdim=True)     # of equal scores the first, which is the oldest
             out.scatter_(1, worst, -math.inf)
@@ -444,20 +444,20 @@ class KVCache:
     """The memory of one generation: for each layer l at most budgets[l] tokens, whatever the length of the text.
 
     budgets: one number for all layers, a list of one for each, or None: block_size. policy: see LayerCache. dtype: of
-    keys and values; None: that of the weights. Raises ValueError if budgets or policy do not fit the model.
+    keys and values; None: that of the weights (another needs autocast). Raises ValueError if they do not fit the model.
     """
 
     def __init__(self, model, batch_size, budgets=None, policy='selective', dtype=None):
         c = model.config
         self.budgets = check_budgets(c, budgets, policy)
-        self.policy = policy if c.selective or policy != 'selective' else 'oldest'      # without votes F stays 0
+        self.policy = policy if c.selective or policy != 'selective' else 'oldest'      # the same, without votes
         w = model.transformer.wte.weight
         self.layers = [LayerCache(batch_size, c.n_head, K, c.n_embd // c.n_head, self.policy, w.device,
                                   dtype or w.dtype) for K in self.budgets]
         self.position = torch.zeros(1, dtype=torch.long, device=w.device)       # of the next token; on the device
 
     def repeat(self, n):
-        """Make of each sequence n, in place, so that one prompt that was read serves n texts."""
+        """Repeat each sequence n times: a prompt that was read once then serves n texts."""
         for layer in self.layers:
             for name in ('k', 'v', 'F', 'j'):
                 setattr(layer, name, getattr(layer, name).repeat_interleave(n, dim=0))
@@ -495,11 +495,11 @@ def prefill(model, idx, cache, rows=64):
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, budgets=None, policy='selective', cache=None,
            num_samples=1):
-    """Yield max_new_tokens times the next tokens (B * num_samples, 1) after idx (B, T): prefill, then row by row.
+    """Yield the next tokens (B * num_samples, 1), max_new_tokens times: prefill idx (B, T), then go row by row.
 
     temperature 0 takes the most likely token; top_k keeps the k most likely; budgets, policy: see KVCache.
-    With rope, positions count on past block_size in a cache of constant size. Learned positions end there and cannot be
-    shifted in a cache: a longer prompt is cut to its newest block_size tokens, and later the newest half is read anew.
+    With rope, positions count on past block_size, and the cache may hold text already. Learned positions end there and
+    cannot be shifted: a longer prompt is cut to its newest block_size tokens, and later the newest half is read anew.
     """
     size, ends = model.config.block_size, not model.config.rope
     idx = idx[:, -size:] if ends else idx

@@ -11,10 +11,9 @@ it. Run a search that was stopped again, and it continues where it was.
 
 --search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every step. The default,
 --search=quick, differs from it in three things. A bite is a fraction of what a layer has, at first half of it; when no
-layer can give such a bite, it is halved, down to one token. While it is more than one token, a bite may spend at most
-a quarter of the loss that is left to spend. And only the layer whose last trial was the cheapest per token is tried
-again: if it still is the cheapest, it is taken without trying the others. Both ways keep the activations below the
-layer that is tried.
+layer can give such a bite, it is halved, down to one token. A bite of more than one token may spend at most a quarter
+of what is left up to the target. And only the layer whose last trial was the cheapest per token is tried again: if it
+still is the cheapest, it is taken without trying the others. Both ways reuse the activations below the tried layer.
 """
 import json
 import math
@@ -118,14 +117,15 @@ def quick_search(trials, target, loss):
 
     See the top of this file for how it is chosen.
     """
-    budgets, part = trials.budgets, 0.5
+    budgets, part, single = trials.budgets, 0.5, False
     least = min(2, max(budgets))
-    while part * max(budgets) >= 1:
+    while not single:
+        single = part * max(budgets) < 2    # the last round: one token, from any layer
         last = {}       # layer -> (loss per token in its last trial of this round, loss, budget, the step of the trial)
         step, open_layers = 0, set(range(len(budgets)))
         while True:
             def bite(l):
-                return min(math.floor(budgets[l] * part), budgets[l] - least)
+                return min(1 if single else math.floor(budgets[l] * part), budgets[l] - least)
             open_layers = {l for l in open_layers if bite(l) >= 1}
             if not open_layers:
                 break
@@ -141,7 +141,8 @@ def quick_search(trials, target, loss):
                 open_layers.remove(l)
                 continue
             loss, step = tried, step + 1
-            yield l, K, loss, 2 * len(budgets) * (1 + math.log2(part * max(budgets)))    # two a layer for each size
+            left = 1 if single else 1 + math.log2(part * max(budgets))      # rounds
+            yield l, K, loss, 2 * len(budgets) * left       # two trials a layer in each round
         part /= 2
 
 
@@ -194,7 +195,7 @@ def bootstrap(values, counts=None, samples=10_000):
 
 
 def unseen(trials, curve, target):
-    """What the curve is worth on windows that the search has not seen: those of trials, where target is the loss of each.
+    """The curve on windows that the search has not seen, those of trials. target: the loss to keep on each window.
 
     Returns a dictionary: 'target'; 'unpruned', 'pruned', the losses at the ends of the curve; 'difference', of the end
     to the target, with its 95% interval; 'holds', the point of the curve with the least memory whose loss on these

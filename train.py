@@ -113,7 +113,7 @@ def find_start(cfg, processes):
 def take_settings(cfg, start):
     """Set what the checkpoint decides: for eval_only all of the model and the data, else what cannot change in a run.
 
-    Yields a line for each setting that is overruled, and for another data set than before.
+    Yields lines about a resumed run: the settings that differ, and that it has no <|endoftext|>.
     """
     args = ckpt.model_args(start)
     if cfg.eval_only:
@@ -175,9 +175,9 @@ def get_batch(cfg, dataset, split, index):
 
 @torch.no_grad()
 def evaluate(cfg, model, dataset, processes):
-    """Figures on the validation set: val_loss, the plain cross-entropy; memory, what a selective model needs of it;
-    accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token; live, with
-    kernels/cpu.py: the share of attention that it computed, as the rest is provably masked."""
+    """Figures on the validation set: val_loss, the plain cross-entropy; memory, the share of the context that selection
+    needs; accuracy, where the data set asks questions: the fraction of the answers that are the likeliest token; live,
+    with kernels/cpu.py: the share of attention that it computed, as the rest is provably masked."""
     model.eval()
     kernels.live_share()                    # from here on
     names = ['val_loss'] + ['memory'] * cfg.selective + ['accuracy'] * bool(dataset.record_len) + ['live']
@@ -245,10 +245,11 @@ def train(cfg, processes):
     origin = start and start['pretrained']
     iter_num, val_loss, val_iter, saved_iter = 0, None, None, None
     if cfg.init_from == 'resume':
-        iter_num, val_loss, val_iter = saved_iter, _, _ = start['iter_num'], start['val_loss'], start['val_iter']
+        iter_num, val_loss, val_iter = start['iter_num'], start['val_loss'], start['val_iter']
+        saved_iter = iter_num
     if cfg.init_from == 'resume' and not cfg.eval_only:
         ckpt.load_optimizer(optimizer, scaler, raw_model, start)
-    start = None                            # its memory
+    start = None                            # frees its memory
 
     micro_steps = cfg.gradient_accumulation_steps // processes.world
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)

@@ -1,5 +1,7 @@
 """prune.py: the search, what it writes, and what it refuses."""
+import itertools
 import json
+import random
 
 import pytest
 import torch
@@ -70,6 +72,26 @@ def test_budgets_keep_the_loss(search, lines, runs, run):
         if K - bite >= 2:
             fewer = [K - bite if l == m else other for m, other in enumerate(result['budgets'])]
             assert loss(fewer) > result['target_loss'] - 1e-4
+
+
+def test_the_quick_search_ends_where_no_layer_can_give_a_token():
+    """On losses that are known, of layers that need different numbers of tokens."""
+    class Trials:
+        def __init__(self, needs, T):
+            self.needs, self.budgets = needs, [T] * len(needs)
+
+        def loss(self, l=None, K=None):
+            return sum(need * (1 - (K if i == l else kept) / 64)**(2 + 8 * need)
+                       for i, (need, kept) in enumerate(zip(self.needs, self.budgets)))
+
+    for n, T in itertools.product(range(20), (2, 16, 64)):
+        rng = random.Random(n)
+        trials = Trials([rng.random()**3 for _ in range(4)], T)
+        target = trials.loss() + rng.random() * (sum(trials.needs) - trials.loss()) / 2
+        for l, K, loss, left in prune.quick_search(trials, target, trials.loss()):
+            trials.budgets[l] = K
+            assert loss == trials.loss() <= target and left > 0
+        assert all(K == 2 or trials.loss(l, K - 1) > target for l, K in enumerate(trials.budgets)), (n, T)
 
 
 def test_plain_search_is_greedy(runs, run):
@@ -173,6 +195,7 @@ def test_bootstrap():
     values = torch.randn(200, generator=torch.Generator().manual_seed(0)) + 3
     low, high = prune.bootstrap(values)
     error = values.std() / 200**0.5
-    assert abs(low - (values.mean() - 1.96 * error)) < 0.2 * error and abs(high - (values.mean() + 1.96 * error)) < 0.2 * error
+    assert abs(low - (values.mean() - 1.96 * error)) < 0.2 * error
+    assert abs(high - (values.mean() + 1.96 * error)) < 0.2 * error
     assert prune.bootstrap(torch.full((5,), 2.0)) == (2.0, 2.0)
     assert prune.bootstrap(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 8.0])) == (0.5, 0.5)
