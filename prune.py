@@ -32,8 +32,9 @@ from support import checkpoint as ckpt, devices, files, pretrained, settings
 from support.settings import UserError
 
 # what a search needs of an earlier one
-EARLIER = {'checkpoint': str, 'code': str, 'policy': str, 'dataset': str, 'block_size': int, 'search': dict,
-           'trials': [[float]]}
+EARLIER = {'checkpoint': str, 'code': str, 'policy': str, 'dataset': str, 'data': str, 'block_size': int,
+           'search': dict, 'trials': [[float]]}
+ABOVE = 'is already above the target'         # of a loss without pruning
 
 
 @dataclass
@@ -257,10 +258,10 @@ def main():
     else:
         held_out_target = torch.full((cfg.windows,), target, device=cfg.device)
     if unpruned > target:
-        raise UserError(f'the loss without pruning, {unpruned:.4f}, is already above the target, {target:.4f}')
+        raise UserError(f'the loss without pruning, {unpruned:.4f}, {ABOVE}, {target:.4f}')
 
     result = {'budgets': list(trials.budgets), 'policy': cfg.policy, 'block_size': size, 'target_loss': target,
-              'unpruned_loss': unpruned, 'baseline_loss': baseline, 'dataset': dataset.name,
+              'unpruned_loss': unpruned, 'baseline_loss': baseline, 'dataset': dataset.name, 'data': dataset.fingerprint(),
               'checkpoint': ckpt.fingerprint(model), 'code': ckpt.code_fingerprint(), 'held_out': {},
               'search': {name: getattr(cfg, name) for name in ('search', 'bite', 'windows', 'seed', 'batch_size')},
               'curve': [point(trials.budgets, size, unpruned)], 'trials': []}
@@ -295,7 +296,8 @@ def main():
           f'(95% over windows: {low:+.4f} to {high:+.4f}); '
           + ('no point of the curve keeps the loss there' if not found['holds'] else
              f"what keeps the loss there, too: {found['holds']['saving']:.1f}x less memory"))
-    print(path + (f': sample.py --out_dir={cfg.out_dir} generates within it' if cfg.policy == 'selective' else ''))
+    own = '' if name == 'budgets.json' else f' --budgets={path}'
+    print(path + (f': sample.py --out_dir={cfg.out_dir}{own} generates within it' if cfg.policy == 'selective' else ''))
 
 
 def known_trials(path, result):

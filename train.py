@@ -64,7 +64,7 @@ class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
     grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping [0 to 1e6]
     # memory loss, 2410.02703 section 6
     memory_loss: float = 0.0            # its weight, epsilon; the paper's is 0.1; 0: off [0 to 1000]
-    memory_tau: float = 1.0             # the F at which a token counts as wholly masked [above 0 to 1e6]
+    memory_tau: float = 1.0             # the F at which a token counts as wholly masked [1e-3 to 1e6]
     # machine
     kernel: str = 'auto'                # 'none': model.py's own code ['auto', 'none', 'listing', 'cpu', 'gpu']
     device: str = 'auto'                # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is
@@ -113,7 +113,7 @@ def find_start(cfg, processes):
 def take_settings(cfg, start):
     """Set what the checkpoint decides: for eval_only all of the model and the data, else what cannot change in a run.
 
-    Yields lines about a resumed run: the settings that differ, and that it has no <|endoftext|>.
+    Yields a line about the settings given that it overrules, and lines about what else differs in a resumed run.
     """
     args = ckpt.model_args(start)
     if cfg.eval_only:
@@ -125,6 +125,9 @@ def take_settings(cfg, start):
         fixed['bos'] = ckpt.starts_with_bos(start)
     else:
         fixed = {name: args[name] for name in pretrained.SHAPE}
+    overruled = [name for name, value in fixed.items() if getattr(cfg, name) not in (value, getattr(TrainConfig, name))]
+    if overruled:
+        yield 'as the checkpoint has it: ' + ', '.join(f'{name}={fixed[name]}' for name in overruled)
     for name, value in fixed.items():
         setattr(cfg, name, value)
     if cfg.init_from == 'resume' and not cfg.eval_only:

@@ -44,7 +44,7 @@ The checkpoint of a rule does not know it: sample.py and prune.py would apply th
 resume, give the same rule again.
 """
 import contextlib
-import math
+import os
 import sys
 
 import torch
@@ -52,8 +52,8 @@ import torch.nn as nn
 import torch.nn.functional as fn
 
 import model as m
-from support import settings
 import train
+from support import checkpoint as ckpt, settings
 from support.settings import UserError
 
 # ---- Votes: (layer, logits of head 0 (B, R, N)) -> S
@@ -134,7 +134,7 @@ class ScalableSoftmax(nn.Module):
 def no_position(config, position_aware, original=m.Temperature):
     made = original(config, position_aware)
     if position_aware:
-        made.alpha.data.fill_(-math.inf)                        # sigmoid(alpha) = 0
+        made.alpha.data.fill_(-1e4)                             # sigmoid(alpha) = 0
         made.alpha.requires_grad_(False)
     return made
 
@@ -174,7 +174,7 @@ def parse(rule):
     name, equals, K = rule.partition('=')
     if equals:
         name += '=K'
-    if name not in RULES or rule == 'window=K' or equals and not (K.isascii() and K.isdigit() and int(K) >= 2):
+    if name not in RULES or rule == 'window=K' or equals and not (K.isascii() and K.isdigit() and len(K) < 8 and int(K) >= 2):
         raise UserError(f"the rule comes first, one of {', '.join(RULES)}, with K at least 2")
     return name, int(K) if equals else None
 
@@ -226,7 +226,11 @@ def main():
         return
     rule = sys.argv.pop(1) if len(sys.argv) > 1 else ''
     name, _ = parse(rule)
-    check(name, settings.parse(train.TrainConfig))
+    cfg = settings.parse(train.TrainConfig)
+    if (cfg.eval_only or cfg.init_from == 'resume') and os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')):
+        for key, value in ckpt.model_args(ckpt.load(cfg.out_dir)).items():      # the checkpoint decides
+            setattr(cfg, key, value)
+    check(name, cfg)
     with changed(rule):
         train.main()
 

@@ -189,12 +189,19 @@ def main():
     parts, shapes = cfg.what.split(','), cfg.shapes.split(',')
     if set(parts) - {*PARTS, 'forget'}:
         raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}, forget")
+    of_runs = [part for part in parts if part in ('attention', 'step', 'memory', 'forget')]
+    if cfg.out_dir and not of_runs:
+        raise UserError(f'--what={cfg.what}: of trained models it is attention, step, memory, forget')
+    for folder in cfg.out_dir.split(',') if cfg.out_dir else []:
+        trained.load(folder, 'cpu')             # what is wrong with one is said before the others are measured
     if 'forget' in parts and not cfg.out_dir:
         raise UserError('--what=forget is about trained models: give their folders with --out_dir')
     if cfg.clock not in ('wall', 'cpu'):
         raise UserError(f"--clock={cfg.clock}: it is 'wall' or 'cpu'")
     if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
         raise UserError(f'--shapes is among {", ".join(SHAPES)}, --lengths are whole numbers like 256,512')
+    if 'decode' in parts and min(map(int, cfg.lengths.split(','))) < cfg.rounds + 34:
+        raise UserError(f'--rounds={cfg.rounds}: decode needs --lengths of {cfg.rounds + 34} and more for it')
     files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
     machine = torch.cuda.get_device_name() if 'cuda' in cfg.device else \
@@ -203,7 +210,7 @@ def main():
     print(f"{'part':10} {'shape':6} {'T':>6} {'case':34} {'value':>12} {'unit':8} {'ratio':>9}")
     table, lengths = Table(), [int(t) for t in cfg.lengths.split(',')]
     if cfg.out_dir:
-        shapes, parts = [], [part for part in parts if part in ('attention', 'step', 'memory', 'forget')]
+        shapes, parts = [], of_runs
         trained.measure(table, cfg, parts, peak_memory)
     for shape in shapes:
         for part in parts:

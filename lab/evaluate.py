@@ -19,6 +19,7 @@ import inspect
 import json
 import logging
 import os
+import sqlite3
 import sys
 from dataclasses import dataclass
 
@@ -104,9 +105,14 @@ def load_task(manager, name, num_fewshot):
 
 def evaluate(lm_eval, lm, loaded, cfg):
     """What the harness finds: {'results': {task: {'acc,none': …}}, 'n-samples': …, …}; and 'cut', a count of texts."""
-    cached = lm
+    cached, path = lm, cfg.answers and os.path.join(cfg.answers, identity(lm) + '.db')
     if cfg.answers:
-        cached = lm_eval.api.model.CachingLM(lm, os.path.join(cfg.answers, identity(lm) + '.db'))
+        if os.path.isfile(path):
+            try:
+                sqlite3.connect(path).execute('SELECT name FROM sqlite_master')
+            except sqlite3.Error as e:
+                raise UserError(f'{path}: {e}: delete it') from None
+        cached = lm_eval.api.model.CachingLM(lm, path)
     with contextlib.redirect_stdout(sys.stderr):
         try:
             results = lm_eval.evaluate(lm=cached, task_dict=loaded, limit=cfg.limit or None, bootstrap_iters=100,

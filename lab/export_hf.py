@@ -19,6 +19,7 @@ import model as m
 from support import checkpoint as ckpt, files, settings
 from support.settings import UserError
 
+SIGN = 'library_name: transformers\npipeline_tag: text-generation\n---\n# '     # what README.md of an export begins with
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'hf', 'modeling_selective_gpt.py')
 
 
@@ -36,9 +37,11 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         import safetensors.torch
     except ImportError:
         raise UserError('this needs the package safetensors: pip install safetensors') from None
-    # model.safetensors is written first, so an export that was stopped can be repeated
-    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, 'model.safetensors')):
-        raise UserError(f'{folder} has files that are not an export: choose another --folder')
+    # README.md is written first, so an export that was stopped can be repeated
+    if os.path.isdir(folder) and os.listdir(folder):
+        files.check_output(os.path.join(folder, 'README.md'), '.md', SIGN)
+        if not os.path.isfile(os.path.join(folder, 'README.md')):
+            raise UserError(f'{folder} has files that are not an export: choose another --folder')
     c, tokenizer = model.config, data.get_tokenizer(checkpoint['tokenizer'])
     bos = ckpt.starts_with_bos(checkpoint)
     eot = min(tokenizer.eot_token, c.vocab_size - 1)        # a GPT-2 of other tokens may have a smaller vocabulary
@@ -47,19 +50,21 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     special = {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': eot}
     generation = {**special, 'budgets': budgets, 'policy': policy} if budgets is not None and not plain else special
     content = {
+        'README.md': card(model, checkpoint, os.path.basename(os.path.abspath(folder)), plain, generation),
         'model.safetensors': safetensors.torch.save(tensors, metadata={'format': 'pt'}),
         'tokenizer.json': json.dumps(tokenizer_json(tokenizer, bos), ensure_ascii=False),
         'tokenizer_config.json': json.dumps({
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size, 'padding_side': 'left',
             **{f'{kind}_token': data.END_OF_TEXT for kind in ('bos', 'eos', 'pad')}}, indent=1),
-        'generation_config.json': json.dumps(generation, indent=1),
-        'README.md': card(model, checkpoint, os.path.basename(os.path.abspath(folder)), plain, generation)}
+        'generation_config.json': json.dumps(generation, indent=1)}
     if not plain:
         for path in m.__file__, CODE:
             with open(path, encoding='utf-8') as f:
                 content[os.path.basename(path)] = f.read()
     # last, because without it the folder is not a model
     content['config.json'] = json.dumps({**config, **special, 'dtype': 'float32'}, indent=1)
+    if os.path.isfile(os.path.join(folder, 'config.json')):
+        os.remove(os.path.join(folder, 'config.json'))
     for name, x in content.items():
         files.write_file(os.path.join(folder, name), x)
     return sorted(content)

@@ -203,7 +203,7 @@ def search(runner, jobs, windows):
                 command(['prune.py', f'--out_dir={run.folder}', *flags, f'--policy={policy}', f'--windows={windows}',
                          f'--device={runner.cfg.device}', f'--to={file}'])
             except UserError as e:
-                if 'nothing can be taken away' not in str(e):
+                if prune.ABOVE not in str(e):
                     raise
     runner.each(one, jobs)
 

@@ -21,6 +21,7 @@ import numpy as np
 import data
 import prepare_text
 from support import files, settings
+from support.settings import UserError
 
 FIRST_NAME = 96         # names are the bytes from here on, everything else lies below
 
@@ -69,6 +70,9 @@ def prepare(cfg):
     """Write <data_dir>/<name>: train.bin, val.bin and meta.json. Returns the folder."""
     tokenizer = data.get_tokenizer('bytes')
     folder = data.output_folder(cfg.data_dir, cfg.name, r'(train|val)\.bin')
+    before = data.known_meta(folder)
+    if before and not before['source'].startswith('lab.names'):
+        raise UserError(f"{folder} is another data set ({before['source']}): choose another --name")
     documents, _ = prepare_text.stdlib_documents()
     with files.replacing_folder(folder) as new:
         train, val = (data.TokenFile(os.path.join(new, f'{split}.bin')) for split in ('train', 'val'))

@@ -12,6 +12,7 @@ around the markers stay. Begin with the gate: it says whether text and runs can 
 import math
 import os
 import platform
+import signal
 import statistics
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ import data
 import prepare_text
 import train
 from lab import figures, plot, tasks
-from lab.runs import Runner, command, curves, last, mean_loss, spread, steps_to, table, tokens_kept
+from lab.runs import Runner, command, curves, last, mean_loss, spread, steps_to, stop, table, tokens_kept
 from support import checkpoint as ckpt
 from support import settings
 from support.settings import UserError
@@ -338,6 +339,7 @@ def main():
         raise UserError(f"{unknown[0] + ' is no claim' if unknown else 'which claims?'}: {', '.join(claims)}")
     if not all(T.isascii() and T.isdigit() and int(T) >= 32 for T in cfg.contexts.split(',')):
         raise UserError(f'--contexts={cfg.contexts}: numbers of 32 and more, as 256,512')
+    signal.signal(signal.SIGTERM, stop)
     plot.import_pyplot()                                        # what can be wrong is known before the work
     runners = {name: Runner(cfg, name, title(cfg, claims[name])) for name in cfg.claims}
     for runner in runners.values():

@@ -116,12 +116,25 @@ class Runner:
         return read_run(folder, steps)
 
 
+RUNNING = set()     # processes of `command`
+
+
+def stop(*_):
+    """What SIGTERM does: passes it on to the runs, which save, and ends as Ctrl-C, which they get from the terminal."""
+    for process in list(RUNNING):
+        process.terminate()
+    raise KeyboardInterrupt
+
+
 def command(args):
     """Run python with these arguments, on one thread; UserError with the last line that it printed if it fails."""
-    result = subprocess.run([sys.executable, *args], env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if result.returncode:
-        last = (result.stdout.strip().splitlines() or ['no output'])[-1]
+    process = subprocess.Popen([sys.executable, *args], env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    RUNNING.add(process)
+    output, _ = process.communicate()
+    RUNNING.remove(process)
+    if process.returncode:
+        last = (output.strip().splitlines() or ['no output'])[-1]
         raise UserError(f'python {shlex.join(args)}: {last}')
 
 

@@ -38,7 +38,7 @@ class VisualizeConfig:
     cut: bool = False                       # of a text longer than block_size, read what fits, from its beginning
     budgets: str = ''                       # tokens that a layer may keep: a number, 4,9,16,8 or a budgets.json; 'none'
     policy: str = 'selective'               # what is dropped at the budget ['selective', 'oldest', 'random']
-    memory_tau: float = 1.0                 # the F at which a token counts as wholly masked [above 0 to 1e6]
+    memory_tau: float = 1.0                 # the F at which a token counts as wholly masked [1e-3 to 1e6]
     device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
 
 
@@ -244,7 +244,7 @@ def main():
     if not c.selective and (cfg.text or cfg.budgets not in ('', 'none')):
         raise UserError(f'{cfg.out_dir} has SSA without selective attention: its temperatures can be shown, but '
                         'nothing is forgotten, so leave out --text and --budgets')
-    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model) if c.selective else None
+    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, cfg.policy) if c.selective else None
 
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     ids = data.encode_prompt(files.read_text(cfg.start, errors='replace'), tokenizer, ckpt.starts_with_bos(checkpoint))

@@ -200,7 +200,7 @@ def read_budgets(text, out_dir, model, policy=None):
     own = os.path.join(out_dir, 'budgets.json')
     if text == 'none' or not text and not os.path.isfile(own):
         return None
-    if re.fullmatch(r'([0-9]{1,9},?)+', text):
+    if re.fullmatch(r'[0-9]{1,9}(,[0-9]{1,9})*,?', text):
         numbers = [int(n) for n in text.split(',') if n]
         return numbers[0] if len(numbers) == 1 else numbers
     path = text or own

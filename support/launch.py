@@ -25,6 +25,8 @@ def main():
         sys.exit(max(1, e.get_first_failure()[1].exitcode))     # below 0 for a process that was killed
     except (SignalException, KeyboardInterrupt):
         sys.exit(130)
+    except (ValueError, AssertionError, RuntimeError) as e:         # of its own options
+        sys.exit(f'launch.py: {e or "--nproc_per_node must be 1 or more"}; --help has the options')
 
 
 if __name__ == '__main__':

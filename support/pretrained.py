@@ -69,6 +69,9 @@ def load(name, cfg):
         raise UserError(f'{path} does not exist (weights in several files or another format are not read)') from None
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'{path} cannot be read, download it again ({e})') from None
+    settings.check(GPTConfig, args, os.path.join(folder, 'config.json'))
+    if args['n_embd'] % args['n_head']:
+        raise UserError(f"{folder}/config.json: n_embd {args['n_embd']} is not a multiple of n_head {args['n_head']}")
     with torch.device('meta'):                  # its shapes alone
         expected = GPT(GPTConfig(**args)).state_dict()
     wrong = [key for key, x in expected.items() if key not in state or state[key].shape != x.shape]
@@ -109,7 +112,7 @@ def convert(tensors):
         name = 'transformer.' + name.removeprefix('transformer.')
         if name.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):    # causal masks; the tied weight
             continue
-        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) and x.dim() == 2:
             x = x.t()
         state[name] = x.float().contiguous()
     if 'transformer.wte.weight' in state:

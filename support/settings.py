@@ -124,6 +124,8 @@ def parse(cls, argv=None, positional=None):
         if arg.startswith('--'):
             key, eq, text = arg[2:].partition('=')
             key = key.replace('-', '_')
+            if not eq and not isinstance(getattr(cls, key, True), bool):
+                raise UserError(f'--{key}: it needs a value, --{key}=…')
             values[key] = checked(cls, key, text if eq else 'True', f'--{key}')
         elif positional is not None:
             values[positional] = checked(cls, positional, values.get(positional, []) + [arg], positional)

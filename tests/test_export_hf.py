@@ -284,6 +284,12 @@ def test_command(tmp_path, run):
     assert 'a whole number from 2' in run(export_hf, f'--out_dir={out_dir}', '--budgets=1', f'--folder={tmp_path}/x')
     assert 'does not exist' in run(export_hf, f'--out_dir={tmp_path}/b')
     assert not (tmp_path / 'x').exists()
+    assert 'model.safetensors' in run(export_hf, f'--out_dir={out_dir}')        # again, over our own
+    (tmp_path / 'theirs').mkdir()
+    for name in 'model.safetensors', 'README.md':
+        (tmp_path / 'theirs' / name).write_text('theirs')
+        assert 'choose another' in run(export_hf, f'--out_dir={out_dir}', f'--folder={tmp_path}/theirs')
+        assert {path.read_text() for path in (tmp_path / 'theirs').iterdir()} == {'theirs'}
 
 
 def test_without_the_package(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as fn
 
 import model as m
+import prepare_text
 import train
-from lab import bench, trained
+from lab import bench, names, trained
 from support import checkpoint as ckpt, files, settings
 
 
@@ -114,7 +115,8 @@ def test_filled_cache_is_what_a_batch_would_read():
 
 
 @pytest.mark.parametrize('script, args, words', [
-    (bench, ['--what=nothing'], 'the parts are'), (bench, ['--shapes=huge'], '--shapes'), (bench, ['--lengths=1,x'], '--lengths')])
+    (bench, ['--what=nothing'], 'the parts are'), (bench, ['--shapes=huge'], '--shapes'), (bench, ['--lengths=1,x'], '--lengths'),
+    (bench, ['--out_dir=out/x', '--what=decode'], 'of trained models it is'), (bench, ['--rounds=900'], 'decode needs')])
 def test_refusals(script, args, words, run):
     with pytest.raises(settings.UserError, match=words):
         run(script, *args)
@@ -122,6 +124,15 @@ def test_refusals(script, args, words, run):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files.write_file
+
+
+def test_names_replaces_only_names(tmp_path, run):
+    (tmp_path / 'text').write_text('one\ntwo\n' * 99)
+    run(prepare_text, f'{tmp_path}/text', '--tokenizer=bytes', f'--data_dir={tmp_path}/data')
+    before = (tmp_path / 'data/text/train.bin').read_bytes()
+    with pytest.raises(settings.UserError, match='is another data set'):
+        names.prepare(names.NamesConfig(data_dir=f'{tmp_path}/data', name='text'))
+    assert (tmp_path / 'data/text/train.bin').read_bytes() == before
 
 
 def test_write_file(tmp_path):

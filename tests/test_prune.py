@@ -129,8 +129,11 @@ def test_a_stopped_search_continues(runs, run, monkeypatch):
     count.clear()
     run(*SMALL, '--tolerance=0.05')
     assert found(runs) == whole and len(count) < second     # a search that is done costs next to nothing
-    monkeypatch.setattr(prune.ckpt, 'code_fingerprint', lambda: 'an edited model.py')
-    assert 'continuing with' not in run(*SMALL, '--tolerance=0.05')     # whose losses are others
+    for place, name in (prune.ckpt, 'code_fingerprint'), (prune.data.Dataset, 'fingerprint'):
+        with monkeypatch.context() as edited:                   # losses of an edited model.py, or of other text, differ
+            edited.setattr(place, name, lambda *_: 'another')
+            assert 'continuing with' not in run(*SMALL, '--tolerance=0.05')
+        run(*SMALL, '--tolerance=0.05')
 
 
 def test_policies_and_baseline(runs, run):
@@ -160,7 +163,7 @@ def test_sampling_inside_the_budgets(runs, run):
 
 
 @pytest.mark.parametrize('args, words', [
-    ([], 'how far'), (['--tolerance=0.1', '--target_loss=2'], 'how far'), (['--target_loss=0.1'], 'above the target'),
+    ([], 'how far'), (['--tolerance=0.1', '--target_loss=2'], 'how far'), (['--target_loss=0.1'], prune.ABOVE),
     (['--tolerance=0.1', '--search=fast'], 'search'), (['--tolerance=0.1', '--policy=newest'], 'newest'),
     (['--tolerance=0.1', '--dataset=nowhere'], 'nowhere'), (['--baseline=nowhere'], 'nowhere')])
 def test_refusals(args, words, runs, run):

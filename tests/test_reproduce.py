@@ -1,12 +1,15 @@
 """lab/ablate.py, lab/runs.py and lab/reproduce.py: the rules that are changed, and runs that end in a section of a page."""
+import concurrent.futures
 import json
 import os
 import re
+import time
 
 import pytest
 import torch
 
 import model as m
+import prune
 import train
 from lab import ablate, figures, reproduce, runs, tasks
 from support import settings
@@ -115,12 +118,15 @@ def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
     run(ablate, rule, *args, f'--out_dir={tmp_path / "changed"}')
     plain, changed = losses(tmp_path / 'plain'), losses(tmp_path / 'changed')
     assert (max(abs(a - b) for a, b in zip(plain, changed)) < 1e-5) == (rule == 'as_published')
+    resumed = [f'--out_dir={tmp_path / "changed"}', '--eval_only']
+    assert 'step 8' in run(ablate, rule, *resumed)              # the checkpoint says what the rule has to fit
+    assert 'changes nothing' in run(ablate, 'fox' if '--selective' not in flags else 'ssmax', *TINY, '--selective', *resumed)
     saved = torch.load(tmp_path / 'changed/ckpt.pt', weights_only=True)['model']
     if rule == 'double_heads':
         assert saved['transformer.h.0.attn.c_attn.weight'].shape == (96, 16)
         assert saved['transformer.h.0.attn.c_proj.weight'].shape == (16, 32)
     if rule == 'no_position':
-        assert (saved['transformer.h.0.attn.ssa.q.alpha'] == -torch.inf).all()
+        assert (saved['transformer.h.0.attn.ssa.q.alpha'].sigmoid() == 0).all()
     if rule == 'position_only':
         assert saved['transformer.h.0.attn.ssa.q.beta'].shape == (1,) and saved['transformer.h.0.attn.ssa.q.beta'] != 1.5
     if rule == 'ssmax':
@@ -251,6 +257,18 @@ def test_ctrl_c_starts_no_other_run(claim, tmp_path):
     assert len(started) < 8
 
 
+def test_sigterm_is_passed_on():
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(runs.command, ['-c', 'import time; time.sleep(60)'])
+        while not runs.RUNNING:
+            time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            runs.stop()
+        with pytest.raises(settings.UserError):
+            running.result(timeout=30)
+    assert not runs.RUNNING
+
+
 def test_data_sets_are_what_their_settings_say(run, tmp_path):
     runner = runs.Runner(reproduce.ReproduceConfig(data_dir=str(tmp_path)), 'small')
     folder = reproduce.task_data(runner, 'copying', records=40)
@@ -276,7 +294,7 @@ def test_searches(tmp_path, monkeypatch):
     def fails(args):
         raise settings.UserError('prune.py: the loss is above the target: ' + words)
     monkeypatch.setattr(figures, 'command', fails)
-    words = 'nothing can be taken away'
+    words = prune.ABOVE                     # tests/test_prune.py has prune.py say it
     figures.search(runner, jobs, 64)
     words = 'something else'
     with pytest.raises(settings.UserError, match='something else'):

@@ -153,6 +153,7 @@ def test_eval_only(dataset, tmp_path, run):
     for more in [], ['--selective=False', '--n_layer=5', '--init_from=resume', '--kernel=none']:
         out = run(train, *args, '--eval_only', *more)
         assert f"step 20 | validation loss {logged['val_loss']:.4f} | memory {logged['memory']:.1%}" in out
+        assert ('as the checkpoint has it: n_layer=' in out) == bool(more)
         assert (f"| live {logged['live']:.1%}" in out) == ('--kernel=none' not in more)      # what kernels/cpu.py computed
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert 'does not exist' in run(train, dataset, *SMALL, '--eval_only', f'--out_dir={tmp_path / "x"}')
@@ -266,7 +267,7 @@ def test_configs(path):
 @pytest.mark.parametrize('args, words', [
     (['--selectve=True'], "did you mean 'selective'"), (['--n_layer=two'], "'two' is not a whole number"),
     (['--selective=maybe'], 'not True or False'), (['--n_layer=1.5'], 'not a whole number'),
-    (['nowhere.py'], 'nowhere.py'), (['--max_iters'], 'not a whole number')])
+    (['nowhere.py'], 'nowhere.py'), (['--max_iters'], 'needs a value'), (['--out_dir'], 'needs a value, --out_dir=')])
 def test_wrong_settings(args, words):
     with pytest.raises(settings.UserError, match=words):
         settings.parse(train.TrainConfig, args)
