@@ -38,6 +38,7 @@ class ReproduceConfig:
     # the claims about text: gate, headline, heads, rules, ssa, finetune
     dataset: str = ''                   # data/<name>; '': the offline default, stdlib
     config: str = 'config/claims.py'    # the size of models and steps; rules, ssa and finetune have smaller models
+    windows: str = '8,16,32,64'         # gate: the newest tokens that its models are trained on
     contexts: str = '256,512,1024'      # headline: tokens of context
     models: int = 0                     # gate, headline, rules, ssa: the first so many models, 0: all [0 to 100]
     # where
@@ -85,7 +86,7 @@ ATTENTIONS = {'standard': '', 'selective': '--selective', 'SSA': '--ssa=qv', 'se
 def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained on token 0 and the
     newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose 0.05 nats at least."""
-    Ks = (16, 64) if r.cfg.quick else (8, 16, 32, 64)
+    Ks = [16, 64] if r.cfg.quick else [int(K) for K in r.cfg.windows.split(',')]
     models = {'standard': '', **{f'newest {K}': f'window={K} --selective' for K in Ks}, 'ALiBi': 'alibi --selective',
               'selective': '--selective', 'selective and ALiBi': 'votes_and_alibi --selective'}
     models = dict(list(models.items())[:max(1 + len(Ks), r.cfg.models or len(models))])     # its windows in any case
@@ -317,7 +318,7 @@ def read(page):
 def footer(runner):
     """How the figures of a section were made."""
     cfg = runner.cfg
-    asked = {name: getattr(cfg, name) for name in ('dataset', 'steps', 'config', 'contexts', 'models', 'device')}
+    asked = {name: getattr(cfg, name) for name in ('dataset', 'steps', 'config', 'windows', 'contexts', 'models', 'device')}
     flags = ''.join(f' --{name}={value}' for name, value in asked.items() if value != getattr(ReproduceConfig(), name))
     seeds = 'one seed' if runner.seeds == 1 else f'the seeds 1 to {runner.seeds}'
     return (f"`python -m lab.reproduce {runner.claim}{' --quick' * cfg.quick}{flags} --seeds={runner.seeds}`: {seeds}. "
@@ -337,8 +338,9 @@ def main():
     unknown = sorted(set(cfg.claims) - set(claims))
     if unknown or not cfg.claims:
         raise UserError(f"{unknown[0] + ' is no claim' if unknown else 'which claims?'}: {', '.join(claims)}")
-    if not all(T.isascii() and T.isdigit() and int(T) >= 32 for T in cfg.contexts.split(',')):
-        raise UserError(f'--contexts={cfg.contexts}: numbers of 32 and more, as 256,512')
+    for name, least in ('windows', 2), ('contexts', 32):
+        if not all(n.isascii() and n.isdigit() and len(n) < 8 and int(n) >= least for n in getattr(cfg, name).split(',')):
+            raise UserError(f'--{name}={getattr(cfg, name)}: numbers of {least} and more, as 64,256')
     signal.signal(signal.SIGTERM, stop)
     plot.import_pyplot()                                        # what can be wrong is known before the work
     runners = {name: Runner(cfg, name, title(cfg, claims[name])) for name in cfg.claims}

@@ -367,4 +367,6 @@ def test_list_and_refusals(run):
     assert all(claim.__name__ in out for claim in reproduce.CLAIMS)
     assert 'which claims' in run(reproduce) and 'nothing is no claim' in run(reproduce, 'nothing')
     assert 'not in the range 1 to 100' in run(reproduce, 'gate', '--seeds=0')
+    for wrong in '--windows=1', '--windows=16,', '--contexts=x', '--contexts=31':
+        assert f'{wrong}: numbers of' in run(reproduce, 'gate', wrong)
     assert '--to=nowhere.md: No such file' in run(reproduce, 'gate', '--to=nowhere.md')
