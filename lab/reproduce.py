@@ -284,7 +284,7 @@ def memory(r):
 
 # minutes on two cores
 CLAIMS = {gate: 40, headline: 120, heads: 15, rules: 30, ssa: 30, finetune: 15, variable_assignment: 20, passkey: 10,
-          denoising: 8, memory: 40}
+          denoising: 8, memory: 30}
 ABOUT_TEXT = gate, headline, heads, rules, ssa, finetune
 
 

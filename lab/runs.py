@@ -85,8 +85,9 @@ class Runner:
             try:
                 for n, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                     future.result()
+                    done = jobs[futures.index(future)][0]       # a folder or its Run
                     print(f'{self.claim}: {n} of {len(jobs)}, {(time.time() - self.started) / 60:.1f} minutes | '
-                          f'{jobs[futures.index(future)][0]}', file=sys.stderr, flush=True)
+                          f'{getattr(done, "folder", done)}', file=sys.stderr, flush=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)      # what runs saves and stops
                 raise
