@@ -29,6 +29,7 @@ What is masked, with --selective. T x T matrices:
     groups              one selector for every two heads, which mask for these two alone
     window=K            no votes: token 0 and the newest K - 1 tokens, as a budget of K with policy 'oldest' keeps
     alibi               no votes: logits fall with distance by 2^(-8h/H) a token in head h = 1 ... H (arXiv 2108.12409)
+    alibi=K             that, of token 0 and the newest K - 1 tokens alone
     votes_and_alibi     both, to see what either adds to the other
 
 Temperatures, with --ssa (2411.12892 section 3):
@@ -88,10 +89,15 @@ def listing(rule, q, k, v, vote, dropout=0.0, memory_tau=None):
     return P.to(v.dtype) @ v, M
 
 
+def newest(K, i):
+    """Which tokens rows i (T, 1) see that see token 0 and the newest K - 1: (T, T)."""
+    return (i.T <= i) & ((i.T > i - K + 1) | (i.T == 0))
+
+
 def window(K, q, k, v, vote, dropout=0.0, memory_tau=None):
     """Token 0 and the newest K - 1 tokens, the row's own among them. M is the tokens before a row that it sees."""
     i = torch.arange(q.size(2), device=q.device)[:, None]
-    seen = (i.T <= i) & ((i.T > i - K + 1) | (i.T == 0))
+    seen = newest(K, i)
     y = fn.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
     return y, None if memory_tau is None else (seen.sum(dim=1) - 1.0).expand(len(q), -1)
 
@@ -102,12 +108,13 @@ def by_distance(H, i):
     return slopes[:, None, None] * (i.T - i)
 
 
-def alibi(q, k, v, vote, dropout=0.0, memory_tau=None):
+def alibi(K, q, k, v, vote, dropout=0.0, memory_tau=None):
     H, T = q.shape[1:3]
     i = torch.arange(T, device=q.device)[:, None]
-    bias = by_distance(H, i).masked_fill(i.T > i, float('-inf')).to(q.dtype)
+    seen = newest(K or T, i)
+    bias = by_distance(H, i).masked_fill(~seen, float('-inf')).to(q.dtype)
     y = fn.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    return y, None if memory_tau is None else i[:, 0].float().expand(len(q), -1)
+    return y, None if memory_tau is None else (seen.sum(dim=1) - 1.0).expand(len(q), -1)
 
 
 # ---- Temperatures of the queries: in the place of `model.Temperature`
@@ -166,7 +173,7 @@ class DoubleHeads(m.CausalSelfAttention):
 VOTES = {'no_relu': no_relu, 'fox': fox}
 LISTINGS = 'as_published', 'first_too', 'self_too', 'at_once', 'last_head', 'groups', 'votes_and_alibi'
 TEMPERATURES = {'no_position': no_position, 'position_only': PositionOnly, 'ssmax': ScalableSoftmax}
-RULES = (*VOTES, *LISTINGS, 'window=K', 'alibi', *TEMPERATURES, 'double_heads')
+RULES = (*VOTES, *LISTINGS, 'window=K', 'alibi', 'alibi=K', *TEMPERATURES, 'double_heads')
 
 
 def parse(rule):
@@ -174,7 +181,7 @@ def parse(rule):
     name, equals, K = rule.partition('=')
     if equals:
         name += '=K'
-    if name not in RULES or rule == 'window=K' or equals and not (K.isascii() and K.isdigit() and len(K) < 8 and int(K) >= 2):
+    if name not in RULES or K == 'K' or equals and not (K.isascii() and K.isdigit() and len(K) < 8 and int(K) >= 2):
         raise UserError(f"the rule comes first, one of {', '.join(RULES)}, with K at least 2")
     return name, int(K) if equals else None
 
@@ -197,7 +204,7 @@ def changed(rule):
             def attention(*args, **kwargs):
                 if name == 'window=K':
                     return window(K, *args, **kwargs)
-                return alibi(*args, **kwargs) if name == 'alibi' else listing(name, *args, **kwargs)
+                return alibi(K, *args, **kwargs) if name.startswith('alibi') else listing(name, *args, **kwargs)
             # both: kernels compare themselves with the first, and step aside
             m.selective_attention, layer.attention = attention, staticmethod(attention)
         yield

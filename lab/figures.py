@@ -68,12 +68,12 @@ def together(several):
 
 
 @torch.no_grad()
-def token_losses(run, windows, budgets=None, policy='selective', seed=1):
+def token_losses(run, windows, budgets=None, policy='selective', rule=None, seed=1):
     """The Losses of a run on validation windows that prune.py does not see.
 
-    budgets, policy: of a KVCache; None: the whole context.
+    budgets, policy: of a KVCache; None: the whole context. rule: of lab.ablate; None: the one it was trained with.
     """
-    rule = rule_of(run.folder)
+    rule = rule or rule_of(run.folder)
     with ablate.changed(rule) if rule else contextlib.nullcontext():
         model, checkpoint = ckpt.load_model(run.folder)
         rule or kernels.install(model)

@@ -136,19 +136,20 @@ def equal_memory(r, T, runs, kept):
                 kept.setdefault(label, {}).setdefault(T, []).append(statistics.mean(point['budgets']))
         saved = [f"{point['saving']:.1f}x" if point else 'none' for point in (by_F, by_age)]
         if not by_F:
-            rows.append([name, 'above the loss of standard', *saved, *[''] * 5])
+            rows.append([name, 'above the loss of standard', *saved, *[''] * 6])
             continue
         budgets, count = by_F['budgets'], 32 if r.cfg.quick else max(64, 32768 // T)
         tried = [*((run, budgets, policy) for policy in ('selective', 'oldest', 'random')), (base, budgets, 'oldest')]
         if statistics.mean(budgets) == least:
             K = max(2, round(least))
-            trained = r.train({K: f'window={K} --selective'}, r.cfg.config, 1000, text(r, T), quick=100)
-            tried.append((trained[K][0], None, ''))
-        losses = [figures.token_losses(one, count, kept, policy) for one, kept, policy in tried]
+            trained = r.train({'window': f'window={K} --selective', 'ALiBi': 'alibi --selective'}, r.cfg.config, 1000,
+                              text(r, T), quick=100)
+            tried += [(trained['window'][0], None, ''), (trained['ALiBi'][0], None, '', f'alibi={K}')]
+        losses = [figures.token_losses(one, count, *how) for one, *how in tried]
         rows.append([name, ' '.join(map(str, budgets)), *saved,
-                     *(f"{one.mean():.3f} / {one.mean('recall'):.3f}" for one in losses), *[''] * (5 - len(losses))])
+                     *(f"{one.mean():.3f} / {one.mean('recall'):.3f}" for one in losses), *[''] * (6 - len(losses))])
     header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest',
-              'trained on as many']
+              'trained on as many', 'ALiBi, newest']
     rows = [header, ['---'] * len(header), *rows]
     return ('Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows; and with as many '
             'tokens, the loss of all / of recall tokens:\n\n' + '\n'.join(f"| {' | '.join(row)} |" for row in rows))

@@ -36,9 +36,10 @@ def naive(rule, q, k, v):
                     if rule == 'fox':                           # -log of the gate, which is a sigmoid of token 0's logit
                         S[j] = -torch.sigmoid(q[b, head, i] @ k[b, head, 0] / D**0.5 + 4).log() if 0 < j < i else 0
                     if 'alibi' in rule:                         # one more step away from the next row
-                        S[j] = (0 if rule == 'alibi' else S[j]) + 2**(-8 * (h + 1) / H)
+                        S[j] = (S[j] if rule == 'votes_and_alibi' else 0) + 2**(-8 * (h + 1) / H)
                     if K:                                       # of K tokens, the one that token i + 1 drives out
-                        S[j] = float('inf') if j > 0 and j == i - K + 2 else 0
+                        left = S[j] if 'alibi' in rule else 0
+                        S[j] = float('inf') if j > 0 and j == i - K + 2 else left
                 if rule == 'at_once':
                     F = F + S
                 L = q[b, h, i] @ k[b, h, :i + 1].T / D**0.5 - F[:i + 1]
@@ -55,7 +56,7 @@ def qkv():
     return qkv
 
 
-@pytest.mark.parametrize('rule', [*ablate.VOTES, *ablate.LISTINGS, 'alibi', 'window=2', 'window=4', 'window=9', 'window=30'])
+@pytest.mark.parametrize('rule', [*ablate.VOTES, *ablate.LISTINGS, 'alibi', 'alibi=4', 'alibi=9', 'window=2', 'window=4', 'window=9', 'window=30'])
 @pytest.mark.parametrize('H', [1, 3, 4])
 def test_rules(rule, H, qkv):
     """All are the recurrence F <- F + S; standard attention and windows included."""
@@ -137,7 +138,7 @@ def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
     ([], 'the rule comes first'), (['nothing'], 'the rule comes first'), (['no_relu'], 'changes nothing'),
     (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing'),
     (['window=4'], 'changes nothing'), (['window=1', '--selective'], 'the rule comes first'), (['window', '--selective'], 'the rule comes'),
-    (['window=K', '--selective'], 'the rule comes first'), (['alibi=3', '--selective'], 'the rule comes first'),
+    (['window=K', '--selective'], 'the rule comes first'), (['alibi=1', '--selective'], 'the rule comes first'), (['groups=3', '--selective'], 'the rule comes first'),
     (['ssmax', '--ssa=qv'], 'changes nothing'), (['fox', '--selective', '--vote_scale'], 'no vote_scale'),
     (['double_heads', '--dropout=0.1'], 'no dropout')])
 def test_refusals_of_ablate(run, args, words):
