@@ -167,7 +167,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     made_for = ckpt.fingerprint(save(tmp_path, selective=True, ssa='qv'))
     (tmp_path / 'text').write_bytes(b'def f(\x1b[2Jself)\xff\n')
-    (tmp_path / 'budgets.json').write_text(json.dumps({'budgets': [5, 9], 'checkpoint': made_for}))
+    (tmp_path / 'budgets.json').write_text(json.dumps({'budgets': [5, 9], 'checkpoint': made_for, 'policy': 'selective'}))
     run(monkeypatch, visualize.main, f'--out_dir={tmp_path}', f'--start=FILE:{tmp_path}/text', '--png', '--text')
     names = {'visualize.html', 'visualize_F.png', 'visualize_M.png', 'visualize_tau.png'}
     assert {p.name for p in tmp_path.iterdir()} == names | {'text', 'ckpt.pt', 'budgets.json'}
