@@ -16,7 +16,7 @@ from support import settings
 from support.settings import UserError
 
 # settings of a run that do not change what it learns, or that train.py fills in
-FREE = ('out_dir', 'init_from', 'device', 'dtype', 'kernel', 'vocab_size')
+FREE = ('out_dir', 'init_from', 'device', 'dtype', 'kernel', 'vocab_size', 'bos')
 
 
 @dataclass

@@ -274,6 +274,9 @@ def test_data_sets_are_what_their_settings_say(run, tmp_path):
     runner = runs.Runner(reproduce.ReproduceConfig(data_dir=str(tmp_path)), 'small')
     folder = reproduce.task_data(runner, 'copying', records=40)
     assert reproduce.task_data(runner, 'copying', records=40) == folder
+    args = {'standard': ''}, 'config/tasks.py', 2, [*TINY, '--block_size=64', f'--dataset={folder}']
+    runner.folder, runner.seeds = str(tmp_path / 'out'), 1
+    assert runner.train(*args) == runner.train(*args)           # the second one finds the first, though records have no BOS
     run(tasks, 'copying', f'--data_dir={tmp_path}', '--records=40', f'--name={os.path.basename(folder)}', '--length=3')
     with pytest.raises(settings.UserError, match='other settings'):
         reproduce.task_data(runner, 'copying', records=40)
