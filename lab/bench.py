@@ -192,8 +192,6 @@ def main():
     of_runs = [part for part in parts if part in ('attention', 'step', 'memory', 'forget')]
     if cfg.out_dir and not of_runs:
         raise UserError(f'--what={cfg.what}: of trained models it is attention, step, memory, forget')
-    for folder in cfg.out_dir.split(',') if cfg.out_dir else []:
-        trained.load(folder, 'cpu')             # what is wrong with one is said before the others are measured
     if 'forget' in parts and not cfg.out_dir:
         raise UserError('--what=forget is about trained models: give their folders with --out_dir')
     if cfg.clock not in ('wall', 'cpu'):

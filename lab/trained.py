@@ -124,8 +124,8 @@ def still_needed(layer, q, k):
 
 def measure(table, cfg, parts, peak_memory):
     """attention, step, memory and forget of each run in --out_dir, at its own T."""
-    for out_dir in cfg.out_dir.split(','):
-        run = load(out_dir, cfg.device)
+    runs = {out_dir: load(out_dir, cfg.device) for out_dir in cfg.out_dir.split(',')}   # before any is measured
+    for out_dir, run in runs.items():
         common = dict(shape='run', T=run.T, batch=max(1, cfg.tokens // run.T))
         if 'attention' in parts:
             totals, shares = {}, []

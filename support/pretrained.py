@@ -70,10 +70,11 @@ def load(name, cfg):
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'{path} cannot be read, download it again ({e})') from None
     settings.check(GPTConfig, args, os.path.join(folder, 'config.json'))
-    if args['n_embd'] % args['n_head']:
-        raise UserError(f"{folder}/config.json: n_embd {args['n_embd']} is not a multiple of n_head {args['n_head']}")
-    with torch.device('meta'):                  # its shapes alone
-        expected = GPT(GPTConfig(**args)).state_dict()
+    try:
+        with torch.device('meta'):              # its shapes alone
+            expected = GPT(GPTConfig(**args)).state_dict()
+    except ValueError as e:
+        raise UserError(f"{os.path.join(folder, 'config.json')}: {e}") from None
     wrong = [key for key, x in expected.items() if key not in state or state[key].shape != x.shape]
     if wrong:
         raise UserError(f'{path} does not fit model.py as config.json describes it ({wrong[0]}): delete it')
