@@ -35,6 +35,7 @@ What is masked, with --selective. T x T matrices:
 Temperatures, with --ssa (2411.12892 section 3):
 
     no_position         --ssa=qv without the position-aware part
+    position_on_values  --ssa=qv with the position-aware part on values, too, as in the paper's ablation
     position_only       --ssa=q, the position-aware part alone as in the authors' code: 1 + exp(-exp(β)) log n, one β
                         a layer
     ssmax               --ssa=q, the scalable softmax (arXiv 2501.19399): s log n, one s a head
@@ -146,6 +147,10 @@ def no_position(config, position_aware, original=m.Temperature):
     return made
 
 
+def position_on_values(config, position_aware, original=m.Temperature):
+    return original(config, position_aware=True)                # of values as of queries
+
+
 # ---- Twice the heads
 
 
@@ -172,7 +177,8 @@ class DoubleHeads(m.CausalSelfAttention):
 
 VOTES = {'no_relu': no_relu, 'fox': fox}
 LISTINGS = 'as_published', 'first_too', 'self_too', 'at_once', 'last_head', 'groups', 'votes_and_alibi'
-TEMPERATURES = {'no_position': no_position, 'position_only': PositionOnly, 'ssmax': ScalableSoftmax}
+TEMPERATURES = {'no_position': no_position, 'position_on_values': position_on_values, 'position_only': PositionOnly,
+                'ssmax': ScalableSoftmax}
 RULES = (*VOTES, *LISTINGS, 'window=K', 'alibi', 'alibi=K', *TEMPERATURES, 'double_heads')
 
 
@@ -216,7 +222,7 @@ def changed(rule):
 def check(name, cfg):
     """UserError if the rule would change nothing in a model of these settings, or cannot be had with them."""
     if name in TEMPERATURES:
-        fits = 'q' in cfg.ssa if name == 'no_position' else cfg.ssa == 'q'
+        fits = {'no_position': 'q' in cfg.ssa, 'position_on_values': 'v' in cfg.ssa}.get(name, cfg.ssa == 'q')
     else:
         fits = not cfg.selective and not cfg.ssa if name == 'double_heads' else cfg.selective
     if not fits:

@@ -169,12 +169,12 @@ def entropy(run, batches=4):
 
 
 def position_part(runs):
-    """A column of `table`: the factor of log n on the queries at the end of training, smallest and largest head of all
-    layers and runs: σ(α), or what the rule has in its place; '' where there is none."""
+    """A column of `table`: the factor of log n at the end of training, smallest and largest head of all layers and
+    runs: σ(α), or what the rule has in its place; '' where there is none."""
     factors = []
     for run in runs:
         for name, p in ckpt.load(run.folder)['model'].items():
-            if name.endswith('.ssa.q.alpha'):
+            if name.endswith('.alpha'):
                 factors += torch.sigmoid(p).tolist()
             elif name.endswith('.ssa.q.beta'):
                 factors += torch.exp(-torch.exp(p)).tolist()

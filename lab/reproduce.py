@@ -185,7 +185,7 @@ def ssa(r):
     models = {'standard': '', **{f'qv, learning rate x {lr}': f'--ssa=qv --ssa_lr={lr}' for lr in (1, 3, 10, 30)},
               'position only (their code), x 10': 'position_only --ssa=q --ssa_lr=10',
               's log n (ssmax), x 10': 'ssmax --ssa=q --ssa_lr=10', 'qv without position': 'no_position --ssa=qv',
-              'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
+              'qv, position on v, too': 'position_on_values --ssa=qv', 'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
               'qv without sharing': '--ssa=qv --ssa_sharing=False'}
     models = dict(list(models.items())[:r.cfg.models or (5 if r.cfg.quick else None)])
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)

@@ -112,6 +112,7 @@ def losses(folder):
 @pytest.mark.parametrize('rule, flags', [
     ('as_published', ['--selective']), ('no_relu', ['--selective']), ('fox', ['--selective', '--rope']), ('window=3', ['--selective']),
     ('alibi', ['--selective', '--rope']), ('double_heads', ['--rope', '--qk_norm']), ('no_position', ['--ssa=qv']),
+    ('position_on_values', ['--ssa=v', '--ssa_lr=10']),
     ('position_only', ['--ssa=q', '--ssa_lr=10']), ('ssmax', ['--ssa=q'])])
 def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
     args = [*TINY, dataset, '--max_iters=8', '--warmup_iters=1', '--learning_rate=0.05', *flags]
@@ -128,6 +129,8 @@ def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
         assert saved['transformer.h.0.attn.c_proj.weight'].shape == (16, 32)
     if rule == 'no_position':
         assert (saved['transformer.h.0.attn.ssa.q.alpha'].sigmoid() == 0).all()
+    if rule == 'position_on_values':
+        assert saved['transformer.h.0.attn.ssa.v.alpha'].shape == (4,) and (saved['transformer.h.0.attn.ssa.v.alpha'] != -4).any()
     if rule == 'position_only':
         assert saved['transformer.h.0.attn.ssa.q.beta'].shape == (1,) and saved['transformer.h.0.attn.ssa.q.beta'] != 1.5
     if rule == 'ssmax':
@@ -136,7 +139,7 @@ def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
 
 @pytest.mark.parametrize('args, words', [
     ([], 'the rule comes first'), (['nothing'], 'the rule comes first'), (['no_relu'], 'changes nothing'),
-    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing'),
+    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing'), (['position_on_values', '--ssa=q'], 'changes nothing'),
     (['window=4'], 'changes nothing'), (['window=1', '--selective'], 'the rule comes first'), (['window', '--selective'], 'the rule comes'),
     (['window=K', '--selective'], 'the rule comes first'), (['alibi=1', '--selective'], 'the rule comes first'), (['groups=3', '--selective'], 'the rule comes first'),
     (['ssmax', '--ssa=qv'], 'changes nothing'), (['fox', '--selective', '--vote_scale'], 'no vote_scale'),
