@@ -115,44 +115,8 @@ def headline(r):
         runs = r.train(models, r.cfg.config, 1000, text(r, T), quick=100)
         columns = {'requirement': last('memory', '{:.1%}')}
         parts += [f'**Context {T}**', figures.kinds_table('attention', models, runs, figures.measure(r, runs), columns),
-                  equal_memory(r, T, runs, kept)]
+                  figures.equal_memory(r, T, runs, kept, text(r, T))]
     return '\n\n'.join([figures.LEGEND, *parts, tokens_kept(r, kept)])
-
-
-def equal_memory(r, T, runs, kept):
-    """Tokens kept for standard attention's loss, and what simple policies and models reach with as many."""
-    windows, rows, jobs, file = 32 if r.cfg.quick else max(32, 16384 // T), [], [], 'budgets_{}_baseline.json'
-    for name in list(runs)[1:]:
-        for run, base in zip(runs[name], runs['standard']):
-            jobs += [(run, policy, [f'--baseline={base.folder}'], file.format(policy))
-                     for policy in ('selective', 'oldest')]
-    figures.search(r, jobs, windows)
-    found = [(name, run, base, *(figures.holds(run, file.format(policy)) for policy in ('selective', 'oldest')))
-             for name in list(runs)[1:] for run, base in zip(runs[name], runs['standard'])]
-    least = min((statistics.mean(by_F['budgets']) for *_, by_F, _ in found if by_F), default=None)
-    for name, run, base, by_F, by_age in found:
-        for label, point in (name, by_F), (f'{name}, newest', by_age):
-            if point:
-                kept.setdefault(label, {}).setdefault(T, []).append(statistics.mean(point['budgets']))
-        saved = [f"{point['saving']:.1f}x" if point else 'none' for point in (by_F, by_age)]
-        if not by_F:
-            rows.append([name, 'above the loss of standard', *saved, *[''] * 6])
-            continue
-        budgets, count = by_F['budgets'], 32 if r.cfg.quick else max(64, 32768 // T)
-        tried = [*((run, budgets, policy) for policy in ('selective', 'oldest', 'random')), (base, budgets, 'oldest')]
-        if statistics.mean(budgets) == least:
-            K = max(2, round(least))
-            trained = r.train({'window': f'window={K} --selective', 'ALiBi': 'alibi --selective'}, r.cfg.config, 1000,
-                              text(r, T), quick=100)
-            tried += [(trained['window'][0], None, ''), (trained['ALiBi'][0], None, '', f'alibi={K}')]
-        losses = [figures.token_losses(one, count, *how) for one, *how in tried]
-        rows.append([name, ' '.join(map(str, budgets)), *saved,
-                     *(f"{one.mean():.3f} / {one.mean('recall'):.3f}" for one in losses), *[''] * (6 - len(losses))])
-    header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest',
-              'trained on as many', 'ALiBi, newest']
-    rows = [header, ['---'] * len(header), *rows]
-    return ('Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows; and with as many '
-            'tokens, the loss of all / of recall tokens:\n\n' + '\n'.join(f"| {' | '.join(row)} |" for row in rows))
 
 
 def heads(r):
@@ -185,8 +149,8 @@ def ssa(r):
     models = {'standard': '', **{f'qv, learning rate x {lr}': f'--ssa=qv --ssa_lr={lr}' for lr in (1, 3, 10, 30)},
               'position only (their code), x 10': 'position_only --ssa=q --ssa_lr=10',
               's log n (ssmax), x 10': 'ssmax --ssa=q --ssa_lr=10', 'qv without position': 'no_position --ssa=qv',
-              'qv, position on v, too': 'position_on_values --ssa=qv', 'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv',
-              'qv without sharing': '--ssa=qv --ssa_sharing=False'}
+              'qv, position on v, too': 'position_on_values --ssa=qv',
+              'q': '--ssa=q', 'v': '--ssa=v', 'qkv': '--ssa=qkv', 'qv without sharing': '--ssa=qv --ssa_sharing=False'}
     models = dict(list(models.items())[:r.cfg.models or (5 if r.cfg.quick else None)])
     runs = r.train(models, r.cfg.config, 300, [*text(r, 128), '--n_layer=2', '--n_embd=64'], quick=150)
     goal = mean_loss(runs['standard'])

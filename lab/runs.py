@@ -58,10 +58,11 @@ class Runner:
         self.seeds = 1 if cfg.quick else cfg.seeds
         self.folder = os.path.join(cfg.out_dir, 'quick') if cfg.quick else cfg.out_dir
 
-    def train(self, models, config, steps, extra=(), quick=0):
+    def train(self, models, config, steps, extra=(), quick=0, seeds=None):
         """models: {name: its flags, as text}; a word among them is a rule of lab.ablate. {name: [Run of each seed]}.
 
         steps: of each run, unless --steps says otherwise; quick: of a quick one, 0: a quarter. extra: flags of all.
+        seeds: of which to train; None: of all that the claim has.
         """
         steps, jobs = self.cfg.steps or (quick or max(20, steps // 4) if self.cfg.quick else steps), []
         always = [*extra, f'--max_iters={steps}']
@@ -69,7 +70,7 @@ class Runner:
             always.append(f'--warmup_iters={steps // 10}')
         self.commands.append(f"python train.py {config} FLAGS {' '.join(always)} --seed=SEED "
                              f'--device={self.cfg.device}')
-        for seed in range(1, self.seeds + 1):
+        for seed in seeds or range(1, self.seeds + 1):
             for name, flags in models.items():
                 words = [flag for flag in flags.split() if not flag.startswith('--')]
                 args = [config, *(flag for flag in flags.split() if flag.startswith('--')), *always, f'--seed={seed}']
