@@ -10,9 +10,9 @@ the curve of memory against loss; the file written, <out_dir>/budgets.json, has 
 it. Run a search that was stopped again, and it continues where it was.
 
 --search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every step. The default,
---search=quick, differs from it in three things. A bite is a fraction of what a layer has, at first half of it; when no
-layer can give such a bite, it is halved, down to one token. A bite of more than one token may spend at most a quarter
-of what is left up to the target. And only the layer whose last trial was the cheapest per token is tried again: if it
+--search=quick, differs from it in three things. A bite is a fraction of what a layer has, at first half of it; when the
+cheapest costs too much, all are halved, down to one token. A bite of more than one token may spend at most a quarter of
+what is left up to the target. And only the layer whose last trial was the cheapest per token is tried again: if it
 still is the cheapest, it is taken without trying the others. Both ways reuse the activations below the tried layer.
 """
 import json
@@ -137,13 +137,14 @@ def quick_search(trials, target, loss):
                 last[l] = ((tried - loss) / bite(l), tried, K, step)
                 continue    # the cheapest is sought again: it may be another layer now
             _, tried, K, _ = last.pop(l)
-            spend = target - loss if bite(l) == 1 else (target - loss) / 4
-            if tried - loss > spend:
-                open_layers.remove(l)
-                continue
-            loss, step = tried, step + 1
-            left = 1 if single else 1 + math.log2(part * max(budgets))      # rounds
-            yield l, K, loss, 2 * len(budgets) * left       # two trials a layer in each round
+            if tried - loss <= (target - loss) / (1 if bite(l) == 1 else 4):
+                loss, step = tried, step + 1
+                left = 1 if single else 1 + math.log2(part * max(budgets))      # rounds
+                yield l, K, loss, 2 * len(budgets) * left       # two trials a layer in each round
+            elif single:
+                open_layers.remove(l)       # what another layer gives may still fit
+            else:
+                break       # the others cost more for a token: they wait until this one's bite fits
         part /= 2
 
 
