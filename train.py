@@ -250,8 +250,8 @@ def train(cfg, processes):
     if cfg.init_from == 'resume':
         iter_num, val_loss, val_iter = start['iter_num'], start['val_loss'], start['val_iter']
         saved_iter = iter_num
-    if cfg.init_from == 'resume' and not cfg.eval_only:
-        ckpt.load_optimizer(optimizer, scaler, raw_model, start)
+        if not cfg.eval_only:
+            ckpt.load_optimizer(optimizer, scaler, raw_model, start)
     start = None                            # frees its memory
 
     micro_steps = cfg.gradient_accumulation_steps // processes.world
