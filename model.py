@@ -190,9 +190,9 @@ class CausalSelfAttention(nn.Module):
     def vote(self, L0):
         """S[i,j] = max(0, L[0,i,j]): the place to change the rule. Training, cache and pruning all come here.
 
-        L0 (B, R, N): logits of head 0, in float32 or wider. Column 0 is token 0; the others may be any tokens, in
-        any order, so each column has to be treated alike. Votes on token 0, on the row itself and on the future are
-        discarded by the caller.
+        L0 (B, R, N): logits of head 0, in float32 or wider. Column 0 is token 0; the others may be any tokens, in any
+        order, with empty slots among them. So a vote may depend on its own logit and on column 0, on nothing else.
+        Votes on token 0, on the row itself and on the future are discarded by the caller.
         """
         S = L0.relu()
         return S if self.vote_scale is None else S * self.vote_scale.to(S.dtype)
@@ -523,7 +523,7 @@ def sample(logits, temperature, top_k):
     """Next tokens (B, 1) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).to(F_dtype(logits.dtype)) / temperature    # never +inf
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float('-inf'))

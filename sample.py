@@ -84,7 +84,7 @@ def main():
     for tokens in texts if cfg.num_samples > 1 else []:
         print(prompt, end='')
         show(tokens, tokenizer)
-    print(f'{cfg.num_samples * cfg.max_new_tokens / seconds:,.0f} tokens/s; KV cache {size:,} bytes'
+    print(f'{cfg.num_samples * cfg.max_new_tokens / seconds:,.0f} tokens/s; KV cache {size:,} bytes a text'
           + (f' for budgets {cache.budgets}, {full:,} without: {full / size:.1f}x less' if budgets else ''),
           file=sys.stderr)
 

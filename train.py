@@ -158,7 +158,8 @@ def open_data(cfg, processes, start):
 def make_model(cfg, start):
     """The model of the run on its device, with the kernel that the settings ask for, and a line about the latter."""
     args = {name: getattr(cfg, name) for name in MODEL}
-    devices.check_memory(cfg, cfg.batch_size * cfg.block_size, cfg.device)
+    if not cfg.eval_only:
+        devices.check_memory(cfg, cfg.batch_size * cfg.block_size, cfg.device)
     torch.manual_seed(cfg.seed)
     model = ckpt.build(start, **args) if start else GPT(GPTConfig(**args))
     model.to(cfg.device)

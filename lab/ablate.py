@@ -6,8 +6,8 @@
 All of these are one recurrence, F <- F + S, with P = softmax(L - F), and differ in who votes, on what, and how much:
 
     standard            S = 0
-    window=K            S[i,j] = inf for j = i - K + 2: who is K tokens back is gone for good
-    alibi               S[i,j] = m[h], a constant of the head: distance alone
+    window=K            S[i,j] = inf for j = i - K + 2: a token K - 1 back is gone for good
+    alibi               S[i,j] = m[h], a constant of the head: distance alone (up to token 0 and one step)
     fox                 S[i,j] = -log σ(gate of i): the reader decides alone, and treats all earlier tokens alike
     selective           S[i,j] = max(0, L[0,i,j]): reader and token decide together
 
@@ -46,6 +46,7 @@ The checkpoint of a rule does not know it: sample.py and prune.py would apply th
 resume, give the same rule again.
 """
 import contextlib
+import functools
 import os
 import sys
 
@@ -133,7 +134,7 @@ class PositionOnly(nn.Module):
 class ScalableSoftmax(nn.Module):
     def __init__(self, config, position_aware):
         super().__init__()
-        self.s = nn.Parameter(torch.full((config.n_head,), 0.43))       # 1 at the tenth token
+        self.s = nn.Parameter(torch.full((config.n_head,), 0.43))       # 1 at the ninth token
 
     def forward(self, x, activations, pos):
         return self.s * torch.log(pos + 2.0)[:, None]           # (T, H); n + 1, as log 1 = 0
@@ -207,10 +208,9 @@ def changed(rule):
         elif name == 'double_heads':
             m.CausalSelfAttention = DoubleHeads
         else:
-            def attention(*args, **kwargs):
-                if name == 'window=K':
-                    return window(K, *args, **kwargs)
-                return alibi(K, *args, **kwargs) if name.startswith('alibi') else listing(name, *args, **kwargs)
+            rules = {'window=K': functools.partial(window, K), 'alibi': functools.partial(alibi, None),
+                     'alibi=K': functools.partial(alibi, K)}
+            attention = rules.get(name, functools.partial(listing, name))
             # both: kernels compare themselves with the first, and step aside
             m.selective_attention, layer.attention = attention, staticmethod(attention)
         yield
@@ -226,7 +226,7 @@ def check(name, cfg):
     else:
         fits = not cfg.selective and not cfg.ssa if name == 'double_heads' else cfg.selective
     if not fits:
-        raise UserError(f'{name} changes nothing in a model with selective={cfg.selective} and ssa={cfg.ssa!r}')
+        raise UserError(f'{name} does not fit a model with selective={cfg.selective} and ssa={cfg.ssa!r}: see --help')
     if name == 'double_heads' and cfg.dropout:
         raise UserError('double_heads has no dropout')
     if name in VOTES and cfg.vote_scale:

@@ -62,9 +62,9 @@ class Losses:
         return f'{difference.sum() / counted.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
 
 
-def together(several):
-    """The Losses of several seeds, their windows one below the other."""
-    return Losses(*(torch.cat([getattr(one, name) for one in several]) for name in ('nats', 'kinds')))
+def mean_over_seeds(several):
+    """The Losses of several seeds on the same windows, as one: each window counts once in an interval over windows."""
+    return Losses(torch.stack([one.nats for one in several]).mean(dim=0), several[0].kinds)
 
 
 @torch.no_grad()
@@ -76,7 +76,8 @@ def token_losses(run, windows, budgets=None, policy='selective', rule=None, seed
     rule = rule or rule_of(run.folder)
     with ablate.changed(rule) if rule else contextlib.nullcontext():
         model, checkpoint = ckpt.load_model(run.folder)
-        rule or kernels.install(model)
+        if not rule:
+            kernels.install(model)
         text, T, found = data.load_dataset(checkpoint['dataset']), model.config.block_size, []
         size = max(1, 4096 // T)
         for n in range(-(-windows // size)):
@@ -84,8 +85,7 @@ def token_losses(run, windows, budgets=None, policy='selective', rule=None, seed
             cache = m.KVCache(model, size, budgets, policy) if budgets else None
             logits, _ = model(x, y, cache=cache)
             found.append(Losses(fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'), kinds(x, y)))
-    found = together(found)
-    return Losses(found.nats[:windows], found.kinds[:windows])
+    return Losses(*(torch.cat([getattr(one, name) for one in found])[:windows] for name in ('nats', 'kinds')))
 
 
 def measure(runner, runs):
@@ -112,9 +112,9 @@ def kinds_table(first, models, runs, losses, extra=None, base='standard'):
         return lambda name: spread([one.mean(kind) for one in losses[name]])
 
     def against(kind=None):
-        return lambda name: '' if name == base else together(losses[name]).against(together(losses[base]), kind)
+        return lambda name: '' if name == base else mean_over_seeds(losses[name]).against(mean_over_seeds(losses[base]), kind)
     columns = {'validation loss': means(), f'against {base}': against()}
-    columns |= {f'{kind} ({together(losses[base]).of(kind).mean():.0%})': means(kind) for kind in KINDS}
+    columns |= {f'{kind} ({losses[base][0].of(kind).mean():.0%})': means(kind) for kind in KINDS}
     columns |= {f'recall against {base}': against('recall')}
     columns = {header: {name: column(name) for name in models} for header, column in columns.items()}
     return table(first, models, runs, {**columns, **(extra or {})})
@@ -198,7 +198,7 @@ def search(runner, jobs, windows):
     A model whose loss is above the target without pruning is left without a file.
     """
     def one(run, policy, flags, file):
-        if holds(run, file, unfinished=True):
+        if not held_out(run, file):
             try:
                 command(['prune.py', f'--out_dir={run.folder}', *flags, f'--policy={policy}', f'--windows={windows}',
                          f'--device={runner.cfg.device}', f'--to={file}'])
@@ -208,12 +208,15 @@ def search(runner, jobs, windows):
     runner.each(one, jobs)
 
 
-def holds(run, file, unfinished=False):
-    """The point with the least memory that keeps the loss on unseen windows, too, or None; unfinished: whether the
-    search of this file has yet to be done."""
+def held_out(run, file):
+    """What a search found on unseen windows, see `prune.unseen`; {} where it has yet to be done."""
     path = os.path.join(run.folder, file)
-    found = files.read_json(path, {'held_out': dict}, 'run prune.py again')['held_out'] if os.path.isfile(path) else {}
-    return not found if unfinished else found.get('holds')
+    return files.read_json(path, {'held_out': dict}, 'run prune.py again')['held_out'] if os.path.isfile(path) else {}
+
+
+def holds(run, file):
+    """The point with the least memory that keeps the loss on unseen windows, too, or None."""
+    return held_out(run, file).get('holds')
 
 
 def saving(file):

@@ -1,6 +1,7 @@
 """Runs of train.py with several seeds, and what they logged as tables and pictures, for lab/reproduce.py."""
 import concurrent.futures
 import dataclasses
+import hashlib
 import os
 import shlex
 import statistics
@@ -75,6 +76,8 @@ class Runner:
                 words = [flag for flag in flags.split() if not flag.startswith('--')]
                 args = [config, *(flag for flag in flags.split() if flag.startswith('--')), *always, f'--seed={seed}']
                 stem = '-'.join([*words, *(os.path.basename(arg.lstrip('-')) for arg in args)])
+                if len(stem) > 250:         # file systems take 255 bytes
+                    stem = f'{stem[:200]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}'
                 jobs.append((os.path.join(self.folder, stem), words, args, steps))
         runs = self.each(self.one, jobs)
         return {name: runs[n::len(models)] for n, name in enumerate(models)}
@@ -181,23 +184,22 @@ def table(first, models, runs, columns):
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def curves(runner, groups, figure='val_loss', ylabel='validation loss, nats per token'):
-    """The claim's picture: a panel for each group {title: {name: [Run]}}, mean of the seeds with all of them behind."""
+def curves(runner, title, runs, figure='val_loss', ylabel='validation loss, nats per token'):
+    """The claim's picture of {name: [Run]}: mean of the seeds with all of them behind."""
     plt = plot.import_pyplot()
-    picture, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4), layout='constrained', squeeze=False)
-    for ax, (title, models) in zip(axes[0], groups.items()):
-        for n, (name, runs) in enumerate(models.items()):
-            colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
-            # a loss from an eighth of the steps on: what comes before would leave no room for the differences
-            skip = sum(step < runs[0].steps[-1] / 8 for step in runs[0].steps) if figure == 'val_loss' else 0
-            steps, columns = runs[0].steps[skip:], [getattr(run, figure)[skip:] for run in runs]
-            for column in columns:
-                ax.plot(steps, column, color=colour, alpha=0.25, linewidth=1)
-            ax.plot(steps, [statistics.mean(values) for values in zip(*columns)], color=colour, linestyle=line,
-                    marker=marker, markersize=3, label=name)
-        ax.set(xlabel='step', ylabel=ylabel, title=title)
-        ax.legend(fontsize=8)
-        ax.grid(alpha=0.3)
+    picture, ax = plt.subplots(figsize=(5.5, 4), layout='constrained')
+    for n, (name, some) in enumerate(runs.items()):
+        colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
+        # a loss from an eighth of the steps on: what comes before would leave no room for the differences
+        skip = sum(step < some[0].steps[-1] / 8 for step in some[0].steps) if figure == 'val_loss' else 0
+        steps, columns = some[0].steps[skip:], [getattr(run, figure)[skip:] for run in some]
+        for column in columns:
+            ax.plot(steps, column, color=colour, alpha=0.25, linewidth=1)
+        ax.plot(steps, [statistics.mean(values) for values in zip(*columns)], color=colour, linestyle=line,
+                marker=marker, markersize=3, label=name)
+    ax.set(xlabel='step', ylabel=ylabel, title=title)
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
     return runner.save(picture)
 
 

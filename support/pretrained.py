@@ -45,8 +45,7 @@ def load_model(init_from, out_dir, cfg, device='cpu'):
 def check(name):
     """Raises UserError unless name is one of MODELS or an existing folder."""
     if name not in MODELS and not os.path.isdir(name):
-        raise UserError(f"init_from {name!r}: no such folder; "
-                        f"else it is 'scratch', 'resume', or one of {', '.join(MODELS)}")
+        raise UserError(f"init_from {name!r}: no such folder, and none of {', '.join(MODELS)}")
 
 
 def load(name, cfg):

@@ -159,7 +159,7 @@ def test_weights_that_are_refused(folder, tmp_path, weights, message):
 
 
 def test_no_such_name_and_no_package(folder, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="'gpt3': no such folder; else it is .*gpt2-xl"):
+    with pytest.raises(UserError, match="'gpt3': no such folder, and none of .*gpt2-xl"):
         load('gpt3')
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
     with pytest.raises(UserError, match='pip install safetensors'):

@@ -122,7 +122,7 @@ def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
     assert (max(abs(a - b) for a, b in zip(plain, changed)) < 1e-5) == (rule == 'as_published')
     resumed = [f'--out_dir={tmp_path / "changed"}', '--eval_only']
     assert 'step 8' in run(ablate, rule, *resumed)              # the checkpoint says what the rule has to fit
-    assert 'changes nothing' in run(ablate, 'fox' if '--selective' not in flags else 'ssmax', *TINY, '--selective', *resumed)
+    assert 'does not fit' in run(ablate, 'fox' if '--selective' not in flags else 'ssmax', *TINY, '--selective', *resumed)
     saved = torch.load(tmp_path / 'changed/ckpt.pt', weights_only=True)['model']
     if rule == 'double_heads':
         assert saved['transformer.h.0.attn.c_attn.weight'].shape == (96, 16)
@@ -138,11 +138,11 @@ def test_trained_by_the_rule(run, dataset, tmp_path, rule, flags):
 
 
 @pytest.mark.parametrize('args, words', [
-    ([], 'the rule comes first'), (['nothing'], 'the rule comes first'), (['no_relu'], 'changes nothing'),
-    (['double_heads', '--selective'], 'changes nothing'), (['no_position', '--ssa=v'], 'changes nothing'), (['position_on_values', '--ssa=q'], 'changes nothing'),
-    (['window=4'], 'changes nothing'), (['window=1', '--selective'], 'the rule comes first'), (['window', '--selective'], 'the rule comes'),
+    ([], 'the rule comes first'), (['nothing'], 'the rule comes first'), (['no_relu'], 'does not fit'),
+    (['double_heads', '--selective'], 'does not fit'), (['no_position', '--ssa=v'], 'does not fit'), (['position_on_values', '--ssa=q'], 'does not fit'),
+    (['window=4'], 'does not fit'), (['window=1', '--selective'], 'the rule comes first'), (['window', '--selective'], 'the rule comes'),
     (['window=K', '--selective'], 'the rule comes first'), (['alibi=1', '--selective'], 'the rule comes first'), (['groups=3', '--selective'], 'the rule comes first'),
-    (['ssmax', '--ssa=qv'], 'changes nothing'), (['fox', '--selective', '--vote_scale'], 'no vote_scale'),
+    (['ssmax', '--ssa=qv'], 'does not fit'), (['fox', '--selective', '--vote_scale'], 'no vote_scale'),
     (['double_heads', '--dropout=0.1'], 'no dropout')])
 def test_refusals_of_ablate(run, args, words):
     assert words in run(ablate, *args)
@@ -172,7 +172,7 @@ def claim(monkeypatch, dataset, tmp_path):
         models = r.train({'standard': '', 'no ReLU': 'no_relu --selective'}, 'config/base_small.py', 8, [*TINY, dataset])
         flags = {'standard': '', 'no ReLU': 'no_relu --selective'}
         return reproduce.table('model', flags, models, {'loss': runs.last('val_loss'), 'memory': runs.last('memory', '{:.0%}')}) \
-            + '\n' + runs.curves(r, {'small': models})
+            + '\n' + runs.curves(r, 'small', models)
     ran, command = [], runs.command
     monkeypatch.setattr(runs, 'command', lambda args: (ran.append(args), command(args)))
     monkeypatch.setattr(reproduce, 'CLAIMS', {small: 1})
@@ -330,7 +330,9 @@ def test_losses_of_kinds():
     worse = figures.Losses(losses.nats + 0.5 * (losses.kinds == 2), losses.kinds)
     assert worse.against(losses, 'recall') == '+0.5000 [+0.5000, +0.5000]'
     assert losses.against(losses) == worse.against(losses, 'near') == '+0.0000 [+0.0000, +0.0000]'
-    assert figures.together([losses, worse]).mean() == pytest.approx(figures.mean_of([losses, worse]))
+    assert figures.mean_over_seeds([losses, worse]).mean() == pytest.approx(figures.mean_of([losses, worse]))
+    other = figures.Losses(torch.rand(3, 40, generator=g), losses.kinds)        # seeds make no windows, nor intervals narrower
+    assert figures.mean_over_seeds([other] * 3).against(losses) == other.against(losses)
 
 
 def test_table_of_kinds():
