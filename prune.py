@@ -47,8 +47,8 @@ class PruneConfig(pretrained.PretrainedConfig):
     seed: int = 0                           # which windows these are [0 to 2**31]
     # how far: give one of the three
     baseline: str = ''                      # folder of a model whose loss on the same windows is the target
-    target_loss: float = 0.0                # the target, in nats [above 0 to 1000]
-    tolerance: float = 0.0                  # the target is the model's own unpruned loss and this much [above 0 to 1000]
+    target_loss: float = 0.0                # the target, in nats [0 to 1000]
+    tolerance: float = 0.0                  # the target is the model's own unpruned loss and this much [0 to 1000]
     # how
     policy: str = 'selective'               # what is dropped at the budget ['selective', 'oldest', 'random']
     search: str = 'quick'                   # plain is the paper's search ['quick', 'plain']
@@ -220,7 +220,7 @@ def unseen(trials, curve, target):
 def main():
     cfg = settings.parse(PruneConfig)
     if sum(map(bool, (cfg.baseline, cfg.target_loss, cfg.tolerance))) != 1:
-        raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance')
+        raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance, above 0')
     if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
         raise UserError(f'--init_from={cfg.init_from} needs an --out_dir: the folder for its budgets')
     name = cfg.to or ('budgets.json' if cfg.policy == 'selective' else f'budgets_{cfg.policy}.json')
