@@ -1,4 +1,4 @@
-# What the small configs share: about five minutes on two free CPU cores.
+# What the small configs share: about six minutes on two CPU cores.
 dataset = 'stdlib'          # the sources of Python's standard library, in bytes; --dataset=c4 after prepare_c4.py
 n_layer = 4
 n_head = 4
