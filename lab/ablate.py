@@ -188,7 +188,7 @@ def parse(rule):
     name, equals, K = rule.partition('=')
     if equals:
         name += '=K'
-    if name not in RULES or K == 'K' or equals and not (K.isascii() and K.isdigit() and len(K) < 8 and int(K) >= 2):
+    if name not in RULES or equals and not (K.isascii() and K.isdigit() and len(K) < 8 and int(K) >= 2):
         raise UserError(f"the rule comes first, one of {', '.join(RULES)}, with K at least 2")
     return name, int(K) if equals else None
 
@@ -208,9 +208,8 @@ def changed(rule):
         elif name == 'double_heads':
             m.CausalSelfAttention = DoubleHeads
         else:
-            rules = {'window=K': functools.partial(window, K), 'alibi': functools.partial(alibi, None),
-                     'alibi=K': functools.partial(alibi, K)}
-            attention = rules.get(name, functools.partial(listing, name))
+            of_newest = {'window=K': window, 'alibi': alibi, 'alibi=K': alibi}.get(name)     # with K, of alibi None
+            attention = functools.partial(of_newest, K) if of_newest else functools.partial(listing, name)
             # both: kernels compare themselves with the first, and step aside
             m.selective_attention, layer.attention = attention, staticmethod(attention)
         yield

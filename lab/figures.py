@@ -108,13 +108,15 @@ def kinds_table(first, models, runs, losses, extra=None, base='standard'):
 
     losses: of `measure`; extra: more columns, as `table` takes them.
     """
+    whole = {name: mean_over_seeds(some) for name, some in losses.items()}
+
     def means(kind=None):
         return lambda name: spread([one.mean(kind) for one in losses[name]])
 
     def against(kind=None):
-        return lambda name: '' if name == base else mean_over_seeds(losses[name]).against(mean_over_seeds(losses[base]), kind)
+        return lambda name: '' if name == base else whole[name].against(whole[base], kind)
     columns = {'validation loss': means(), f'against {base}': against()}
-    columns |= {f'{kind} ({losses[base][0].of(kind).mean():.0%})': means(kind) for kind in KINDS}
+    columns |= {f'{kind} ({whole[base].of(kind).mean():.0%})': means(kind) for kind in KINDS}
     columns |= {f'recall against {base}': against('recall')}
     columns = {header: {name: column(name) for name in models} for header, column in columns.items()}
     return table(first, models, runs, {**columns, **(extra or {})})

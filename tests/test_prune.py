@@ -1,7 +1,7 @@
 """prune.py: the search, what it writes, and what it refuses."""
 import itertools
-import math
 import json
+import math
 import random
 
 import pytest
