@@ -91,31 +91,22 @@ def listing(rule, q, k, v, vote, dropout=0.0, memory_tau=None):
     return P.to(v.dtype) @ v, M
 
 
-def newest(K, i):
-    """Which tokens rows i (T, 1) see that see token 0 and the newest K - 1: (T, T)."""
-    return (i.T <= i) & ((i.T > i - K + 1) | (i.T == 0))
-
-
-def window(K, q, k, v, vote, dropout=0.0, memory_tau=None):
-    """Token 0 and the newest K - 1 tokens, the row's own among them. M is the tokens before a row that it sees."""
-    i = torch.arange(q.size(2), device=q.device)[:, None]
-    seen = newest(K, i)
-    y = fn.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
-    return y, None if memory_tau is None else (seen.sum(dim=1) - 1.0).expand(len(q), -1)
-
-
 def by_distance(H, i):
     """What ALiBi adds to the logits of rows i (T, 1): (H, T, T)."""
     slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=i.device) / H)
     return slopes[:, None, None] * (i.T - i)
 
 
-def alibi(K, q, k, v, vote, dropout=0.0, memory_tau=None):
+def newest(K, alibi, q, k, v, vote, dropout=0.0, memory_tau=None):
+    """Token 0 and the newest K - 1 tokens, the row's own among them; all where K is None. alibi: whether logits fall
+    with distance. M is the tokens before a row that it sees."""
     H, T = q.shape[1:3]
-    i = torch.arange(T, device=q.device)[:, None]
-    seen = newest(K or T, i)
-    bias = by_distance(H, i).masked_fill(~seen, float('-inf')).to(q.dtype)
-    y = fn.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    i = torch.arange(T, device=q.device)[:, None]               # (T, 1)
+    j = i.T                                                     # (1, T)
+    seen = (j <= i) & ((j > i - (K or T) + 1) | (j == 0))       # (T, T)
+    bias = by_distance(H, i) if alibi else torch.zeros(T, T, device=q.device)
+    y = fn.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~seen, float('-inf')).to(q.dtype),
+                                        dropout_p=dropout)
     return y, None if memory_tau is None else (seen.sum(dim=1) - 1.0).expand(len(q), -1)
 
 
@@ -208,8 +199,10 @@ def changed(rule):
         elif name == 'double_heads':
             m.CausalSelfAttention = DoubleHeads
         else:
-            of_newest = {'window=K': window, 'alibi': alibi, 'alibi=K': alibi}.get(name)     # with K, of alibi None
-            attention = functools.partial(of_newest, K) if of_newest else functools.partial(listing, name)
+            if name in ('window=K', 'alibi', 'alibi=K'):
+                attention = functools.partial(newest, K, 'alibi' in name)
+            else:
+                attention = functools.partial(listing, name)
             # both: kernels compare themselves with the first, and step aside
             m.selective_attention, layer.attention = attention, staticmethod(attention)
         yield

@@ -80,7 +80,7 @@ def test_window_is_a_budget_by_age(K, qkv):
     """window=K sees what a cache of K tokens with policy 'oldest' keeps, so that trained and pruned windows compare."""
     q, k, v = qkv(3)
     cache = m.LayerCache(2, 3, K, 4, 'oldest', 'cpu', torch.float64)
-    y, M = ablate.window(K, q, k, v, None, memory_tau=1.0)
+    y, M = ablate.newest(K, False, q, k, v, None, memory_tau=1.0)
     torch.testing.assert_close(y, cache.attend(q, k, v, torch.arange(9), None))
     assert M[0].tolist() == [min(i, K - 1) for i in range(9)]
 
