@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -25,6 +26,14 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def wait_until(condition, seconds=60):
+    """Return once condition() holds; a failure if it never does."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, f'waited {seconds} seconds in vain'
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope='session')

@@ -18,6 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data
 import prepare_c4
+from conftest import wait_until
 from support import download
 from support.settings import UserError
 
@@ -189,7 +190,7 @@ def test_processes_with_ranges_make_what_one_makes(server, tmp_path):
     server.delay = 0.002
     running = [start(server, tmp_path / 'many', shards=s) for s in ('0:2', '2:3', '3:4')]
     for process in running:
-        assert process.wait() == 0, process.stderr.read()
+        assert process.wait(timeout=100) == 0, process.stderr.read()
     assert contents(tmp_path / 'many' / 'c4') == one
 
 
@@ -215,15 +216,13 @@ def test_stopped_and_run_again(server, tmp_path, how):
     while stopped < 2:
         process = start(server, tmp_path / 'again', shards='0:3')
         folder = tmp_path / 'again' / 'c4'
-        deadline = time.time() + 30
-        while time.time() < deadline and not (
-                (folder / f'train_{stopped:05d}.bin').exists() and list(folder.glob(f'train_{stopped + 1:05d}*.tmp'))):
-            time.sleep(0.005)
+        wait_until(lambda: (folder / f'train_{stopped:05d}.bin').exists()
+                   and list(folder.glob(f'train_{stopped + 1:05d}*.tmp')))
         if how == signal.SIGINT:
             os.killpg(process.pid, how)  # as a terminal does: to all its processes
         else:
             process.kill()
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=60)
         assert process.returncode == (-9 if how == signal.SIGKILL else 130)
         assert how == signal.SIGKILL or err == 'prepare_c4.py: interrupted\n'
         assert (folder / f'train_{stopped:05d}.bin').exists() and not (folder / f'train_{stopped + 1:05d}.bin').exists()
@@ -237,17 +236,13 @@ def test_no_process_outlives_a_killed_parent(server, tmp_path):
     server.files[NAME] = gz(TRAIN[0] * 20)
     server.delay = 0.01
     process = start(server, tmp_path, processes=2)
-    while not list(tmp_path.glob('c4/train*.tmp')):
-        time.sleep(0.01)
+    wait_until(lambda: list(tmp_path.glob('c4/train*.tmp')))
     children = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True).stdout.split()
     assert children
     process.kill()
     process.wait()
     for pid in children:
-        deadline = time.time() + 5
-        while os.path.exists(f'/proc/{pid}') and time.time() < deadline:
-            time.sleep(0.02)
-        assert not os.path.exists(f'/proc/{pid}')
+        wait_until(lambda: not os.path.exists(f'/proc/{pid}'))
 
 # ----------------------------------------------------------------------------- a server that misbehaves
 
@@ -348,13 +343,13 @@ LINES = b''.join(json.dumps({'text': t}).encode() + b'\n' for t in TRAIN[0][:100
     (b'this is not gzip', 'bad gzip after line 0'),
     (gzip.compress(LINES, mtime=0)[:-8] + bytes(8), 'bad gzip after line [0-9]+'),  # a wrong checksum
     (gzip.compress(LINES, mtime=0)[:-9], 'gzip ends in the middle'),
-    (gzip.compress(LINES + b'{"text": "half\n' + LINES), 'line 101: no JSON'),
-    (gzip.compress(LINES + b'{"texts": "x"}\n'), 'line 101: no JSON with a "text"'),
-    (gzip.compress(LINES + b'{"text": 5}'), 'line 101: no JSON with a "text"'),
-    (gzip.compress(LINES + b'[]\n'), 'line 101: no JSON with a "text"'),
-    (gzip.compress(LINES + b'{"text": "\xff"}\n'), 'line 101: no JSON with a "text"'),
-    (gzip.compress(LINES * 60 + b'garbage\n' + LINES * 60), 'line 6001: no JSON'),
-    (gzip.compress(b''), 'has no documents'),
+    (gzip.compress(LINES + b'{"text": "half\n' + LINES, mtime=0), 'line 101: no JSON'),
+    (gzip.compress(LINES + b'{"texts": "x"}\n', mtime=0), 'line 101: no JSON with a "text"'),
+    (gzip.compress(LINES + b'{"text": 5}', mtime=0), 'line 101: no JSON with a "text"'),
+    (gzip.compress(LINES + b'[]\n', mtime=0), 'line 101: no JSON with a "text"'),
+    (gzip.compress(LINES + b'{"text": "\xff"}\n', mtime=0), 'line 101: no JSON with a "text"'),
+    (gzip.compress(LINES * 60 + b'garbage\n' + LINES * 60, mtime=0), 'line 6001: no JSON'),
+    (gzip.compress(b'', mtime=0), 'has no documents'),
     (b'', 'has no documents'),
 ])
 def test_damaged_shards_are_named(server, tmp_path, body, message):
@@ -369,7 +364,7 @@ def test_no_server_is_one_line_at_once(server, tmp_path):
     server.server_close()
     began = time.time()
     process = start(server, tmp_path, backoff=60)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and out == '' and time.time() - began < 8
     assert err.startswith('prepare_c4.py: http://127.0.0.1') and err.count('\n') == 1 and 'check the network' in err
     assert os.listdir(tmp_path) == []

@@ -3,7 +3,6 @@ import concurrent.futures
 import json
 import os
 import re
-import time
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 import model as m
 import prune
 import train
+from conftest import wait_until
 from lab import ablate, figures, reproduce, runs, tasks
 from support import settings
 
@@ -264,8 +264,7 @@ def test_ctrl_c_starts_no_other_run(claim, tmp_path):
 def test_sigterm_is_passed_on():
     with concurrent.futures.ThreadPoolExecutor() as pool:
         running = pool.submit(runs.command, ['-c', 'import time; time.sleep(60)'])
-        while not runs.RUNNING:
-            time.sleep(0.01)
+        wait_until(lambda: runs.RUNNING)
         with pytest.raises(KeyboardInterrupt):
             runs.stop()
         with pytest.raises(settings.UserError):
