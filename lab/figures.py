@@ -237,16 +237,23 @@ def equal_memory(r, T, runs, kept, flags):
     models, rows = [name for name in runs if name != 'standard'], []
     search(r, [(run, policy, [f'--baseline={base.folder}'], file.format(policy)) for name in models
                for run, base in zip(runs[name], runs['standard']) for policy in policies], windows)
+
+    def row(name, *losses, budgets='', saved=('', '')):
+        rows.append([f'{name}, seed {seed}' if r.seeds > 1 else name, budgets, *saved,
+                     *(f"{one.mean():.3f} / {one.mean('recall'):.3f}" for one in losses), *[''] * (7 - len(losses))])
+
     for seed, base in enumerate(runs['standard'], start=1):
         found = {name: [holds(runs[name][seed - 1], file.format(policy)) for policy in policies] for name in models}
         least = min((statistics.mean(by_F['budgets']) for by_F, _ in found.values() if by_F), default=None)
+        row('standard', token_losses(base, count))
         for name, (by_F, by_age) in found.items():
             for label, point in (name, by_F), (f'{name}, newest', by_age):
                 if point:
                     kept.setdefault(label, {}).setdefault(T, []).append(statistics.mean(point['budgets']))
+            run = runs[name][seed - 1]
             saved, losses = [f"{point['saving']:.1f}x" if point else 'none' for point in (by_F, by_age)], []
             if by_F:
-                run, budgets = runs[name][seed - 1], by_F['budgets']
+                budgets = by_F['budgets']
                 losses = [token_losses(run, count, budgets, policy) for policy in (*policies, 'random')]
                 losses.append(token_losses(base, count, budgets, 'oldest'))
                 if statistics.mean(budgets) == least:
@@ -255,12 +262,12 @@ def equal_memory(r, T, runs, kept, flags):
                                        r.cfg.config, 1000, flags, quick=100, seeds=[seed])
                     losses.append(token_losses(controls['window'][0], count))
                     losses.append(token_losses(controls['ALiBi'][0], count, rule=f'alibi={K}'))
-            losses = [f"{one.mean():.3f} / {one.mean('recall'):.3f}" for one in losses]
-            rows.append([f'{name}, seed {seed}' if r.seeds > 1 else name,
-                         ' '.join(map(str, by_F['budgets'])) if by_F else 'above the loss of standard',
-                         *saved, *losses, *[''] * (6 - len(losses))])
-    header = ['model', 'kept by F', 'saving by F', 'saving by age', 'by F', 'newest', 'random', 'standard, newest',
-              'trained on as many', 'ALiBi, newest']
-    return ('Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows; and with as many '
-            'tokens, the loss of all / of recall tokens:\n\n'
+            row(name, token_losses(run, count), *losses, saved=saved,
+                budgets=' '.join(map(str, budgets)) if by_F else 'above the loss of standard')
+        if least is not None:
+            row('ALiBi', token_losses(controls['ALiBi'][0], count))
+    header = ['model', 'kept by F', 'saving by F', 'saving by age', 'all of its context', 'by F', 'newest', 'random',
+              'standard, newest', 'trained on as many', 'ALiBi, newest']
+    return ('Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows; and the loss of all / of '
+            'recall tokens, with all of its context and with as many tokens:\n\n'
             + '\n'.join(f"| {' | '.join(row)} |" for row in [header, ['---'] * len(header), *rows]))

@@ -3,6 +3,7 @@ import concurrent.futures
 import json
 import os
 import re
+import types
 
 import pytest
 import torch
@@ -305,6 +306,38 @@ def test_searches(tmp_path, monkeypatch):
     words = 'something else'
     with pytest.raises(settings.UserError, match='something else'):
         figures.search(runner, jobs, 64)
+
+
+def test_equal_memory(monkeypatch):
+    """Each loss stands in its column, and the controls see as many tokens as the model that keeps the least."""
+    asked = []
+
+    def token_losses(run, windows, budgets=None, policy='selective', rule=None):
+        asked.append((run.folder, budgets, policy, rule))
+        return types.SimpleNamespace(mean=lambda kind=None, n=len(asked) - 1: n)
+    kept = {'a': [8, 4], 'b': [2, 5]}
+    monkeypatch.setattr(figures, 'token_losses', token_losses)
+    monkeypatch.setattr(figures, 'search', lambda *args: None)
+    monkeypatch.setattr(figures, 'holds', lambda run, file: run.folder in kept and {
+        'budgets': kept[run.folder], 'saving': 3.0 if 'selective' in file else 2.0})
+    runner = types.SimpleNamespace(cfg=reproduce.ReproduceConfig(), seeds=1, train=lambda models, *args, **more: {
+        name: [types.SimpleNamespace(folder=flags)] for name, flags in models.items()})
+    runs = {name: [types.SimpleNamespace(folder=name)] for name in ('standard', 'a', 'b', 'c')}
+    text = figures.equal_memory(runner, 16, runs, points := {}, [])
+    header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()[2:]]
+    found = {(row[0], column): asked[int(float(cell.split('/')[0]))] for row in rows
+             for column, cell in zip(header[4:], row[4:]) if cell}
+    whole, age, chance = (None, 'selective', None), 'oldest', 'random'
+    assert found == {
+        **{(name, 'all of its context'): (name, *whole) for name in runs},
+        ('ALiBi', 'all of its context'): ('alibi --selective', *whole),
+        **{(name, column): (run or name, budgets, policy, None) for name, budgets in kept.items() for column, run, policy in
+           [('by F', '', 'selective'), ('newest', '', age), ('random', '', chance), ('standard, newest', 'standard', age)]},
+        ('b', 'trained on as many'): ('window=4 --selective', *whole),
+        ('b', 'ALiBi, newest'): ('alibi --selective', None, 'selective', 'alibi=4')}
+    assert [row[:4] for row in rows] == [['standard', '', '', ''], ['a', '8 4', '3.0x', '2.0x'], ['b', '2 5', '3.0x', '2.0x'],
+                                         ['c', 'above the loss of standard', 'none', 'none'], ['ALiBi', '', '', '']]
+    assert points == {'a': {16: [6]}, 'a, newest': {16: [6]}, 'b': {16: [3.5]}, 'b, newest': {16: [3.5]}}
 
 
 def test_kinds_of_targets():
