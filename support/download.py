@@ -3,6 +3,7 @@ import contextlib
 import email.utils
 import hashlib
 import os
+import queue
 import random
 import re
 import sys
@@ -18,6 +19,20 @@ from support.settings import UserError
 
 LONGEST_WAIT = 600      # seconds
 ERRORS = OSError, ValueError, urllib3.exceptions.HTTPError      # what requests raises; ValueError is a URL that is none
+
+
+class Connections(queue.SimpleQueue):
+    """Where urllib3 keeps idle connections, in place of queue.LifoQueue. That one's lock stays taken when Ctrl-C comes
+    right after it was taken, and urllib3 then waits for it for ever: a few tries of a thousand. This one is in C."""
+
+    def __new__(cls, maxsize):
+        return super().__new__(cls)
+
+    def __init__(self, maxsize):
+        pass
+
+
+urllib3.HTTPConnectionPool.QueueCls = Connections       # of HTTPS, too
 
 
 class Server:

@@ -4,6 +4,7 @@ import gzip
 import http.server
 import json
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 
 import pytest
 import requests
+import urllib3
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -230,6 +232,19 @@ def test_stopped_and_run_again(server, tmp_path, how):
     server.delay, before = 0, len(server.requests)
     assert prepare(server, tmp_path / 'again', shards='0:3') == whole
     assert [name for name, _ in server.requests[before:]] == [prepare_c4.shard_file('train', 2)]
+
+
+def test_connections_have_no_lock_in_python(server, tmp_path, monkeypatch):
+    """Which Ctrl-C could leave taken."""
+    made, real = [], urllib3.HTTPConnectionPool.__init__
+
+    def init(pool, *args, **more):
+        made.append(pool)
+        real(pool, *args, **more)
+    monkeypatch.setattr(urllib3.HTTPConnectionPool, '__init__', init)
+    assert good(prepare(server, tmp_path))
+    assert made and all(isinstance(pool.pool, queue.SimpleQueue) for pool in made)
+    assert issubclass(urllib3.HTTPSConnectionPool.QueueCls, queue.SimpleQueue)
 
 
 def test_no_process_outlives_a_killed_parent(server, tmp_path):
