@@ -30,6 +30,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 import model
 from kernels.cpu import bounds
@@ -285,7 +286,7 @@ def scalar(scale, q):
     return torch.ones((), device=q.device) if scale is None else scale.float()
 
 
-@torch.library.custom_op('selective::attention', mutates_args=())
+@library.custom_op('selective::attention', mutates_args=())
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: torch.Tensor | None, tau: float | None
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, M (empty without tau), and for the backward lse (B, H, T), C (B, blocks + 1, T) and alive (B, T)."""
@@ -308,7 +309,7 @@ def attention_fake(q, k, v, scale, tau):
             q.new_empty(B, (T + G - 1) // G + 1, T, **f), q.new_empty(B, T, dtype=torch.int32))
 
 
-@torch.library.custom_op('selective::attention_backward', mutates_args=())
+@library.custom_op('selective::attention_backward', mutates_args=())
 def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: torch.Tensor | None,
                        tau: float | None, y: torch.Tensor, lse: torch.Tensor, C: torch.Tensor, alive: torch.Tensor,
                        dy: torch.Tensor, dM: torch.Tensor | None

@@ -245,6 +245,10 @@ def equal_memory(r, T, runs, kept, flags):
     for seed, base in enumerate(runs['standard'], start=1):
         found = {name: [holds(runs[name][seed - 1], file.format(policy)) for policy in policies] for name in models}
         least = min((statistics.mean(by_F['budgets']) for by_F, _ in found.values() if by_F), default=None)
+        if least is not None:
+            K = max(2, round(least))
+            controls = r.train({'window': f'window={K} --selective', 'ALiBi': 'alibi --selective'},
+                               r.cfg.config, 1000, flags, quick=100, seeds=[seed])
         row('standard', token_losses(base, count))
         for name, (by_F, by_age) in found.items():
             for label, point in (name, by_F), (f'{name}, newest', by_age):
@@ -257,9 +261,6 @@ def equal_memory(r, T, runs, kept, flags):
                 losses = [token_losses(run, count, budgets, policy) for policy in (*policies, 'random')]
                 losses.append(token_losses(base, count, budgets, 'oldest'))
                 if statistics.mean(budgets) == least:
-                    K = max(2, round(least))
-                    controls = r.train({'window': f'window={K} --selective', 'ALiBi': 'alibi --selective'},
-                                       r.cfg.config, 1000, flags, quick=100, seeds=[seed])
                     losses.append(token_losses(controls['window'][0], count))
                     losses.append(token_losses(controls['ALiBi'][0], count, rule=f'alibi={K}'))
             row(name, token_losses(run, count), *losses, saved=saved,

@@ -219,7 +219,7 @@ def test_stopped_and_run_again(server, tmp_path, how):
         process = start(server, tmp_path / 'again', shards='0:3')
         folder = tmp_path / 'again' / 'c4'
         wait_until(lambda: (folder / f'train_{stopped:05d}.bin').exists()
-                   and list(folder.glob(f'train_{stopped + 1:05d}*.tmp')))
+                   and list(folder.glob(f'train_{stopped + 1:05d}*.tmp')), seconds=30)
         if how == signal.SIGINT:
             os.killpg(process.pid, how)  # as a terminal does: to all its processes
         else:
@@ -257,7 +257,7 @@ def test_no_process_outlives_a_killed_parent(server, tmp_path):
     process.kill()
     process.wait()
     for pid in children:
-        wait_until(lambda: not os.path.exists(f'/proc/{pid}'))
+        wait_until(lambda: not os.path.exists(f'/proc/{pid}'), seconds=5)
 
 # ----------------------------------------------------------------------------- a server that misbehaves
 

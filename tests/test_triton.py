@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from torch import library
 
 import kernels
 import model as m
@@ -153,12 +154,12 @@ def test_operators():
     """What torch.compile is told of the two operators is true: shapes, strides, gradients, no hidden writes."""
     qkv, scale = inputs(1, 2, 34, 16, 0.5)
     for more in (scale, 1.0), (None, None):                     # test_model below compiles both
-        torch.library.opcheck(tk.attention, (*qkv, *more), test_utils=('test_schema', 'test_autograd_registration',
-                                                                       'test_faketensor'))
+        library.opcheck(tk.attention, (*qkv, *more), test_utils=('test_schema', 'test_autograd_registration',
+                                                                 'test_faketensor'))
     args = *(x.detach() for x in qkv), scale.detach(), 1.0
     y, M, *saved = tk.attention(*args)
-    torch.library.opcheck(tk.attention_backward, (*args, y, *saved, torch.randn_like(y), torch.randn_like(M)),
-                          test_utils=('test_schema', 'test_faketensor'))
+    library.opcheck(tk.attention_backward, (*args, y, *saved, torch.randn_like(y), torch.randn_like(M)),
+                    test_utils=('test_schema', 'test_faketensor'))
 
 
 def test_dropout_is_left_to_model():
