@@ -1,15 +1,5 @@
-"""Files: the one way to write them and the one way to read JSON.
+"""Files: the one way to write them and the one way to read JSON."""
 
-What JSON must hold is written as a shape:
-
-    int, float, str, bool, list, dict       a value of that type; float also takes whole numbers, but not nan or inf
-    None                                    null
-    range(a, b)                             a whole number from a to b - 1
-    [shape]                                 a list of such values
-    {str: shape}                            an object whose entries are such values, under any names
-    {'name': shape, 'other?': shape}        an object with these entries, `other` being optional; there may be more
-    (shape, shape)                          one of these
-"""
 import contextlib
 import glob
 import json
@@ -22,18 +12,15 @@ from support.settings import UserError
 
 try:
     import fcntl
-except ImportError:     # Windows: two processes may then write to one folder
+except ImportError:  # Windows: two processes may then write to one folder
     fcntl = None
 
-NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', list: 'a list',
-         dict: 'an object', None: 'null'}
-
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def made(folder):
-    """Makes a folder, and the ones above it. If the block ends with an error, those that it made go again, if empty.
+    """Make a folder and the ones above it. If the block fails, those that it made go, if empty.
 
     Raises UserError where that fails.
     """
@@ -43,101 +30,102 @@ def made(folder):
         folder = os.path.dirname(folder) or '.'
     try:
         try:
-            if missing:
-                os.makedirs(missing[0], exist_ok=True)
-        except (OSError, RecursionError) as e:      # the latter for thousands of folders in each other
-            raise UserError(f'cannot make the folder {missing[0]}: {getattr(e, "strerror", "too deep")}') from None
+            for new in reversed(missing):
+                os.makedirs(new, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'cannot make the folder {missing[0]}: {e.strerror}') from None
         yield
     except BaseException:
-        for folder in missing:
+        for new in missing:
             with contextlib.suppress(OSError):
-                os.rmdir(folder)
+                os.rmdir(new)
         raise
 
 
 @contextlib.contextmanager
 def locked(folder, shared=False):
-    """Makes a folder and keeps it to this process while the block runs, or to all that share it. UserError if another
-    process has it.
+    """Make a folder and keep it to this process while the block runs, or to all that share it.
 
-    The lock is on the folder itself: it leaves no file behind, and ends with its process, even if that is killed.
+    The lock is on the folder itself. It leaves no file behind, and ends with its process, even if
+    that is killed. Raises UserError if another process has it.
     """
-    with made(folder), contextlib.ExitStack() as stack:
+    with made(folder):
         fd = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, fd)
         try:
-            fcntl and fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if fcntl:
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f'{folder} is in use by {holder(fd)}: wait for it, or choose another folder') from None
-        except OSError:         # some network file systems have no locks
+            os.close(fd)
+            raise UserError(
+                f'{folder} is in use by another process: wait for it, or choose another folder'
+            ) from None
+        except OSError:  # some network file systems have no locks
             pass
-        yield
-
-
-def holder(fd):
-    """The process that has locked an open file or folder, in words."""
-    with contextlib.suppress(OSError, IndexError):          # there is /proc on Linux only
-        with open('/proc/locks') as f:
-            pid = [line.split()[4] for line in f if line.split()[5].endswith(f':{os.fstat(fd).st_ino}')][0]
-        with open(f'/proc/{pid}/cmdline') as f:
-            return f"process {pid} ({' '.join(f.read().split(chr(0))[:3]).strip()})"
-    return 'another process'
+        try:
+            yield
+        finally:
+            os.close(fd)
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write; it gets its name when the block ends without an error, so under its name it is whole.
+    """A binary file to write. It gets its name when the block ends without an error, whole.
 
         with replacing('out/x/ckpt.pt') as f:
             f.write(b'...')
 
     Makes the folder. On an error it removes what it made. Raises OSError where writing fails.
     """
-    part = f'{path}.{secrets.token_hex(4)}.tmp'     # a name of its own: two processes may write the same file
+    part = f'{path}.{secrets.token_hex(4)}.tmp'  # two processes may write the same file
     with made(os.path.dirname(path) or '.'):
         try:
             with open(part, 'xb') as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
-            with contextlib.suppress(FileNotFoundError):    # another process wrote the same file first and removed this
+            with contextlib.suppress(FileNotFoundError):  # another process wrote the same first
                 os.replace(part, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(part)
             raise
-    for stale in glob.glob(glob.escape(path) + '.*.tmp'):       # left by processes that were killed
+    for stale in glob.glob(glob.escape(path) + '.*.tmp'):  # left by processes that were killed
         with contextlib.suppress(OSError):
             os.remove(stale)
 
 
 @contextlib.contextmanager
 def replacing_folder(path):
-    """A folder to fill, which takes the place of the one at path when the block ends without an error.
+    """A folder to fill. It takes the place of the one at path when the block ends without an error.
 
         with replacing_folder('data/x') as folder:
             ...
 
-    One process at a time fills it: see `locked`. On an error the old one stays as it was.
+    One process at a time fills it, see `locked`. On an error the old one stays as it was.
     """
-    path = os.path.realpath(path)           # a link stays a link
+    path = os.path.realpath(path)  # a link stays a link
     with locked(path):
-        for stale in glob.glob(glob.escape(path) + '.*.tmp'):       # left by processes that were killed
+        for stale in glob.glob(glob.escape(path) + '.*.tmp'):  # left by processes that were killed
             shutil.rmtree(stale, ignore_errors=True)
-        new, old = (f'{path}.{secrets.token_hex(4)}.tmp' for _ in range(2))
+        new = f'{path}.{secrets.token_hex(4)}.tmp'
+        old = f'{path}.{secrets.token_hex(4)}.tmp'
         try:
             os.mkdir(new)
             yield new
             os.rename(path, old)
             os.rename(new, path)
         finally:
-            for folder in new, old:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(path, ending, sign):
-    """Raises UserError unless a script may write the file: it has the ending, a folder that takes it, and what it would
-    replace is a file of the same kind, which has `sign` in its first lines."""
+    """Raise UserError unless a script may write the file.
+
+    It must have the ending and a folder that takes it. A file that it would replace must be of the
+    same kind, with `sign` in its first lines.
+    """
     if not path.endswith(ending):
         raise UserError(f'{path} is not a file name for this: it ends in {ending}')
     folder = os.path.dirname(os.path.abspath(path))
@@ -145,33 +133,29 @@ def check_output(path, ending, sign):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f'cannot write {path}: {folder} is not a folder that takes files')
-    if os.path.lexists(path):
-        try:
+    if not os.path.lexists(path):
+        return
+    beginning = b''
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):
             with open(path, 'rb') as f:
-                ours = sign.encode() in f.read(4096) if os.path.isfile(path) else False
-        except OSError:
-            ours = False
-        if not ours:
-            raise UserError(f'{path} is there and was not written by this script: choose another name')
+                beginning = f.read(4096)
+    if sign.encode() not in beginning:
+        raise UserError(f'{path} is there and was not written by this script: choose another name')
 
 
 def write_file(path, content):
-    """Write content, which is text, bytes or a function that writes to a file object, as `replacing` does.
-
-    Raises UserError where writing fails.
-    """
-    path = os.fspath(path)
+    """Write content, which is text or bytes, as `replacing` does; UserError where writing fails."""
+    if isinstance(content, str):
+        content = content.encode()
     try:
-        with replacing(path) as f:
-            if callable(content):
-                content(f)
-            else:
-                f.write(content.encode() if isinstance(content, str) else content)
+        with replacing(os.fspath(path)) as f:
+            f.write(content)
     except OSError as e:
         raise UserError(f'cannot write {path}: {e.strerror or e}') from None
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def read_text(start, errors='strict'):
@@ -180,77 +164,64 @@ def read_text(start, errors='strict'):
     errors: 'replace' makes U+FFFD of what is not UTF-8, 'strict' a UserError.
     """
     path = start.removeprefix('FILE:')
-    if start not in ('-', path) and os.path.lexists(path) and not os.path.isfile(path):
-        raise UserError(f'--start: {path} is not a file of text')       # but a folder, or a device without an end
+    if start == path and start != '-':
+        return start
     try:
         if start == '-':
             return sys.stdin.buffer.read().decode('utf-8', errors)
-        if start != path:
-            with open(path, 'rb') as f:
-                return f.read().decode('utf-8', errors)
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UserError(f'--start: {path} is not a file of text')  # a folder, an endless device
+        with open(path, 'rb') as f:
+            return f.read().decode('utf-8', errors)
     except OSError as e:
         raise UserError(f'--start: {path}: {e.strerror}') from None
     except UnicodeDecodeError:
         raise UserError(f'--start: {path} is not UTF-8 text') from None
-    return start
 
 
-def read_json(path, shape, hint):
-    """The value in a JSON file, checked against the shape (see above).
+def read_json(path, hint, **types):
+    """The object in a JSON file, as a dictionary.
 
-    Raises UserError where the file is missing, unreadable or holds something else; hint, the end of the message, says
-    what to do about it.
+    types: of entries that must be there, see `misfit`. Raises UserError where the file is missing,
+    unreadable or holds something else; hint, the end of the message, says what to do about it.
     """
     try:
         with open(path, encoding='utf-8') as f:
-            return parse_json(f.read(), shape)
+            found = json.load(f)
     except FileNotFoundError:
         raise UserError(f'{path} is missing: {hint}') from None
     except OSError as e:
         raise UserError(f'cannot read {path} ({e.strerror}): {hint}') from None
-    except ValueError as e:                         # UnicodeDecodeError is one
-        problem = 'it is not UTF-8 text' if isinstance(e, UnicodeDecodeError) else e
-        raise UserError(f'{path} is damaged ({problem}): {hint}') from None
-
-
-def parse_json(text, shape):
-    """The value of a JSON text, checked against the shape. Raises ValueError, in one line, if it does not fit."""
-    try:
-        value = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError('it is not JSON') from None
-    problem = misfit(value, shape)
-    if problem:
-        raise ValueError(problem)
-    return value
+        raise UserError(f'{path} is damaged (it is not JSON): {hint}') from None
+    if problem := misfit(found, types):
+        raise UserError(f'{path} is damaged ({problem}): {hint}')
+    return found
 
 
-def misfit(value, shape, name='it'):
-    """What is wrong with a value that does not fit the shape, in a few words; '' if it fits."""
-    if isinstance(shape, tuple):
-        problems = [misfit(value, option, name) for option in shape]
-        return '' if '' in problems else problems[-1]
-    if isinstance(shape, range):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return '' if whole and value in shape else f'{name} is not a whole number from {shape[0]} to {shape[-1]}'
-    kind = type(shape) if isinstance(shape, (list, dict)) else shape
-    if kind is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
-    elif kind is None:
-        fits = value is None
-    else:
-        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-    if not fits:
-        return f'{name} is not {NAMES.get(kind) or kind.__name__}'
-    if isinstance(shape, list):
-        return next(filter(None, (misfit(item, shape[0], f'{name}[{n}]') for n, item in enumerate(value))), '')
-    if isinstance(shape, dict) and str in shape:
-        return next(filter(None, (misfit(item, shape[str], f'{name}.{key}') for key, item in value.items())), '')
-    if isinstance(shape, dict):
-        for key, part in shape.items():
-            key, optional = key.removesuffix('?'), key.endswith('?')
-            if key not in value and not optional:
-                return f"{name} has no '{key}'"
-            if key in value and (problem := misfit(value[key], part, key if name == 'it' else f'{name}.{key}')):
-                return problem
+def misfit(found, types):
+    """What is wrong with an object whose entries should be of these types, '' if it fits.
+
+    types: {name: type}. [int] is a list of ints, (int, None) an int or null, or no entry at all.
+    A float may be a whole number, but not nan or inf.
+    """
+    if not isinstance(found, dict):
+        return 'it is not an object'
+    for name, wanted in types.items():
+        options = wanted if isinstance(wanted, tuple) else (wanted,)
+        if not any(is_a(found.get(name), option) for option in options):
+            return f"'{name}' is missing or of another type"
     return ''
+
+
+def is_a(value, wanted):
+    """Whether a value is of the type, see `misfit`."""
+    if wanted is None:
+        return value is None
+    if isinstance(wanted, list):
+        return isinstance(value, list) and all(is_a(item, wanted[0]) for item in value)
+    if isinstance(value, bool):
+        return wanted is bool
+    if wanted is float:
+        return isinstance(value, (int, float)) and -1e300 < value < 1e300
+    return isinstance(value, wanted)
