@@ -1,13 +1,15 @@
-"""Faster functions for what model.py computes, put into a model from outside. Nothing here changes a result.
+"""Faster functions for what model.py computes, put into a model from outside.
 
-    line = kernels.install(model)       # training, evaluation: selective attention by cpu.py, or by gpu.py (Triton)
-    kernels.fast_rows(model)            # generation on a CPU: linear layers that share a single row among the cores
+    line = kernels.install(model)       # training: selective attention by cpu.py or gpu.py (Triton)
+    kernels.fast_rows(model)            # generation on a CPU: linear layers fast for a single row
 
-The rule: model.py alone says what is computed. A kernel takes the place of `model.selective_attention` in a layer only
-after it has given the numbers of this model.py with the votes of this layer: outputs, memory requirement and gradients,
-on an example in which tokens die. If it does not, model.py's plain code trains, and `install` says so in its line. So
-an edit to model.py always counts, and a kernel that cannot follow it steps aside.
+The rule: model.py alone says what is computed. A kernel takes the place of model.py's function in a
+layer only after this layer has given the same numbers with it: outputs, memory requirement and
+gradients, on an example in which tokens die. If it does not, model.py's plain code trains, and
+`install` says so in its line. So an edit of model.py always counts, and a kernel that cannot follow
+it steps aside.
 """
+
 import copy
 import importlib
 
@@ -17,132 +19,173 @@ import torch.nn as nn
 import model as m
 from kernels.linear import Linear
 
-KERNELS = {'auto': 'the fastest that gives the numbers of model.py', 'none': "model.py's plain code",
-           'listing': "the paper's T x T listing", 'cpu': 'kernels/cpu.py', 'gpu': 'kernels/gpu.py (Triton)'}
+KERNELS = {
+    'auto': 'the fastest that gives the numbers of model.py',
+    'none': "model.py's plain code",
+    'listing': "the paper's T x T listing",
+    'cpu': 'kernels/cpu.py',
+    'gpu': 'kernels/gpu.py (Triton)',
+}
 
 
 def install(model, kernel='auto', dtype=torch.float32):
-    """Choose what computes selective attention in the layers of a GPT. Returns one line that says what, and why.
+    """Choose what computes selective attention in the layers of a GPT. Returns a line that says it.
 
-    kernel: one of KERNELS; dtype: of q, k and v, as autocast will make them. Call it when the model is on its device.
-    Raises ValueError for a kernel that is unknown, or that is insisted on ('cpu', 'gpu') and does not pass.
+    kernel: one of KERNELS; dtype: of q, k and v, as autocast will make them. Call it when the model
+    is on its device. Raises ValueError for a kernel that is unknown, or that is insisted on ('cpu',
+    'gpu') and does not pass, and for an edit of model.py that fails on an example.
     """
     if kernel not in KERNELS:
-        raise ValueError(f"kernel {kernel!r}: it is one of {', '.join(KERNELS)}")
-    layers, device = [block.attn for block in model.transformer.h], model.lm_head.weight.device
+        raise ValueError(f'kernel {kernel!r}: it is one of {", ".join(KERNELS)}')
+    layers = [block.attn for block in model.transformer.h if block.attn.selects]
+    device = model.lm_head.weight.device
     for layer in layers:
-        layer.__dict__.pop('attention', None)                   # back to model.py's own
-    if not model.config.selective:
+        layer.__dict__.pop('attention', None)  # back to model.py's own
+    if not layers:
         return "attention: torch's scaled_dot_product_attention"
     if kernel == 'none':
         return f'attention: {KERNELS[kernel]}, as --kernel=none asks'
-    if kernel == 'listing':                                     # which is model.py, too, so it runs in any case
-        differs = check(m.selective_attention_listing, layers[0], device, dtype)
+    if kernel == 'listing':  # which is model.py, too, so it runs in any case
+        line = f'attention: {KERNELS[kernel]}, as --kernel=listing asks'
+        if differs := check(m.selective_attention_listing, layers[0], device, dtype):
+            line += f'; but {differs}'
         for layer in layers:
             layer.attention = m.selective_attention_listing
-        return f'attention: {KERNELS[kernel]}, as --kernel=listing asks' + f'; but {differs}' * bool(differs)
-    name = {'auto': 'gpu' if device.type == 'cuda' else 'cpu'}.get(kernel, kernel)
-    why_not = 'dropout of attention weights is not in it' if model.config.dropout else ''
-    try:
-        attention = importlib.import_module(f'kernels.{name}').selective_attention      # Triton comes with CUDA alone
-    except ImportError as e:
-        why_not = f'it cannot be imported ({e})'
+        return line
+    if kernel == 'auto':
+        kernel = 'gpu' if device.type == 'cuda' else 'cpu'
+        required = False
+    else:
+        required = True
+    attention, why_not = load(kernel, device, dtype, model.config)
     for layer in layers:
-        why_not = why_not or unfit(name, device, dtype, layer) or check(attention, layer, device, dtype)
-    if why_not and kernel != 'auto':
+        why_not = why_not or check(attention, layer, device, dtype)
+    if why_not and required:
         raise ValueError(f'--kernel={kernel} cannot run: {why_not}')
     if why_not:
-        return f"attention: model.py's plain code, not {KERNELS[name]}: {why_not}"
+        return f"attention: model.py's plain code, not {KERNELS[kernel]}: {why_not}"
     for layer in layers:
         layer.attention = attention
-    return f'attention: {KERNELS[name]}, which gives the numbers of model.py'
+    return f'attention: {KERNELS[kernel]}, which gives the numbers of model.py'
 
 
 def live_share():
-    """The share of pairs (row, column) that kernels/cpu.py computed since the last call, None if it did not run.
+    """The share of pairs (row, column) that kernels/cpu.py computed since the last call.
 
-    Columns that provably no later row can see are dropped; without that it would be 1.
+    Columns that provably no later row can see are dropped; without that it would be 1. None if the
+    kernel did not run.
     """
     from kernels import cpu
+
     return cpu.live.share()
 
 
 def fast_rows(model):
-    """Make the linear layers of a model on a CPU fast for a single row, as in the generation of one text."""
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == 'cpu':
-            module.__class__ = Linear
+    """Make the linear layers of a model on a CPU fast for a single row, as in generation."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is nn.Linear and module.weight.device.type == 'cpu':
+                setattr(parent, name, Linear(module))
 
 
-def unfit(name, device, dtype, layer):
-    """Why a kernel is not for this device, dtype or head size, in a few words; '' if it is."""
-    if name == 'cpu':
-        return '' if device.type == 'cpu' and dtype in (torch.float32, torch.float64) else \
-            f'it is for float32 and float64 on a CPU, this is {dtype} on {device.type}'
-    from kernels import gpu
-    D = layer.config.n_embd // layer.config.n_head
-    if device.type != 'cuda' and not gpu.INTERPRETED:
-        return f'it is for GPUs, this is {device.type} (with TRITON_INTERPRET=1 set at the start it runs, slowly)'
-    if D not in gpu.HEAD_SIZES:
-        return f'a head has {D} channels, it takes {gpu.HEAD_SIZES}'
-    if dtype not in gpu.DTYPES or gpu.INTERPRETED and dtype == torch.bfloat16:
-        return f'it does not take {dtype}' + ' in the interpreter' * gpu.INTERPRETED
-    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
-        return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
-    if device.type == 'cuda' and dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
-        return 'without tensor cores, at full float32 precision, it would be slow'
-    return ''
+def load(kernel, device, dtype, config):
+    """The function of a kernel, and why it is not for this device, dtype or config; '' if it is."""
+    if config.dropout:
+        return None, 'dropout of attention weights is not in it'
+    if kernel == 'cpu':
+        from kernels import cpu
+
+        if device.type != 'cpu' or dtype not in (torch.float32, torch.float64):
+            return None, f'it is for float32 and float64 on a CPU, not {dtype} on {device.type}'
+        return cpu.selective_attention, ''
+    try:
+        gpu = importlib.import_module('kernels.gpu')  # Triton comes with CUDA only
+    except Exception as e:  # an old Triton raises AttributeError
+        return None, f'it cannot be imported ({one_line(e)})'
+    return gpu.selective_attention, gpu.unfit(device, dtype, config.head_size)
 
 
 def check(attention, layer, device, dtype):
-    """'' if attention gives the numbers of `model.selective_attention` with this layer's votes, else what is wrong.
+    """'' if this layer gives the same numbers with `attention` as with model.py's, else what is wrong.
 
-    q, k and v are random and differ in strength between the two sequences: in the first, nearly all tokens die within
-    the example's T rows, in the second few. Parameters that the votes depend on, like vote_scale, are first moved away
-    from where they start, as at 0 they may hide what they do.
+    The layer runs on random inputs that differ in strength between two sequences: in the first, nearly
+    all tokens die within the example's T rows, in the second few. Parameters are moved away from where
+    they start, as vote_scale, for one, hides at 0 what it does. Raises ValueError if the layer itself
+    fails, as after an edit of model.py.
     """
-    layer = copy.deepcopy(layer)
-    H, T, D = layer.config.n_head, 200, layer.config.n_embd // layer.config.n_head
-    params = list(layer.parameters())
-    examples = torch.randn(4, 2, T, H, D, generator=torch.Generator().manual_seed(0))
-    examples[:, 0] *= 1.5
-    examples[:, 1] *= 0.7
+    layer = copy.deepcopy(layer).train()
+    T, C = 200, layer.config.n_embd
+    g = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(2, 2, T, C, generator=g)
+    strength = torch.tensor([1.5, 0.7])[:, None, None]
+    x = (x * strength).to(device)
+    dy = dy.to(device)
+    for p in layer.parameters():
+        if p.dim() < 2:
+            p.data += 0.5
+        else:
+            p.data = torch.randn(p.shape, generator=g).to(p) * p.size(1) ** -0.5
+    reference = type(layer).attention
 
-    def run(attention, dtype, memory_tau):
-        # heads beside one another in memory, as the model has them
-        q, k, v, dy = (x.to(device, dtype).requires_grad_().transpose(1, 2) for x in examples)
-        y, M = attention(q, k, v, layer.vote, memory_tau=memory_tau)
-        loss = (y.float() * dy).sum() + (M.sum() if memory_tau is not None else 0.0)
-        grads = torch.autograd.grad(loss, [q, k, v, *params], allow_unused=True)
-        return {'y': y, 'M': M, **{f'the gradient of {name}': g for name, g in
-                                   zip(['q', 'k', 'v', *(n for n, _ in layer.named_parameters())], grads)}}
+    def in_float32(q, k, v, *args):
+        """model.py's function on q, k, v as the kernel gets them, rounded, without more rounding."""
+        y, M = reference(q.float(), k.float(), v.float(), *args)
+        return y.to(q.dtype), M
 
-    # bfloat16's rounding hides small differences, so such a kernel is tried in float32, too, on a GPU with TF32's
-    tries = [(torch.promote_types(dtype, torch.float32), 1e-4 if device.type == 'cpu' else 5e-3)]
-    tries += [(dtype, 0.1)] if dtype in (torch.bfloat16, torch.float16) else []
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            used = run(m.selective_attention, tries[0][0], 1.0)
-        except Exception as e:                                  # whatever an edited model.py may raise
-            return f'the votes of this model.py cannot be tried on an example ({_one_line(e)})'
-        for name, p in layer.named_parameters():
-            if used[f'the gradient of {name}'] is not None:
-                p.data += 0.5
-        for memory_tau in (None, 1.0):
-            expected = run(m.selective_attention, tries[0][0], memory_tau)
-            for tried_dtype, tolerance in tries:
-                try:
-                    found = run(attention, tried_dtype, memory_tau)
-                except Exception as e:                          # whatever a compiler, a driver or a GPU may raise
-                    return f'it fails here ({_one_line(e)})'
-                for name, want in expected.items():
-                    got = found[name]
-                    if want is None and got is None:
-                        continue
-                    if want is None or got is None or not (got - want).abs().max() <= tolerance * want.abs().max():
-                        return f'on an example it gives other numbers than this model.py ({name})'  # NaN ends here, too
+    tolerances = {torch.float32: 1e-4 if device.type == 'cpu' else 5e-3}
+    if dtype == torch.float64:
+        tolerances = {dtype: 1e-4}
+    elif dtype != torch.float32:
+        tolerances[dtype] = 0.1  # rounding hides small differences, so float32 is tried, too
+    for memory_tau in None, 1.0:
+        for tried, tolerance in tolerances.items():
+            expected_by = reference
+            if tried in (torch.bfloat16, torch.float16):
+                expected_by = in_float32
+            try:
+                expected = results(layer, expected_by, x, dy, memory_tau, tried)
+            except Exception as e:  # whatever an edited model.py may raise
+                raise ValueError(f'model.py fails on an example ({one_line(e)})') from None
+            try:
+                found = results(layer, attention, x, dy, memory_tau, tried)
+            except Exception as e:  # whatever a compiler, a driver or a GPU may raise
+                return f'it fails here ({one_line(e)})'
+            for name, want in expected.items():
+                got = found[name]
+                if want is None and got is None:
+                    continue
+                # NaN ends here, too
+                if want is None or got is None or not close(got, want, tolerance):
+                    return f'on an example it gives other numbers than this model.py ({name})'
     return ''
 
 
-def _one_line(e):
+def results(layer, attention, x, dy, memory_tau, dtype):
+    """{name: what a layer computes with this function for attention}: y, M and all gradients."""
+    layer.attention = attention
+    wide = torch.promote_types(dtype, torch.float32)
+    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != wide)
+    layer = layer.to(wide)
+    x = x.to(wide).requires_grad_()
+    pos = torch.arange(x.size(1), device=x.device)
+    with torch.inference_mode(False), torch.enable_grad():
+        with autocast:
+            y, M = layer(x, pos, memory_tau=memory_tau)
+        loss = (y * dy).sum()
+        if memory_tau is not None:
+            loss = loss + M.sum()
+        names, params = zip(*layer.named_parameters())
+        grads = torch.autograd.grad(loss, [x, *params], allow_unused=True)
+    found = {'y': y, 'M': M, 'the gradient of x': grads[0]}
+    for name, grad in zip(names, grads[1:]):
+        found[f'the gradient of {name}'] = grad
+    return found
+
+
+def close(got, want, tolerance):
+    """Whether two tensors are equal within a fraction of the largest number."""
+    return got.shape == want.shape and (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def one_line(e):
     return ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
