@@ -102,18 +102,35 @@ def load(kernel, device, dtype, config):
         gpu = importlib.import_module('kernels.gpu')  # Triton comes with CUDA only
     except Exception as e:  # an old Triton raises AttributeError
         return None, f'it cannot be imported ({one_line(e)})'
-    return gpu.selective_attention, gpu.unfit(device, dtype, config.head_size)
+    return gpu.selective_attention, unfit(gpu, device, dtype, config.head_size)
+
+
+def unfit(gpu, device, dtype, D):
+    """Why kernels/gpu.py is not for this device, dtype or head size, in a few words; '' if it is."""
+    if device.type != 'cuda' and not gpu.INTERPRETED:
+        return f'it is for GPUs, this is {device.type} (with TRITON_INTERPRET=1 it runs, slowly)'
+    if D not in gpu.HEAD_SIZES:
+        return f'a head has {D} channels, it takes {gpu.HEAD_SIZES}'
+    if dtype not in gpu.DTYPES or gpu.INTERPRETED and dtype == torch.bfloat16:
+        return f'it does not take {dtype} here'
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
+            return 'without tensor cores, at full float32 precision, it would be slow'
+    return ''
 
 
 def check(attention, layer, device, dtype):
-    """'' if this layer gives the same numbers with `attention` as with model.py's, else what is wrong.
+    """'' if this layer gives the same numbers with `attention` as with model.py's own function.
 
-    The layer runs on random inputs that differ in strength between two sequences: in the first, nearly
-    all tokens die within the example's T rows, in the second few. Parameters are moved away from where
-    they start, as vote_scale, for one, hides at 0 what it does. Raises ValueError if the layer itself
-    fails, as after an edit of model.py.
+    Else what is wrong, in a few words.
+    The layer runs on random inputs that differ in strength between two sequences: in the first,
+    nearly all tokens die within the example's T rows, in the second few. Parameters are moved away
+    from where they start, as vote_scale, for one, hides at 0 what it does. Raises ValueError if
+    the layer itself fails, as after an edit of model.py.
     """
-    layer = copy.deepcopy(layer).train()
+    layer = copy.deepcopy(layer).eval()
     T, C = 200, layer.config.n_embd
     g = torch.Generator().manual_seed(0)
     x, dy = torch.randn(2, 2, T, C, generator=g)
@@ -166,7 +183,7 @@ def results(layer, attention, x, dy, memory_tau, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     autocast = torch.autocast(x.device.type, dtype, enabled=dtype != wide)
     layer = layer.to(wide)
-    x = x.to(wide).requires_grad_()
+    x = x.detach().to(wide).requires_grad_()
     pos = torch.arange(x.size(1), device=x.device)
     with torch.inference_mode(False), torch.enable_grad():
         with autocast:
