@@ -106,7 +106,7 @@ def load(kernel, device, dtype, config):
 
 
 def unfit(gpu, device, dtype, D):
-    """Why kernels/gpu.py is not for this device, dtype or head size, in a few words; '' if it is."""
+    """Why kernels/gpu.py is not for this device, dtype or head size; '' if it is."""
     if device.type != 'cuda' and not gpu.INTERPRETED:
         return f'it is for GPUs, this is {device.type} (with TRITON_INTERPRET=1 it runs, slowly)'
     if D not in gpu.HEAD_SIZES:
@@ -122,13 +122,12 @@ def unfit(gpu, device, dtype, D):
 
 
 def check(attention, layer, device, dtype):
-    """'' if this layer gives the same numbers with `attention` as with model.py's own function.
+    """'' if this layer gives the same numbers with `attention` as with model.py's function.
 
-    Else what is wrong, in a few words.
-    The layer runs on random inputs that differ in strength between two sequences: in the first,
-    nearly all tokens die within the example's T rows, in the second few. Parameters are moved away
-    from where they start, as vote_scale, for one, hides at 0 what it does. Raises ValueError if
-    the layer itself fails, as after an edit of model.py.
+    Else what is wrong, in a few words. The layer runs on random inputs that differ in strength
+    between two sequences: in the first, nearly all tokens die within the example's T rows, in the
+    second few. Parameters are moved away from where they start, as vote_scale, for one, hides at 0
+    what it does. Raises ValueError if the layer itself fails, as after an edit of model.py.
     """
     layer = copy.deepcopy(layer).eval()
     T, C = 200, layer.config.n_embd
@@ -145,7 +144,7 @@ def check(attention, layer, device, dtype):
     reference = type(layer).attention
 
     def in_float32(q, k, v, *args):
-        """model.py's function on q, k, v as the kernel gets them, rounded, without more rounding."""
+        """model.py's function on q, k, v rounded as the kernel gets them, and then no more."""
         y, M = reference(q.float(), k.float(), v.float(), *args)
         return y.to(q.dtype), M
 
