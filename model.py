@@ -400,14 +400,13 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         pos = torch.arange(T, device=idx.device)
+        end = T
         if cache is not None:
             pos = pos + cache.position
-        if self.config.learned_positions and (cache is None or T > 1):
-            end = int(pos[-1]) + 1
-            if end > self.config.block_size:
-                raise ValueError(
-                    f'{end} tokens do not fit into block_size {self.config.block_size}'
-                )
+            if T > 1 and self.config.learned_positions:
+                end += int(cache.position)
+        if self.config.learned_positions and end > self.config.block_size:
+            raise ValueError(f'{end} tokens do not fit into block_size {self.config.block_size}')
         x = self.embed(idx, pos)  # (B, T, C)
         Ms = []
         for l, block in enumerate(self.transformer.h):
