@@ -1,175 +1,248 @@
-"""Write a checkpoint as a folder that Hugging Face's transformers loads, with its tokenizer and a model card.
+"""Write a checkpoint as a folder for Hugging Face's transformers, with tokenizer and model card.
 
     python -m lab.export_hf --out_dir=out/selective_small --folder=out/selective_small_hf
 
     model = AutoModelForCausalLM.from_pretrained('out/selective_small_hf', trust_remote_code=True)
 
-A standard model becomes a plain GPT-2, which needs no code of ours, and which init_from=<folder> reads again. Any other
-one takes model.py along, as it is, and lab/hf/modeling_selective_gpt.py. Budgets go into generation_config.json.
+A standard model becomes a plain GPT-2, which needs no code of ours, and which init_from=<folder>
+reads again. Any other one takes model.py along, as it is, and lab/hf/modeling_selective_gpt.py;
+so does a standard model with budgets, which GPT-2 does not have.
 """
+
+import contextlib
 import dataclasses
 import json
 import os
 from dataclasses import dataclass
 
+from support import settings  # before torch, see support/__init__.py
+from support.settings import UserError, option
+
 import torch
 
 import data
 import model as m
-from support import checkpoint as ckpt, files, settings
-from support.settings import UserError
+from support import checkpoint as ckpt, files
 
-SIGN = 'library_name: transformers\npipeline_tag: text-generation\n---\n# '     # what README.md of an export begins with
+# what README.md of an export begins with
+SIGN = 'library_name: transformers\npipeline_tag: text-generation\n---\n# '
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'hf', 'modeling_selective_gpt.py')
+# the fields of GPTConfig that GPT-2 has, too
+GPT2 = 'block_size vocab_size n_layer n_head n_embd dropout bias gelu'.split()
 
 
 @dataclass
 class ExportConfig:
-    out_dir: str = 'out/selective_small'    # folder of ckpt.pt
-    folder: str = ''                        # where the files go; '': <out_dir>/hf
-    budgets: str = ''                       # for generation: a number, 4,9,16,8 or a budgets.json; '': its own; 'none'
-    policy: str = 'selective'               # what generation drops at the budget ['selective', 'oldest', 'random']
+    out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
+    folder: str = option('', "where the files go; '': <out_dir>/hf")
+    budgets: str = option('', "a number, 4,9,16,8 or a budgets.json; '': its own; 'none'")
+    policy: str = option('selective', 'what is dropped at the budget', choices=m.POLICIES)
 
 
 def export(model, checkpoint, folder, budgets=None, policy='selective'):
-    """Write the files. Returns their names. Raises UserError if that is impossible."""
+    """Write the files; returns their names. Raises UserError where that is impossible."""
     try:
         import safetensors.torch
+        import tokenizers  # noqa: F401
     except ImportError:
-        raise UserError('this needs the package safetensors: pip install safetensors') from None
-    # README.md is written first, so an export that was stopped can be repeated
-    if os.path.isdir(folder) and os.listdir(folder):
-        files.check_output(os.path.join(folder, 'README.md'), '.md', SIGN)
-        if not os.path.isfile(os.path.join(folder, 'README.md')):
-            raise UserError(f'{folder} has files that are not an export: choose another --folder')
-    c, tokenizer = model.config, data.get_tokenizer(checkpoint['tokenizer'])
-    bos = ckpt.starts_with_bos(checkpoint)
-    eot = min(tokenizer.eot_token, c.vocab_size - 1)        # a GPT-2 of other tokens may have a smaller vocabulary
-    plain = not (c.selective or c.ssa or c.rope or c.qk_norm)
-    tensors, config = gpt2(model) if plain else ours(model)
-    special = {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': eot}
-    generation = {**special, 'budgets': budgets, 'policy': policy} if budgets is not None and not plain else special
-    content = {
-        'README.md': card(model, checkpoint, os.path.basename(os.path.abspath(folder)), plain, generation),
-        'model.safetensors': safetensors.torch.save(tensors, metadata={'format': 'pt'}),
-        'tokenizer.json': json.dumps(tokenizer_json(tokenizer, bos), ensure_ascii=False),
-        'tokenizer_config.json': json.dumps({
-            'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size, 'padding_side': 'left',
-            **{f'{kind}_token': data.END_OF_TEXT for kind in ('bos', 'eos', 'pad')}}, indent=1),
-        'generation_config.json': json.dumps(generation, indent=1)}
-    if not plain:
-        for path in m.__file__, CODE:
-            with open(path, encoding='utf-8') as f:
-                content[os.path.basename(path)] = f.read()
+        raise UserError('this needs safetensors and tokenizers: pip install transformers') from None
+    check_folder(folder)
+    tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
+    if budgets is None and is_plain(model):
+        config, tensors = gpt2(model)
+        code = []
+    else:
+        config, tensors = ours(model)
+        code = [m.__file__, CODE]
+    if budgets is not None:
+        config.update(budgets=budgets, policy=policy)
+    eot = min(tokenizer.eot_token, model.config.vocab_size - 1)  # a foreign GPT-2 may have fewer
+    special = dict.fromkeys(['bos_token_id', 'eos_token_id', 'pad_token_id'], eot)
+    config.update(special, dtype='float32')
+    tokenizer_config = dict.fromkeys(['bos_token', 'eos_token', 'pad_token'], data.END_OF_TEXT)
+    tokenizer_config['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    tokenizer_config['model_max_length'] = model.config.block_size
+    tokenizer_config['padding_side'] = 'left'
+    # README.md first, so that an export which was stopped can be repeated
+    content = {'README.md': card(model, checkpoint, os.path.abspath(folder), config)}
+    content['model.safetensors'] = safetensors.torch.save(tensors, {'format': 'pt'})
+    content['tokenizer.json'] = tokenizer_json(tokenizer, ckpt.starts_with_bos(checkpoint))
+    content['tokenizer_config.json'] = json.dumps(tokenizer_config, indent=1)
+    content['generation_config.json'] = json.dumps(special, indent=1)
+    for path in code:
+        with open(path, encoding='utf-8') as f:
+            content[os.path.basename(path)] = f.read()
     # last, because without it the folder is not a model
-    content['config.json'] = json.dumps({**config, **special, 'dtype': 'float32'}, indent=1)
-    if os.path.isfile(os.path.join(folder, 'config.json')):
+    content['config.json'] = json.dumps(config, indent=1)
+    with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, 'config.json'))
-    for name, x in content.items():
-        files.write_file(os.path.join(folder, name), x)
+    for name, text in content.items():
+        files.write_file(os.path.join(folder, name), text)
     return sorted(content)
 
 
+def check_folder(folder):
+    """Raise UserError if the folder has files that are not an export."""
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return
+    readme = os.path.join(folder, 'README.md')
+    files.check_output(readme, '.md', SIGN)
+    if not os.path.isfile(readme):
+        raise UserError(f'{folder} has files that are not an export: choose another --folder')
+
+
+def is_plain(model):
+    """Whether GPT-2 computes the same: each field that it does not know has its default value."""
+    for field in dataclasses.fields(model.config):
+        if field.name not in GPT2 and getattr(model.config, field.name) != field.default:
+            return False
+    return model.config.learned_positions and all(map(m.is_gpt2, model.state_dict()))
+
+
 def gpt2(model):
-    """(tensors, config) of a standard model in the layout of transformers' GPT-2."""
-    c, tensors = model.config, {}
+    """(config, tensors) of a standard model in the layout of transformers' GPT-2."""
+    c = model.config
+    tensors = {}
     for name, x in model.state_dict().items():
-        if name == 'lm_head.weight':                                    # tied
+        if name == 'lm_head.weight':  # tied
             continue
         linear = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
-        tensors[name] = (x.t() if linear else x).float().contiguous()   # their Conv1D keeps matrices (in, out)
-        if not c.bias and (linear or '.ln_' in name):                   # GPT-2 has biases everywhere
+        if not c.bias and (linear or '.ln_' in name):  # GPT-2 has biases everywhere
             tensors[name.removesuffix('weight') + 'bias'] = torch.zeros(len(x))
-    return tensors, {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'vocab_size': c.vocab_size,
-                     'n_positions': c.block_size, 'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
-                     'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu', 'layer_norm_epsilon': 1e-5,
-                     'embd_pdrop': c.dropout, 'resid_pdrop': c.dropout, 'attn_pdrop': c.dropout}
+        if linear:  # their Conv1D keeps matrices (in, out)
+            x = x.t()
+        tensors[name] = x.float().contiguous()
+    config = {
+        'architectures': ['GPT2LMHeadModel'],
+        'model_type': 'gpt2',
+        'vocab_size': c.vocab_size,
+        'n_positions': c.block_size,
+        'n_layer': c.n_layer,
+        'n_head': c.n_head,
+        'n_embd': c.n_embd,
+        'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu',
+        'layer_norm_epsilon': 1e-5,
+        'embd_pdrop': c.dropout,
+        'resid_pdrop': c.dropout,
+        'attn_pdrop': c.dropout,
+    }
+    return config, tensors
 
 
 def ours(model):
-    """(tensors, config) for the classes of modeling_selective_gpt.py."""
-    tensors = {f'gpt.{name}': x.contiguous() for name, x in model.state_dict().items() if name != 'lm_head.weight'}
-    module = os.path.basename(CODE).removesuffix('.py')
-    return tensors, {'architectures': ['SelectiveGPTForCausalLM'], 'model_type': 'selective_gpt',
-                     'auto_map': {'AutoConfig': f'{module}.SelectiveGPTConfig',
-                                  'AutoModelForCausalLM': f'{module}.SelectiveGPTForCausalLM'},
-                     **dataclasses.asdict(model.config)}
+    """(config, tensors) for the classes of modeling_selective_gpt.py."""
+    tensors = {f'gpt.{name}': x.contiguous() for name, x in model.state_dict().items()}
+    del tensors['gpt.lm_head.weight']  # tied
+    config = {
+        'architectures': ['SelectiveGPTForCausalLM'],
+        'model_type': 'selective_gpt',
+        'auto_map': {
+            'AutoConfig': 'modeling_selective_gpt.SelectiveGPTConfig',
+            'AutoModelForCausalLM': 'modeling_selective_gpt.SelectiveGPTForCausalLM',
+        },
+        **dataclasses.asdict(model.config),
+    }
+    return config, tensors
 
-# ----------------------------------------------------------------------------- tokenizer
+
+# ---- The tokenizer -------------------------------------------------------------------------------
+
+# The file spells the bytes of a token as GPT-2 does. Those that are not printable are letters, too.
+LETTERS = {}
+for byte in [*range(33), *range(127, 161), 173]:
+    LETTERS[byte] = 256 + len(LETTERS)
+
 
 def tokenizer_json(tokenizer, bos):
-    """A tiktoken.Encoding as tokenizer.json; with bos, texts get <|endoftext|> in front.
+    """A tiktoken.Encoding as tokenizer.json; with bos, <|endoftext|> goes in front of each text.
 
-    The file spells the bytes of a token as GPT-2 does, one printable character for each, and lists merges where
-    tiktoken has ranks: a token's merge joins the two parts that it has before it is made.
+    tiktoken joins any two tokens whose bytes together are one, the lowest rank first. The file
+    lists such pairs as merges, in that order.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = iter(range(256, 512))
-    letter = {b: chr(b if b in printable else next(other)) for b in range(256)}
-    spell = lambda token: ''.join(letter[b] for b in token)
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
     ranks = tokenizer._mergeable_ranks
-    merges = [[spell(part) for part in parts(token, ranks)] for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    end = {'SpecialToken': {'id': data.END_OF_TEXT, 'type_id': 0}}
-    text, pair = {'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 0}}
-    template = {'type': 'TemplateProcessing', 'single': [end, text], 'pair': [end, text, pair], 'special_tokens': {
-        data.END_OF_TEXT: {'id': data.END_OF_TEXT, 'ids': [tokenizer.eot_token], 'tokens': [data.END_OF_TEXT]}}}
-    return {
-        'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None,
-        'added_tokens': [{'id': tokenizer.eot_token, 'content': data.END_OF_TEXT, 'special': True, 'normalized': False,
-                          'single_word': False, 'lstrip': False, 'rstrip': False}],
-        'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
-                          'use_regex': bool(merges)},           # tiktoken's pattern of gpt2 is ByteLevel's own
-        'post_processor': template if bos else None,
-        'decoder': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True},
-        'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-                  'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
-                  'vocab': {spell(token): rank for token, rank in ranks.items()}, 'merges': merges}}
+    vocab = {}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        vocab[spell(token)] = ranks[token]
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ranks and right in ranks:
+                merges.append((spell(left), spell(right)))
+    fast = Tokenizer(models.BPE(vocab, merges))
+    # tiktoken's pattern of gpt2 is ByteLevel's own; 'bytes' has neither a pattern nor merges
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=bool(merges))
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([data.END_OF_TEXT])
+    if bos:
+        fast.post_processor = processors.TemplateProcessing(
+            single=f'{data.END_OF_TEXT} $A',
+            pair=f'{data.END_OF_TEXT} $A $B',
+            special_tokens=[(data.END_OF_TEXT, tokenizer.eot_token)],
+        )
+    return fast.to_str()
 
 
-def parts(token, ranks):
-    """The two tokens that byte-pair encoding joins last when it makes this token."""
-    pieces = [bytes([b]) for b in token]
-    while len(pieces) > 2:
-        i = min(range(len(pieces) - 1), key=lambda i: ranks.get(pieces[i] + pieces[i + 1], len(ranks)))
-        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
-    return pieces
-
-# ----------------------------------------------------------------------------- model card
-
-RUN = ('batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr', 'weight_decay', 'memory_loss', 'freeze',
-       'seed')      # settings of train.py that the card names
+def spell(token):
+    return token.decode('latin-1').translate(LETTERS)
 
 
-def card(model, checkpoint, name, plain, generation):
+# ---- The model card ------------------------------------------------------------------------------
+
+# settings of train.py that the card names
+RUN = 'batch_size gradient_accumulation_steps learning_rate min_lr weight_decay memory_loss seed'
+CARD = """---
+{sign}{name}
+
+| | |
+|---|---|
+{facts}
+`selective` is selective attention ([arXiv 2410.02703](https://arxiv.org/abs/2410.02703)), `ssa`
+names what has temperatures ([arXiv 2411.12892](https://arxiv.org/abs/2411.12892)). Where `bos` is
+True, `<|endoftext|>` stands in front of each text; the tokenizer adds it.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained('{name}'{trust})
+model = AutoModelForCausalLM.from_pretrained('{name}'{trust})
+prompt = tokenizer('Once', return_tensors='pt')
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+"""
+BUDGETS = """
+`budgets=32` in `from_pretrained` or `generate` keeps 32 tokens in each layer; a list has a number
+for each layer, `budgets='none'` keeps all.
+"""
+
+
+def card(model, checkpoint, folder, config):
     """README.md of the folder: what the checkpoint knows about itself, and how to load it."""
-    c, run = model.config, checkpoint['config']
-    methods = [text for text, has in [
-        ('selective attention ([arXiv 2410.02703](https://arxiv.org/abs/2410.02703))', c.selective),
-        (f'SSA on {", ".join(c.ssa)} ([arXiv 2411.12892](https://arxiv.org/abs/2411.12892))', c.ssa)] if has]
-    loss = checkpoint['val_loss']
-    lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', f'# {name}', '',
-             f'A GPT with {" and ".join(methods) or "standard attention"}, '
-             f'{model.num_params(non_embedding=False):,} parameters.', '', '| | |', '|---|---|',
-             f'| data | {checkpoint["dataset"]} |',
-             f'| tokenizer | {checkpoint["tokenizer"]}, {c.vocab_size:,} tokens |',
-             f'| steps | {checkpoint["iter_num"]:,} |',
-             f'| validation loss | {"unknown" if loss is None else f"{loss:.4f} nats a token"} |']
-    lines += [f'| weights at the start | {checkpoint["pretrained"]} |'] * bool(checkpoint['pretrained'])
-    lines += [f'| {key} | {run[key]} |' for key in RUN if run.get(key)]
-    lines += [f'| {key} | {value} |' for key, value in dataclasses.asdict(c).items() if key != 'vocab_size']
-    if 'budgets' in generation:
-        lines += [f'| budgets of generation | {generation["budgets"]} tokens a layer, policy {generation["policy"]} |']
+    run = checkpoint['config']
+    facts = {
+        'data': checkpoint['dataset'],
+        'tokenizer': checkpoint['tokenizer'],
+        'parameters': model.num_params(non_embedding=False),
+        'steps': checkpoint['iter_num'],
+        'validation loss, nats a token': checkpoint['val_loss'],
+        'weights at the start': checkpoint['pretrained'],
+        'bos': ckpt.starts_with_bos(checkpoint),
+        **dataclasses.asdict(model.config),
+        **{key: run[key] for key in RUN.split() if key in run},
+        'budgets': config.get('budgets'),
+        'policy': config.get('policy'),
+    }
+    rows = ''
+    for key, value in facts.items():
+        if isinstance(value, float):
+            value = f'{value:.5g}'
+        if value is not None:
+            rows += f'| {key} | {value} |\n'
+    name = os.path.basename(folder)
+    plain = 'auto_map' not in config
     trust = '' if plain else ', trust_remote_code=True'
-    lines += ['', 'Every text begins with `<|endoftext|>`; the tokenizer adds it.'] * ckpt.starts_with_bos(checkpoint)
-    lines += ['', '```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer',
-              f"tokenizer = AutoTokenizer.from_pretrained('{name}'{trust})",
-              f"model = AutoModelForCausalLM.from_pretrained('{name}'{trust})",
-              "prompt = tokenizer('Once', return_tensors='pt')",
-              f"print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))", '```']
-    if not plain:
-        lines += ['', '`model.generate(..., budgets=32)` keeps 32 tokens in each layer; a list has a number for each '
-                  "layer, `budgets='none'` keeps all."]
-    return '\n'.join(lines) + '\n'
+    text = CARD.format(sign=SIGN, name=name, facts=rows, trust=trust)
+    return text if plain else text + BUDGETS
 
 
 def main():
@@ -177,11 +250,13 @@ def main():
     folder = cfg.folder or os.path.join(cfg.out_dir, 'hf')
     model, checkpoint = ckpt.load_model(cfg.out_dir)
     budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, cfg.policy)
-    try:
-        budgets = budgets and m.check_budgets(model.config, budgets, cfg.policy)
-    except ValueError as e:
-        raise UserError(f'--budgets, --policy: {e}') from None
-    print(f'{folder}: {", ".join(export(model, checkpoint, folder, budgets, cfg.policy))}')
+    if budgets is not None:
+        try:
+            budgets = m.check_budgets(model.config, budgets, cfg.policy)
+        except ValueError as e:
+            raise UserError(f'--budgets, --policy: {e}') from None
+    names = export(model, checkpoint, folder, budgets, cfg.policy)
+    print(f'{folder}: {", ".join(names)}')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
-"""model.py in Hugging Face's transformers. lab/export_hf.py copies this file and model.py beside the weights.
+"""model.py in Hugging Face's transformers. lab/export_hf.py copies this file and model.py.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    model.generate(**tokenizer(text, return_tensors='pt'), max_new_tokens=50, budgets=32)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, budgets=32)
+    model.generate(**tokenizer(text, return_tensors='pt'), max_new_tokens=50)
 
-`budgets` and `policy` are those of model.py's KVCache, keywords of `generate` or entries of the generation config;
-budgets='none' keeps every token. Texts of a batch may be padded on the left; each then has a cache of its own.
+`budgets` and `policy` are those of model.py's KVCache, for `generate` and for the logits of whole
+texts. They stand in config.json, or are keywords of `from_pretrained`, or of `generate`;
+budgets='none' keeps every token. In training mode every token is kept, too. Texts of a batch may
+be padded on the left when a model generates, on either side when it scores.
 """
+
 import dataclasses
 
 import torch
@@ -15,38 +18,93 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .model import GPT, GPTConfig, KVCache, check_budgets, prefill
+from .model import GPT, GPTConfig, KVCache, prefill
 
 
 class SelectiveGPTConfig(PretrainedConfig):
-    """The fields of GPTConfig."""
-    model_type = 'selective_gpt'
-    attribute_map = {'max_position_embeddings': 'block_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
-                     'num_attention_heads': 'n_head'}
+    """The fields of GPTConfig, and how a text is read without training.
 
-    def __init__(self, **kwargs):
+    budgets, policy: those of KVCache. budgets None or 'none' keeps every token; policy None is
+    'selective', or 'oldest' for a model without votes.
+    keep_bos: a text that fills block_size has <|endoftext|> in the place of its first token. So do
+    the windows of a model that was trained with it; the harness cuts it off where a text is long.
+    """
+
+    model_type = 'selective_gpt'
+    attribute_map = {
+        'max_position_embeddings': 'block_size',
+        'hidden_size': 'n_embd',
+        'num_hidden_layers': 'n_layer',
+        'num_attention_heads': 'n_head',
+    }
+
+    def __init__(self, budgets=None, policy=None, keep_bos=False, **kwargs):
+        self.budgets = budgets
+        self.policy = policy
+        self.keep_bos = keep_bos
         for field in dataclasses.fields(GPTConfig):
             setattr(self, field.name, kwargs.pop(field.name, field.default))
-        super().__init__(**{'tie_word_embeddings': True, **kwargs})
+        kwargs.setdefault('tie_word_embeddings', True)
+        super().__init__(**kwargs)
 
     def gpt_config(self):
-        return GPTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(GPTConfig)})
+        names = [field.name for field in dataclasses.fields(GPTConfig)]
+        return GPTConfig(**{name: getattr(self, name) for name in names})
 
 
 class Memory(Cache):
-    """What generation remembers: KVCaches within the budgets, and the text itself, for when the window slides.
+    """What generation remembers: KVCaches within the budgets, and the text itself.
 
-    One KVCache serves the whole batch; where padding differs, each text has its own, as its positions do.
+    One KVCache serves the whole batch. Where padding differs, each text has its own, because
+    positions differ, too. The text is for learned positions, whose window slides.
     """
 
-    def __init__(self, budgets=None, policy='selective'):
+    def __init__(self, gpt, budgets, policy):
         super().__init__(layers=[])
-        self.budgets, self.policy, self.seen = budgets, policy, 0
-        self.texts, self.caches = [], []        # tokens read so far (B, n) and a KVCache: one of each, or one per text
+        self.gpt = gpt
+        self.budgets = None if budgets == 'none' else budgets
+        self.policy = policy or ('selective' if gpt.config.selective else 'oldest')
+        self.seen = 0
+        self.texts = []  # (B, n) newest tokens of each cache
+        self.caches = []
 
     def get_seq_length(self, layer_idx=0):
         """How many columns of the input have been read, padding included."""
         return self.seen
+
+    def new_cache(self, batch_size):
+        return KVCache(self.gpt, batch_size, self.budgets, self.policy)
+
+    def parts(self, ids, mask):
+        """New tokens (B, T) as the texts that have a cache of their own. The first ones make it."""
+        if self.caches:
+            return ids.split(len(ids) // len(self.caches))
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "generation needs padding on the left: tokenizer.padding_side = 'left'"
+            )
+        left = padding(mask)
+        if left is None:
+            parts = [ids]
+        else:
+            parts = [row[None, n:] for row, n in zip(ids, left)]
+        self.caches = [self.new_cache(len(part)) for part in parts]
+        self.texts = [part[:, :0] for part in parts]
+        return parts
+
+    def read(self, n, new, last):
+        """Logits of new tokens of text n, or, for `last`, of the last of them. See `stream`."""
+        size = self.gpt.config.block_size
+        seen = int(self.caches[n].position)
+        text = torch.cat([self.texts[n], new], dim=1)
+        if self.gpt.config.learned_positions and seen + new.size(1) > size:
+            kept = max(1, size // 2) if seen else size
+            new = text[:, -kept:]
+            self.caches[n] = self.new_cache(len(new))
+        self.texts[n] = text[:, -size:]
+        if last:
+            return prefill(self.gpt, new, self.caches[n])
+        return read(self.gpt, new, self.caches[n])
 
     def reorder_cache(self, beam_idx):
         """Beam search: text b continues text beam_idx[b]."""
@@ -59,7 +117,9 @@ class Memory(Cache):
                     setattr(layer, name, x[beam_idx])
 
     def crop(self, *_):
-        raise ValueError('what a cache has dropped cannot come back: assisted generation needs use_cache=False')
+        raise ValueError(
+            'what a cache has dropped cannot come back: assisted generation needs use_cache=False'
+        )
 
 
 class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -86,78 +146,94 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.gpt.lm_head = value
 
+    def memory(self, budgets=None, policy=None):
+        """An empty Memory within these limits, or those of the config."""
+        if budgets is None:
+            budgets = self.config.budgets
+        return Memory(self.gpt, budgets, policy or self.config.policy)
+
     @can_return_tuple
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
-                logits_to_keep=0, **kwargs):
-        """labels: as input_ids, -100 where no loss is wanted. past_key_values: a Memory; input_ids continue it."""
-        memory = Memory() if past_key_values is None and use_cache else past_key_values
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Logits, and the loss where labels are given: as input_ids, -100 where none is wanted.
+
+        past_key_values: a Memory, whose text input_ids continue.
+        """
+        memory = past_key_values
+        if memory is None and use_cache:
+            memory = self.memory()
         if memory is None:
-            logits = self._all(input_ids, attention_mask)
+            logits = self.score(input_ids, attention_mask)
         else:
-            logits = self._continue(input_ids, attention_mask, memory, last=logits_to_keep == 1)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = logits[:, keep]                                # the slice of 0 is all of them
+            logits = self.continued(input_ids, attention_mask, memory, last=logits_to_keep == 1)
+        if isinstance(logits_to_keep, int):
+            logits = logits[:, -logits_to_keep:]  # -0: all
+        else:
+            logits = logits[:, logits_to_keep]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=memory)
 
-    def _all(self, ids, mask):
-        """Logits (B, T, V) without a cache. Padding on the left moves to the right, where no token sees it."""
+    def score(self, ids, mask):
+        """Logits (B, T, V) of whole texts. Padding on the left moves to the right, unseen there."""
         left = padding(mask)
-        if left is None:
-            return self.gpt(ids, ids)[0]
-        T = torch.arange(ids.size(1), device=ids.device)
-        ids = ids.gather(1, (T + left[:, None]) % len(T))
-        logits = self.gpt(ids, ids)[0]
-        return logits.gather(1, ((T - left[:, None]) % len(T))[..., None].expand_as(logits))
-
-    def _continue(self, ids, mask, memory, last):
-        """Logits of the next tokens (B, T, V), or, for `last`, of the last of them (B, 1, V)."""
-        B, T = ids.shape
-        if not memory.caches:
-            left = padding(mask)
-            if mask is not None and not mask[:, -1].all():
-                raise ValueError("generation needs padding on the left: tokenizer.padding_side = 'left'")
-            parts = [ids] if left is None else [row[None, n:] for row, n in zip(ids, left)]
-            memory.texts, memory.caches = [part[:, :0] for part in parts], [None] * len(parts)
+        if left is not None:
+            ids = turned(ids, -left)
+        if self.config.keep_bos and ids.size(1) == self.config.block_size:
+            ids = ids.clone()
+            ids[:, 0] = self.config.bos_token_id
+        memory = self.memory()
+        if self.training or memory.budgets is None:
+            logits = self.gpt(ids, ids)[0]
         else:
-            parts = [ids] if len(memory.caches) == 1 else ids.split(1)
-        logits = [self._read(part, memory, n, last) for n, part in enumerate(parts)]
-        memory.seen += T
-        return torch.cat([fn.pad(x, (0, 0, (1 if last else T) - x.size(1), 0)) for x in logits])    # zeros for padding
+            logits = read(self.gpt, ids, memory.new_cache(len(ids)))
+        return logits if left is None else turned(logits, left)
 
-    def _read(self, new, memory, n, last):
-        """Logits of the tokens `new`, which continue text n of the memory."""
-        size, cache, ends = self.config.block_size, memory.caches[n], not self.config.rope
-        text = torch.cat([memory.texts[n], new], dim=1)
-        seen = int(cache.position) if cache is not None else 0
-        if cache is None or ends and seen + new.size(1) > size:         # the window slides as in model.py's `stream`
-            new = text if not ends else text[:, -size:] if cache is None else text[:, -max(1, size // 2):]
-            cache = KVCache(self.gpt, len(new), memory.budgets, memory.policy)
-        memory.texts[n], memory.caches[n] = text[:, -size:], cache
-        if last:
-            return prefill(self.gpt, new, cache)
-        return torch.cat([self.gpt(rows, rows, cache=cache)[0] for rows in new.split(64, dim=1)], dim=1)
+    def continued(self, ids, mask, memory, last):
+        """Logits of the next tokens (B, T, V), or, for `last`, of the last of them (B, 1, V)."""
+        T = 1 if last else ids.size(1)
+        rows = []
+        for n, part in enumerate(memory.parts(ids, mask)):
+            logits = memory.read(n, part, last)
+            rows.append(fn.pad(logits, (0, 0, T - logits.size(1), 0)))  # zeros for padding
+        memory.seen += ids.size(1)
+        return torch.cat(rows)
 
-    def generate(self, inputs=None, generation_config=None, budgets=None, policy=None, **kwargs):
-        """transformers' generate, with at most `budgets` tokens remembered in each layer: a number, or one for each."""
-        configs = [c for c in (generation_config, self.generation_config) if c is not None]
-        first = lambda name: next((v for c in configs if (v := getattr(c, name, None)) is not None), None)
-        budgets = first('budgets') if budgets is None else budgets
-        policy = policy or first('policy') or ('selective' if self.config.selective else 'oldest')
-        use_cache = kwargs.get('use_cache', first('use_cache'))
-        if kwargs.get('past_key_values') is None and use_cache is not False:
-            budgets = None if budgets == 'none' else check_budgets(self.gpt.config, budgets, policy)
-            kwargs['past_key_values'] = Memory(budgets, policy)
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+    def generate(self, *args, budgets=None, policy=None, **kwargs):
+        """transformers' generate, with at most `budgets` tokens remembered in each layer."""
+        if kwargs.get('past_key_values') is None and kwargs.get('use_cache') is not False:
+            kwargs['past_key_values'] = self.memory(budgets, policy)
+        return super().generate(*args, **kwargs)
+
+
+def read(gpt, ids, cache):
+    """The logits of all tokens (B, T, V), read into the cache in blocks of rows as by `prefill`."""
+    logits = [gpt(rows, rows, cache=cache)[0] for rows in ids.split(64, dim=1)]
+    return torch.cat(logits, dim=1)
 
 
 def padding(mask):
     """How many columns of padding each text has on its left (B,); None if no text has any."""
     if mask is None or mask.all():
         return None
-    left, T = mask.int().argmax(dim=1), torch.arange(mask.size(1), device=mask.device)
-    if (mask.bool() != (left[:, None] <= T) & (T < (left + mask.sum(dim=1))[:, None])).any():
-        raise ValueError('the attention mask must be 1 from the first token of each text to its last, 0 elsewhere')
+    begins = fn.pad(mask.int(), (1, 0)).diff(dim=1) == 1
+    if (begins.sum(dim=1) != 1).any():
+        raise ValueError(
+            'an attention mask is 1 from the first token of each text to its last, and 0 elsewhere'
+        )
+    left = begins.int().argmax(dim=1)
     return left if left.any() else None
+
+
+def turned(x, by):
+    """x (B, T, …) with row b turned by by[b] columns, as torch.roll does it."""
+    return torch.stack([row.roll(n, dims=0) for row, n in zip(x, by.tolist())])
