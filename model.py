@@ -288,9 +288,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, pos, cache=None, memory_tau=None):
         """x (B, T, C) at positions pos (T,). Returns y (B, T, C), and M (B, T) with memory_tau."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         H, D = self.config.n_head, self.config.head_size
-        q_in, k_in, v_in = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q_in, k_in, v_in = self.c_attn(x).chunk(3, dim=2)  # (B, T, C) each
         q = self.q_norm(q_in.view(B, T, H, D))
         k = self.k_norm(k_in.view(B, T, H, D))
         v = v_in.view(B, T, H, D)
@@ -320,7 +320,7 @@ class CausalSelfAttention(nn.Module):
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
             if memory_tau is not None:
                 M = pos.to(F_dtype(q.dtype)).expand(B, T)  # without votes a row needs all tokens
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        y = y.transpose(1, 2).reshape(B, T, H * D)  # heads side by side
         return self.resid_dropout(self.c_proj(y)), M
 
 
