@@ -143,9 +143,9 @@ def check(attention, layer, device, dtype):
             p.data = torch.randn(p.shape, generator=g).to(p) * p.size(1) ** -0.5
     reference = type(layer).attention
 
-    def in_float32(q, k, v, *args):
+    def in_float32(q, k, v, *args, **options):
         """model.py's function on q, k, v rounded as the kernel gets them, and then no more."""
-        y, M = reference(q.float(), k.float(), v.float(), *args)
+        y, M = reference(q.float(), k.float(), v.float(), *args, **options)
         return y.to(q.dtype), M
 
     tolerances = {torch.float32: 1e-4 if device.type == 'cpu' else 5e-3}
