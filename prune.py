@@ -1,314 +1,419 @@
-"""Find how little memory each layer needs: the per-layer budgets of context pruning, 2410.02703 section 5.
+"""Find how little memory each layer needs: the budgets of context pruning, 2410.02703 section 5.
 
-    python prune.py --out_dir=out/selective_small --baseline=out/standard_small     down to the loss of that model
-    python prune.py --out_dir=out/selective_small --tolerance=0.01                  to 0.01 nats over its own loss
+    python prune.py --out_dir=out/selective_small --baseline=out/standard_small
+    python prune.py --out_dir=out/selective_small --tolerance=0.01
     python prune.py --out_dir=out/selective_small --target_loss=1.5
 
-Every layer starts with a budget of block_size tokens. Each step takes a few tokens from the layer where that costs the
-least validation loss, until every further step would raise the loss above the target. Each row printed is one point of
-the curve of memory against loss; the file written, <out_dir>/budgets.json, has them all, and sample.py generates inside
-it. Run a search that was stopped again, and it continues where it was.
+The first prunes down to the loss of another model, the second to 0.01 nats over the model's own
+loss, the third to a given loss. Every layer starts with a budget of block_size tokens. Each step
+takes a few tokens from the layer where that costs the least validation loss, until every further
+step would raise the loss above the target. Each row printed is one point of the curve of memory
+against loss; <out_dir>/budgets.json has them all, and sample.py generates within its budgets. A
+search that was stopped continues where it was if you run it again.
 
---search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every step. The default,
---search=quick, differs from it in three things. A bite is a fraction of what a layer has, at first half of it; when the
-cheapest costs too much, all are halved, down to one token. A bite of more than one token may spend at most a quarter of
-what is left up to the target. And only the layer whose last trial was the cheapest per token is tried again: if it
-still is the cheapest, it is taken without trying the others. Both ways reuse the activations below the tried layer.
+--search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every
+step. The default, --search=quick, differs from it in three things. A bite is a fraction of what a
+layer has, at first half of it; when the cheapest bite costs too much, all are halved, down to one
+token. A bite of more than one token may spend at most a quarter of what is left up to the target.
+And only the layer whose last trial was the cheapest per token is tried again: if it still is the
+cheapest, it is taken without trying the others. Both ways reuse the activations below the tried
+layer.
 """
+
 import json
 import math
+import operator
 import os
 import time
 from dataclasses import dataclass
 
-import support      # before torch, see there
+from support import settings  # before torch, see support/__init__.py
+
 import torch
 import torch.nn.functional as fn
 
 import data
 import kernels
-from model import LayerCache, check_budgets
-from support import checkpoint as ckpt, devices, files, pretrained, settings
-from support.settings import UserError
+from model import POLICIES, LayerCache, check_budgets
+from support import checkpoint as ckpt, devices, files, pretrained
+from support.settings import UserError, option
 
-# what a search needs of an earlier one
-EARLIER = {'checkpoint': str, 'code': str, 'policy': str, 'dataset': str, 'data': str, 'block_size': int,
-           'search': dict, 'trials': [[float]]}
-ABOVE = 'is already above the target'         # of a loss without pruning
+ABOVE = 'is already above the target'  # of a loss without pruning
+# an earlier search with the same values of these found the same losses
+SAME = ('checkpoint', 'code', 'policy', 'dataset', 'data', 'block_size', 'search')
+SEARCH = ('search', 'bite', 'windows', 'seed', 'batch_size', 'dtype')
 
 
 @dataclass
 class PruneConfig(pretrained.PretrainedConfig):
     # what to prune
-    out_dir: str = 'out/selective_small'    # folder of ckpt.pt; budgets.json is written there
-    init_from: str = 'resume'               # 'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder
-    dataset: str = ''                       # data set whose validation loss counts; '': the one it was trained on
-    windows: int = 32                       # validation sequences that the search measures on [1 to 100_000]
-    seed: int = 0                           # which windows these are [0 to 2**31]
+    out_dir: str = option('out/selective_small', 'folder of ckpt.pt and of the budgets')
+    init_from: str = option(
+        'resume', "'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder"
+    )
+    dataset: str = option(
+        '', "data set whose validation loss counts; '': the one it was trained on"
+    )
+    windows: int = option(
+        32, 'validation sequences that the search measures on', low=1, high=100_000
+    )
+    seed: int = option(0, 'which windows these are', low=0, high=2**31)
     # how far: give one of the three
-    baseline: str = ''                      # folder of a model whose loss on the same windows is the target
-    target_loss: float = 0.0                # the target, in nats [0 to 1000]
-    tolerance: float = 0.0                  # the target is the model's own unpruned loss and this much [0 to 1000]
+    baseline: str = option('', 'folder of a model whose loss on the same windows is the target')
+    target_loss: float = option(0.0, 'the target, in nats', low=0, high=1000)
+    tolerance: float = option(
+        0.0, "the target is the model's own loss and this much", low=0, high=1000
+    )
     # how
-    policy: str = 'selective'               # what is dropped at the budget ['selective', 'oldest', 'random']
-    search: str = 'quick'                   # plain is the paper's search ['quick', 'plain']
-    bite: int = 8                           # tokens taken at a time in the plain search [1 to 2**20]
-    to: str = ''                            # file in out_dir; '': budgets.json, budgets_<policy>.json for controls
-    device: str = 'auto'                    # 'cuda', 'mps', 'cpu'; 'auto': the best one there is
-    batch_size: int = 16                    # sequences that are computed at a time [1 to 100_000]
+    policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
+    search: str = option('quick', "plain is the paper's search", choices=('quick', 'plain'))
+    bite: int = option(8, 'tokens taken at a time in the plain search', low=1, high=2**20)
+    to: str = option('', "file in out_dir; '': budgets.json, for controls budgets_<policy>.json")
+    device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
+    dtype: str = option(
+        'auto', 'bfloat16 where a GPU has it', choices=('auto', 'float32', 'bfloat16', 'float16')
+    )
+    batch_size: int = option(16, 'sequences that are computed at a time', low=1, high=100_000)
+
+
+# ---- The loss under budgets ----------------------------------------------------------------------
 
 
 class Trials:
-    """The loss of a model under budgets, on a fixed set of windows. Remembers every loss that it has computed."""
+    """The loss of a model under budgets, on a fixed set of windows. It remembers every loss."""
 
-    def __init__(self, model, batches, policy):
-        """batches: a list of (x, y), int64 (B, T)."""
-        self.model, self.batches, self.policy = model, batches, policy
-        self.targets = [y for _, y in batches]
-        T = self.targets[0].size(1)
-        self.pos = torch.arange(T, device=self.targets[0].device)
-        self.budgets = [T] * model.config.n_layer
-        # inputs[l][n]: what layer l reads from batch n under self.budgets; those of layers up to `ready` are up to date
-        self.inputs = [[model.embed(x, self.pos) for x, _ in batches]] + [None] * len(self.budgets)
-        self.ready = 0
-        self.known = {}         # budgets -> loss
+    def __init__(self, model, batches, policy='selective', dtype=torch.float32):
+        """batches: a list of (x, y), int64 (B, T). dtype: of the keys and values that are kept."""
+        self.model = model
+        self.batches = batches
+        self.policy = policy
+        self.dtype = dtype
+        x, _ = batches[0]
+        self.pos = torch.arange(x.size(1), device=x.device)
+        self.budgets = [x.size(1)] * model.config.n_layer
+        self.known = {}  # budgets -> loss
+        # inputs[l][n]: what layer l reads of batch n under self.budgets, as far as it was needed
+        self.inputs = [[model.embed(x, self.pos) for x, _ in batches]]
 
-    def loss(self, l=0, K=None):
-        """Mean loss in nats per token with a budget of K in layer l (None: its own) and the others as they are."""
-        K = self.budgets[l] if K is None else K
-        budgets = (*self.budgets[:l], K, *self.budgets[l + 1:])
-        if budgets in self.known:
-            return self.known[budgets]
-        for below in range(self.ready, l):
-            self.inputs[below + 1] = [self._layer(below, x, self.budgets[below]) for x in self.inputs[below]]
-        self.ready = max(self.ready, l)
-        self.known[budgets] = self._windows(l, budgets).mean().item()
-        return self.known[budgets]
+    def loss(self, budgets, first=0):
+        """Mean loss in nats per token; first: see `windows`."""
+        key = tuple(budgets)
+        if key not in self.known:
+            self.known[key] = self.windows(budgets, first).mean().item()
+        return self.known[key]
 
-    def windows(self, budgets):
-        """The mean loss of each window (windows,) with these budgets."""
-        return Trials(self.model, self.batches, self.policy)._windows(0, budgets)
+    def windows(self, budgets, first=0):
+        """The mean loss of each window, (windows,).
 
-    def _windows(self, l, budgets):
-        # from what layer l reads, which is ready
+        first: a layer below which the budgets are self.budgets; what it reads is kept.
+        """
+        for l in range(len(self.inputs) - 1, first):
+            outputs = [self.layer(l, x, self.budgets[l]) for x in self.inputs[l]]
+            self.inputs.append(outputs)
         losses = []
-        for x, y in zip(self.inputs[l], self.targets):
-            for layer in range(l, len(budgets)):
-                x = self._layer(layer, x, budgets[layer])
-            logits = self.model.lm_head(self.model.transformer.ln_f(x))
-            loss = fn.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction='none')        # (B, T)
+        for x, (_, y) in zip(self.inputs[first], self.batches):
+            for l in range(first, len(budgets)):
+                x = self.layer(l, x, budgets[l])
+            logits = self.model.lm_head(self.model.transformer.ln_f(x)).float()
+            loss = fn.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction='none')
             losses.append(loss.sum(dim=1) / (y >= 0).sum(dim=1))
         return torch.cat(losses)
 
-    def set(self, l, K):
-        """Give layer l the budget K; what the layers above it read must then be computed again."""
-        self.budgets[l] = K
-        self.ready = min(self.ready, l)
+    def take(self, l, bite):
+        """Give layer l a smaller budget; what the layers above it read is then out of date."""
+        self.budgets[l] -= bite
+        del self.inputs[l + 1 :]
 
-    def _layer(self, l, x, K):
-        """Layer l on x (B, T, C) with a budget of K: the parallel form of context pruning."""
-        c, cache = self.model.config, None
-        if K < len(self.pos):
-            cache = LayerCache(len(x), c.n_head, K, c.n_embd // c.n_head, self.policy, x.device, x.dtype)
-        return self.model.transformer.h[l](x, self.pos, cache)[0]
+    def layer(self, l, x, budget):
+        """Layer l on x (B, T, C), with the parallel form of context pruning."""
+        cache = None
+        if budget < len(self.pos):
+            c = self.model.config
+            cache = LayerCache(
+                len(x), c.n_head, budget, c.head_size, self.policy, x.device, self.dtype
+            )
+        y, _ = self.model.transformer.h[l](x, self.pos, cache)
+        return y
 
 
-def quick_search(trials, target, loss):
-    """Yield (layer, its new budget, loss, an estimate of the trials left); the caller then sets it in trials.
+# ---- The search ----------------------------------------------------------------------------------
 
-    See the top of this file for how it is chosen.
+
+@dataclass
+class Trial:
+    """What it costs to take a bite from one layer."""
+
+    layer: int
+    bite: int  # tokens taken
+    loss: float
+    rise: float  # of the loss, for each token taken
+    step: int  # how many bites had been taken before
+
+
+def search(trials, target, loss, plain_bite=0):
+    """Yield each Trial that is taken; the caller passes it on to trials.take.
+
+    loss: without pruning. plain_bite: tokens of a bite in the paper's search; 0: the quick search.
+    See the top of this file for both.
     """
-    budgets, part, single = trials.budgets, 0.5, False
-    least = min(2, max(budgets))
-    while not single:
-        single = part * max(budgets) < 2    # the last round: one token, from any layer
-        last = {}       # layer -> (loss per token in its last trial of this round, loss, budget, the step of the trial)
-        step, open_layers = 0, set(range(len(budgets)))
-        while True:
-            def bite(l):
-                return min(1 if single else math.floor(budgets[l] * part), budgets[l] - least)
-            open_layers = {l for l in open_layers if bite(l) >= 1}
-            if not open_layers:
-                break
-            l = min(open_layers, key=lambda l: last[l][0] if l in last else -math.inf)
-            if l not in last or last[l][3] < step:
-                K = budgets[l] - bite(l)
-                tried = trials.loss(l, K)
-                last[l] = ((tried - loss) / bite(l), tried, K, step)
-                continue    # the cheapest is sought again: it may be another layer now
-            _, tried, K, _ = last.pop(l)
-            if tried - loss <= (target - loss) / (1 if bite(l) == 1 else 4):
-                loss, step = tried, step + 1
-                left = 1 if single else 1 + math.log2(part * max(budgets))      # rounds
-                yield l, K, loss, 2 * len(budgets) * left       # two trials a layer in each round
-            elif single:
-                open_layers.remove(l)       # what another layer gives may still fit
-            else:
-                break       # the others cost more for a token: they wait until this one's bite fits
-        part /= 2
-
-
-def plain_search(trials, target, bite):
-    """The paper's greedy search, `bite` tokens at a time from the layer where that costs the least loss.
-
-    Yields what `quick_search` yields; of the trials left it knows only how many they are at most.
-    """
-    least = min(2, max(trials.budgets))
+    budgets = trials.budgets
+    size = plain_bite  # tokens of a bite; 0: a part of what the layer has
+    part = 0.5
+    tried = {}  # layer -> its last trial
+    step = 0
     while True:
-        tried = {l: trials.loss(l, K - bite) for l, K in enumerate(trials.budgets) if K - bite >= least}
-        l = min(tried, key=tried.get, default=None)
-        if l is None or tried[l] > target:
+        for l, budget in enumerate(budgets):
+            if l not in tried:
+                bite = size or min(int(part * budget), budget - 2)
+                tried[l] = attempt(trials, l, bite, loss, step)
+        best = min(tried.values(), key=operator.attrgetter('rise'))
+        left = target - loss
+        if best.bite > 1 and not plain_bite:
+            left /= 4
+        if best.step < step and best.rise < math.inf:
+            del tried[best.layer]  # other layers have lost tokens since: try it again
+        elif best.loss - loss <= left:
+            yield best
+            loss = best.loss
+            step += 1
+            if plain_bite:
+                tried.clear()
+            else:
+                del tried[best.layer]
+        elif not size:  # the others cost more for a token: they wait until a bite of this one fits
+            part /= 2
+            if part * max(budgets) < 2:
+                size = 1
+            tried.clear()
+        elif best.rise < math.inf:
+            best.loss = best.rise = math.inf  # what another layer gives may still fit
+        else:
             return
-        yield l, trials.budgets[l] - bite, tried[l], len(trials.budgets) * sum(K // bite for K in trials.budgets)
 
 
-def point(budgets, block_size, loss):
-    """One point of the curve."""
-    memory, full = sum(budgets), len(budgets) * block_size
-    return {'budgets': list(budgets), 'memory': memory, 'fraction': memory / full, 'saving': full / memory,
-            'val_loss': loss}
+def attempt(trials, l, bite, loss, step):
+    """The Trial of a bite from layer l, where the loss has been `loss`; inf: it has too few."""
+    budgets = list(trials.budgets)
+    budgets[l] -= bite
+    if bite < 1 or budgets[l] < 2:
+        return Trial(l, bite, math.inf, math.inf, step)
+    new = trials.loss(budgets, l)
+    return Trial(l, bite, new, (new - loss) / bite, step)
 
 
-def show(number, p, note=''):
-    print(f"{number:4} | {' '.join(f'{K:4}' for K in p['budgets'])} | {p['fraction']:7.2%} | {p['saving']:6.1f}x | "
-          f"{p['val_loss']:.4f} | {note}", flush=True)
-
-
-def windows_of(dataset, cfg, block_size, bos, held_out=False):
-    """Batches of random validation windows; held_out: as many others (in a small text they may overlap)."""
-    count = -(-cfg.windows // cfg.batch_size)
-    sizes = [min(cfg.batch_size, cfg.windows - n * cfg.batch_size) for n in range(count)]
-    batches = [dataset.batch('val', n + held_out * count, size, block_size, cfg.seed, bos)
-               for n, size in enumerate(sizes)]
-    return [(x.to(cfg.device), y.to(cfg.device)) for x, y in batches]
+# ---- How sure the result is ----------------------------------------------------------------------
 
 
 def bootstrap(values, counts=None, samples=10_000):
-    """95% interval of the mean of values, one for each window, when windows are drawn again with replacement.
+    """95% interval of the mean of values, one for each window.
 
-    counts: how many tokens each value is the sum of; the mean is then over tokens. Differences of two models on the
-    same windows give the paired bootstrap.
+    Windows are drawn again with replacement. counts: how many tokens each value is the sum of; the
+    mean is then over tokens. Differences of two models on the same windows give the paired
+    bootstrap.
     """
     values = values.double().cpu()
     counts = torch.ones_like(values) if counts is None else counts.double().cpu()
-    drawn = torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
     means = values[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
-    return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def unseen(trials, curve, target):
-    """The curve on windows that the search has not seen, those of trials. target: the loss to keep on each window.
+    """The curve on windows that the search has not seen, those of trials.
 
-    Returns a dictionary: 'target'; 'unpruned', 'pruned', the losses at the ends of the curve; 'difference', of the end
-    to the target, with its 95% interval; 'holds', the point of the curve with the least memory whose loss on these
-    windows is at most the target, or None. Only this point counts as memory saved.
+    target (windows,): the loss to keep on each. Returns a dictionary: 'target'; 'unpruned' and
+    'pruned', the losses at the ends of the curve; 'difference', of the end to the target, with its
+    95% interval; 'holds', the point of the curve with the least memory whose loss on these windows
+    is at most the target, or None. Only this point counts as memory saved.
     """
-    unpruned = trials.windows(curve[0]['budgets']).mean().item()
-    found = {'target': target.mean().item(), 'unpruned': unpruned, 'holds': None}
+    end = trials.windows(curve[-1]['budgets'])
+    difference = end - target
+    found = {
+        'target': target.mean().item(),
+        'unpruned': trials.loss(curve[0]['budgets']),
+        'pruned': end.mean().item(),
+        'difference': [difference.mean().item(), *bootstrap(difference)],
+        'holds': None,
+    }
     for p in reversed(curve):
-        losses = trials.windows(p['budgets'])
-        if p is curve[-1]:
-            difference = losses - target
-            found.update(pruned=losses.mean().item(), difference=[difference.mean().item(), *bootstrap(difference)])
-        if losses.mean() <= target.mean():
-            found['holds'] = {**p, 'val_loss': losses.mean().item()}
+        loss = trials.loss(p['budgets'])
+        if loss <= found['target']:
+            found['holds'] = {**p, 'val_loss': loss}
             break
     return found
+
+
+# ---- The command ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def main():
     cfg = settings.parse(PruneConfig)
-    if sum(map(bool, (cfg.baseline, cfg.target_loss, cfg.tolerance))) != 1:
-        raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance, above 0')
-    if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
-        raise UserError(f'--init_from={cfg.init_from} needs an --out_dir: the folder for its budgets')
-    name = cfg.to or ('budgets.json' if cfg.policy == 'selective' else f'budgets_{cfg.policy}.json')
-    if os.path.basename(name) != name:
-        raise UserError(f'--to={name}: it names a file in {cfg.out_dir}, without a folder')
-    path = os.path.join(cfg.out_dir, name)
-    files.check_output(path, '.json', '"budgets"')
+    path = output_path(cfg)
     cfg.device = devices.pick_device(cfg.device)
+    cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
+    dtype = getattr(torch, cfg.dtype)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, cfg.device)
-    size = model.config.block_size
     try:
-        check_budgets(model.config, size, cfg.policy)
+        check_budgets(model.config, model.config.block_size, cfg.policy)
     except ValueError as e:
         raise UserError(f'{cfg.out_dir}: {e}') from None
+    reference = model
+    if cfg.baseline:
+        reference = load_baseline(cfg, model, checkpoint)
     dataset = data.load_dataset(cfg.dataset or checkpoint['dataset'] or '')
     if dataset.tokenizer_name != checkpoint['tokenizer']:
-        raise UserError(f"{cfg.out_dir} was trained on {checkpoint['tokenizer']}, data set {dataset.name} has "
-                        f'{dataset.tokenizer_name}')
-    size = dataset.window(size) - 1                         # records may be shorter
-    kernels.install(model)                                  # for layers that keep everything
-    search_set, held_out = (windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint), held_out)
-                            for held_out in (False, True))
-    trials, trials_held_out = Trials(model, search_set, cfg.policy), Trials(model, held_out, cfg.policy)
-    unpruned, baseline, target = trials.loss(), None, cfg.target_loss
-    if cfg.baseline:
-        other, other_checkpoint = ckpt.load_model(cfg.baseline, cfg.device)
-        traits = [(m.config.block_size, c['tokenizer'], ckpt.starts_with_bos(c))
-                  for m, c in ((model, checkpoint), (other, other_checkpoint))]
-        if traits[0] != traits[1]:
-            raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos: the losses cannot be compared')
-        target = baseline = Trials(other, search_set, cfg.policy).loss()
-        held_out_target = Trials(other, held_out, cfg.policy).windows([size] * other.config.n_layer)
-    elif cfg.tolerance:
-        target = unpruned + cfg.tolerance
-        held_out_target = trials_held_out.windows(trials.budgets) + cfg.tolerance
-    else:
-        held_out_target = torch.full((cfg.windows,), target, device=cfg.device)
-    if unpruned > target:
-        raise UserError(f'the loss without pruning, {unpruned:.4f}, {ABOVE}, {target:.4f}')
+        raise UserError(
+            f'{cfg.out_dir} was trained on {checkpoint["tokenizer"]}, '
+            f'data set {dataset.name} has {dataset.tokenizer_name}'
+        )
+    kernels.install(model, dtype=dtype)  # for layers that keep everything
+    size = dataset.window(model.config.block_size) - 1  # records may be shorter
+    searched, held_out = windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint))
 
-    result = {'budgets': list(trials.budgets), 'policy': cfg.policy, 'block_size': size, 'target_loss': target,
-              'unpruned_loss': unpruned, 'baseline_loss': baseline, 'dataset': dataset.name, 'data': dataset.fingerprint(),
-              'checkpoint': ckpt.fingerprint(model), 'code': ckpt.code_fingerprint(), 'held_out': {},
-              'search': {name: getattr(cfg, name) for name in ('search', 'bite', 'windows', 'seed', 'batch_size')},
-              'curve': [point(trials.budgets, size, unpruned)], 'trials': []}
-    # The search is deterministic: to continue one, repeat its steps with the losses that it found.
-    trials.known.update(known_trials(path, result))
-    print(f'{cfg.out_dir}: pruning {len(trials.budgets)} layers of {size} tokens, policy {cfg.policy}; loss '
-          f'{unpruned:.4f} without pruning, target {target:.4f}'
-          + (f'; continuing with the {len(trials.known) - 1} trials in {path}' if len(trials.known) > 1 else ''))
-    print(f"step | {'budgets':{5 * len(trials.budgets) - 1}} | memory  |  saving | loss   | time")
-    show(0, result['curve'][0])
-    started, tried_before = time.time(), len(trials.known)
-    steps = plain_search(trials, target, cfg.bite) if cfg.search == 'plain' else \
-        quick_search(trials, target, unpruned)
-    about = 'at most' if cfg.search == 'plain' else 'about'
-    for number, (l, K, loss, trials_left) in enumerate(steps, start=1):
-        trials.set(l, K)
-        result['budgets'] = list(trials.budgets)
-        result['curve'].append(point(trials.budgets, size, loss))
-        result['trials'] = [[*budgets, loss] for budgets, loss in trials.known.items()]
-        write(path, result)
-        spent = time.time() - started
-        left = spent / max(1, len(trials.known) - tried_before) * trials_left
-        show(number, result['curve'][-1], f'{spent:.0f}s, {about} {left:.0f}s left')
-    result['held_out'] = found = unseen(trials_held_out, result['curve'], held_out_target)
+    with devices.autocast(cfg.device, cfg.dtype):  # as sample.py generates
+        trials = Trials(model, searched, cfg.policy, dtype)
+        unpruned = trials.loss(trials.budgets)
+        base = Trials(reference, searched)
+        target = cfg.target_loss or base.loss(base.budgets) + cfg.tolerance
+        if unpruned > target:
+            raise UserError(f'the loss without pruning, {unpruned:.4f}, {ABOVE}, {target:.4f}')
+        result = {
+            'policy': cfg.policy,
+            'block_size': size,
+            'target_loss': target,
+            'unpruned_loss': unpruned,
+            'baseline_loss': target if cfg.baseline else None,
+            'dataset': dataset.name,
+            'data': dataset.fingerprint(),
+            'checkpoint': ckpt.fingerprint(model),
+            'code': ckpt.code_fingerprint(),
+            'held_out': {},
+            'search': {name: getattr(cfg, name) for name in SEARCH},
+            'curve': [],
+        }
+        run_search(cfg, trials, result, path)
+        base = Trials(reference, held_out)
+        to_keep = base.windows(base.budgets) + cfg.tolerance
+        if cfg.target_loss:
+            to_keep = torch.full_like(to_keep, target)
+        held_out = Trials(model, held_out, cfg.policy, dtype)
+        result['held_out'] = unseen(held_out, result['curve'], to_keep)
     write(path, result)
-    last = result['curve'][-1]
-    print(f"{last['memory']:,} tokens of {len(trials.budgets) * size:,}: {last['saving']:.1f}x less memory at loss "
-          f"{last['val_loss']:.4f} (target {target:.4f}; {unpruned:.4f} without pruning); "
-          f'{len(trials.known) - tried_before} trials in {time.time() - started:.0f}s')
-    mean, low, high = found['difference']
-    print(f"on windows that the search has not seen: {found['pruned']:.4f} against {found['target']:.4f}, {mean:+.4f} "
-          f'(95% over windows: {low:+.4f} to {high:+.4f}); '
-          + ('no point of the curve keeps the loss there' if not found['holds'] else
-             f"what keeps the loss there, too: {found['holds']['saving']:.1f}x less memory"))
-    own = '' if name == 'budgets.json' else f' --budgets={path}'
-    print(path + (f': sample.py --out_dir={cfg.out_dir}{own} generates within it' if cfg.policy == 'selective' else ''))
+    report(cfg, result, path)
+
+
+def output_path(cfg):
+    """The file to write; UserError for settings that do not go together."""
+    given = [value for value in (cfg.baseline, cfg.target_loss, cfg.tolerance) if value]
+    if len(given) != 1:
+        raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance')
+    if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
+        raise UserError(f'--init_from={cfg.init_from} needs an --out_dir for its budgets')
+    name = 'budgets.json' if cfg.policy == 'selective' else f'budgets_{cfg.policy}.json'
+    path = os.path.join(cfg.out_dir, cfg.to or name)
+    files.check_output(path, '.json', '"budgets"')
+    return path
+
+
+def load_baseline(cfg, model, checkpoint):
+    """The model of --baseline; UserError where its loss is not comparable."""
+    other, its = ckpt.load_model(cfg.baseline, cfg.device)
+    same_bos = ckpt.starts_with_bos(its) == ckpt.starts_with_bos(checkpoint)
+    same_size = other.config.block_size == model.config.block_size
+    if not same_bos or not same_size or its['tokenizer'] != checkpoint['tokenizer']:
+        raise UserError(
+            f'{cfg.baseline} has another block_size, tokenizer or bos: its loss is no target'
+        )
+    return other
+
+
+def windows_of(dataset, cfg, size, bos):
+    """Two lists of batches of random validation windows; in a small text they may overlap."""
+    searched = []
+    held_out = []
+    count = math.ceil(cfg.windows / cfg.batch_size)
+    for n in range(2 * count):
+        B = min(cfg.batch_size, cfg.windows - n % count * cfg.batch_size)
+        x, y = dataset.batch('val', n, B, size, cfg.seed, bos)
+        batches = searched if n < count else held_out
+        batches.append((x.to(cfg.device), y.to(cfg.device)))
+    return searched, held_out
+
+
+def run_search(cfg, trials, result, path):
+    """Search, print the curve, and write it after each step into result and the file."""
+    layers = len(trials.budgets)
+    print(
+        f'{cfg.out_dir}: {layers} layers of {result["block_size"]} tokens, policy {cfg.policy}; '
+        f'loss {result["unpruned_loss"]:.4f} without pruning, target {result["target_loss"]:.4f}'
+    )
+    # The search is deterministic. To continue one, repeat its steps with the losses that it found.
+    known = known_trials(path, result)
+    if known:
+        print(f'continuing with the {len(known)} trials in {path}')
+        trials.known.update(known)
+    print(f'step | {"budgets":{5 * layers - 1}} | memory  |  saving | loss   | time')
+    started = time.time()
+    add_point(trials, result, result['unpruned_loss'], started)
+    plain_bite = cfg.bite if cfg.search == 'plain' else 0
+    for trial in search(trials, result['target_loss'], result['unpruned_loss'], plain_bite):
+        trials.take(trial.layer, trial.bite)
+        add_point(trials, result, trial.loss, started)
+        write(path, result)
 
 
 def known_trials(path, result):
-    """{budgets: loss} of an earlier search of the same thing, stopped or done; {} if there was none."""
+    """{budgets: loss} of an earlier search of the same thing, stopped or done; {} without one."""
     try:
-        before = files.read_json(path, EARLIER, '')
+        earlier = files.read_json(path, '', trials=[[float]])
     except UserError:
         return {}
-    same = all(before[key] == result[key] for key in EARLIER if key != 'trials')
-    return {tuple(map(int, row[:-1])): row[-1] for row in before['trials'] if len(row) > 1} if same else {}
+    for name in SAME:
+        if earlier.get(name) != result[name]:
+            return {}
+    return {tuple(budgets): loss for *budgets, loss in earlier['trials']}
+
+
+def add_point(trials, result, loss, started):
+    """Put the present budgets and their loss into result, and print them."""
+    memory = sum(trials.budgets)
+    full = len(trials.budgets) * result['block_size']
+    result['budgets'] = list(trials.budgets)
+    result['trials'] = [[*budgets, loss] for budgets, loss in trials.known.items()]
+    result['curve'].append(
+        {
+            'budgets': result['budgets'],
+            'memory': memory,
+            'fraction': memory / full,
+            'saving': full / memory,
+            'val_loss': loss,
+        }
+    )
+    budgets = ' '.join(f'{budget:4}' for budget in trials.budgets)
+    settings.say(
+        f'{len(result["curve"]) - 1:4} | {budgets} | {memory / full:7.2%} | {full / memory:6.1f}x '
+        f'| {loss:.4f} | {time.time() - started:.0f}s'
+    )
+
+
+def report(cfg, result, path):
+    """Print what the search has found, and what held-out windows say of it."""
+    last = result['curve'][-1]
+    print(f'{last["saving"]:.1f}x less memory at loss {last["val_loss"]:.4f}')
+    found = result['held_out']
+    mean, low, high = found['difference']
+    print(
+        f'on windows that the search has not seen: {found["pruned"]:.4f}, {mean:+.4f} from the '
+        f'target (95% over windows: {low:+.4f} to {high:+.4f})'
+    )
+    if found['holds']:
+        print(f'what keeps the loss there, too: {found["holds"]["saving"]:.1f}x less memory')
+    else:
+        print('no point of the curve keeps the loss there')
+    print(f'{path}: sample.py --out_dir={cfg.out_dir} --budgets={path} --policy={cfg.policy}')
 
 
 def write(path, result):
