@@ -1,4 +1,5 @@
 """What several test files share: a small data set, and a way to run a script."""
+
 import os
 import shutil
 import signal
@@ -9,21 +10,28 @@ import time
 
 import pytest
 
-_hub = tempfile.TemporaryDirectory()        # for transformers and datasets; kept as long as this process
+_hub = tempfile.TemporaryDirectory()  # for transformers and datasets; kept as long as this process
 os.environ.update(HF_HOME=_hub.name, HF_HUB_OFFLINE='1')
-os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests' tensors are tiny: threads would wait for each other, no more
+os.environ.setdefault(
+    'OMP_NUM_THREADS', '1'
+)  # the tests' tensors are tiny: threads would wait for each other, no more
 import torch
 
 import prepare_text
 from support import settings
 
-if not torch.cuda.is_available():       # Triton reads it when it is imported, which any later test may do
+if (
+    not torch.cuda.is_available()
+):  # Triton reads it when it is imported, which any later test may do
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
-# Started in the background or under nohup, a shell leaves these ignored, and processes inherit that.
+# Started in the background or under nohup, a shell leaves these ignored, and processes inherit
+# that.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -41,8 +49,11 @@ def lines(tmp_path_factory):
     """The folder of a data set of a few thousand bytes."""
     folder = tmp_path_factory.mktemp('data')
     (folder / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
-    prepare_text.prepare(prepare_text.TextConfig(paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes',
-                                                 data_dir=str(folder)))
+    prepare_text.prepare(
+        prepare_text.TextConfig(
+            paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes', data_dir=str(folder)
+        )
+    )
     return folder / 'lines'
 
 
@@ -53,7 +64,8 @@ def dataset(lines):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """run(train, *args): the script's main() in this process; returns what it printed, or the UserError's text."""
+    """run(train, *args): the script's main() in this process; returns what it printed, or the
+    UserError's text."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(script, *args):
@@ -64,6 +76,7 @@ def run(monkeypatch, capfd):
             assert '\n' not in str(e)
             return str(e)
         return ''.join(capfd.readouterr())
+
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -71,23 +84,41 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what training needs: tree(file, old, new) edits it, tree.run(code) runs Python in it."""
+    """A copy of the code: tree(file, old, new) edits it, tree.run(*args) runs Python in it.
+
+    tree.fail(*args) is the single line with which a command ends that must fail.
+    """
     copy = tmp_path / 'copy'
     copy.mkdir()
     for name in os.listdir(ROOT):
-        if name.endswith('.py') or name in ('kernels', 'support', 'config'):
+        if name.endswith('.py') or name in ('kernels', 'support', 'config', 'lab'):
             source = os.path.join(ROOT, name)
-            (shutil.copytree if os.path.isdir(source) else shutil.copy)(source, copy / name)
+            if os.path.isdir(source):
+                shutil.copytree(source, copy / name)
+            else:
+                shutil.copy(source, copy / name)
 
     def edit(file, old, new):
         text = (copy / file).read_text()
         assert text.count(old) == 1, f'{file} has {old!r} {text.count(old)} times'
         (copy / file).write_text(text.replace(old, new))
 
+    def command(*args):
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(copy)}
+        return subprocess.run(
+            [sys.executable, *args], cwd=copy, capture_output=True, text=True, timeout=300, env=env
+        )
+
     def run(*args):
-        result = subprocess.run([sys.executable, *args], cwd=copy, capture_output=True, text=True, timeout=300,
-                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(copy)})
+        result = command(*args)
         assert result.returncode == 0, result.stderr
         return result.stdout
-    edit.run, edit.path = run, copy
+
+    def fail(*args):
+        result = command(*args)
+        lines = result.stderr.splitlines()
+        assert result.returncode == 1 and len(lines) == 1, result.stderr
+        return lines[0]
+
+    edit.run, edit.fail, edit.path = run, fail, copy
     return edit
