@@ -39,7 +39,7 @@ class GPTConfig:
     n_layer: int = option(12, 'transformer blocks', low=1, high=1000)
     n_head: int = option(12, 'attention heads in each', low=1, high=1000)
     n_embd: int = option(768, 'channels; a multiple of n_head', low=1, high=2**16)
-    dropout: float = option(0.0, 'probability; 0.1 and up for fine-tuning', low=0, below=1)
+    dropout: float = option(0.0, 'probability; 0.1 and up for fine-tuning', low=0, high=0.99)
     bias: bool = option(False, 'biases in linear layers and layer norms, as GPT-2 has them')
     rope: bool = option(False, 'rotary positions on q and k; False: learned position embeddings')
     qk_norm: bool = option(False, 'q and k are RMS-normalised per head, with a learned gain')

@@ -17,7 +17,7 @@ import difflib
 import inspect
 import math
 import os
-import re
+import reprlib
 import runpy
 import signal
 import sys
@@ -43,8 +43,7 @@ class UserError(Exception):
 def option(default, help, **limits):
     """A dataclass field with its meaning and, as limits, the values that are valid.
 
-    low, high: the least and the largest number. above, below: numbers that it may not reach.
-    choices: all values that are valid.
+    low, high: the least and the largest number. choices: all values that are valid.
     """
     metadata = {'help': help, **limits}
     if isinstance(default, list):
@@ -84,9 +83,8 @@ def run(main):
 
 
 def fail(text, code=1):
-    """End the process with one line on stderr. Of torchrun's processes the first one speaks."""
-    if os.environ.get('RANK', '0') in ('0', '') or not os.environ.get('TORCHELASTIC_RUN_ID'):
-        print(f'{os.path.basename(sys.argv[0])}: {one_line(text)}', file=sys.stderr)
+    """End the process with one line on stderr."""
+    print(f'{os.path.basename(sys.argv[0])}: {one_line(text)}', file=sys.stderr)
     sys.exit(code)
 
 
@@ -171,10 +169,8 @@ def described(limits):
     """The limits of an option in words, '' where it has none."""
     if 'choices' in limits:
         return ', '.join(map(repr, limits['choices']))
-    low = f'above {limits["above"]}' if 'above' in limits else f'{limits.get("low", "")}'
-    high = f'below {limits["below"]}' if 'below' in limits else f'{limits.get("high", "")}'
-    if low and high:
-        return f'{low} to {high}'
+    if 'low' in limits:
+        return f'{limits["low"]} to {limits["high"]}'
     return ''
 
 
@@ -197,7 +193,7 @@ def checked(cls, key, value, where):
     try:
         value = typed(field.type, value)
     except (ValueError, KeyError, OverflowError, TypeError):
-        raise UserError(f'{where}: {short(value)} is not {NAMES[field.type]}') from None
+        raise UserError(f'{where}: {reprlib.repr(value)} is not {NAMES[field.type]}') from None
     for item in value if isinstance(value, list) else [value]:
         if problem := misfit(item, field.metadata):
             raise UserError(f'{where}: {problem}')
@@ -206,19 +202,19 @@ def checked(cls, key, value, where):
 
 def typed(want, value):
     """value as that type; it may be text. Raises ValueError and others if it is of another type."""
-    if isinstance(value, str) and want in (int, float) and not value.isascii():
-        raise ValueError  # '²' and '٣' are digits, too
     if want is bool and isinstance(value, str):
         return TRUTH[value.lower()]
-    if want is int and isinstance(value, str) and re.fullmatch(r'[+-]?[\d_]+', value):
-        return int(value)  # 1_000
-    if want is int and isinstance(value, (str, float)):
-        number = float(value)  # 1e6 is a way to write a whole number
-        if number != int(number):
+    if want in (int, float):
+        if isinstance(value, bool):
+            raise ValueError
+        if isinstance(value, str) and not value.isascii():
+            raise ValueError  # '²' and '٣' are digits, too
+        number = float(value)
+        if want is float:
+            return number
+        if number != int(number):  # 1_000 and 1e6 are ways to write a whole number
             raise ValueError
         return int(number)
-    if want is float and not isinstance(value, bool):
-        return float(value)
     if type(value) is not want:
         raise ValueError
     if want is list and not all(isinstance(item, str) for item in value):
@@ -231,25 +227,12 @@ def misfit(value, limits):
     if isinstance(value, float) and not math.isfinite(value):
         return f'{value} is not a finite number'
     if isinstance(value, str) and not all(c.isprintable() or c in '\t\r\n' for c in value):
-        return f'{short(value)} has characters that are no text'
+        return f'{reprlib.repr(value)} has characters that are no text'
     if 'choices' in limits and value not in limits['choices']:
-        return f'{short(value)} is not one of {described(limits)}'
-    too_low = value < limits.get('low', value) or 'above' in limits and value <= limits['above']
-    too_high = value > limits.get('high', value) or 'below' in limits and value >= limits['below']
-    if too_low or too_high:
-        return f'{short(value)} is not in the range {described(limits)}'
+        return f'{reprlib.repr(value)} is not one of {described(limits)}'
+    if 'low' in limits and not limits['low'] <= value <= limits['high']:
+        return f'{reprlib.repr(value)} is not in the range {described(limits)}'
     return ''
-
-
-def short(value):
-    """A value as it is written in a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        text = 'a number of thousands of digits'
-    if len(text) > 80:
-        return f'{text[:60]}… ({len(text)} characters)'
-    return text
 
 
 def run_config(path, cls):
