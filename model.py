@@ -46,9 +46,7 @@ class GPTConfig:
     selective: bool = option(False, 'selective attention (2410.02703): tokens mask earlier tokens')
     vote_scale: bool = option(False, "selective: a learned factor on each layer's votes, from 0")
     ssa: str = option('', "SSA (2411.12892): which of q, k, v get a temperature; the paper's: 'qv'")
-    ssa_sharing: bool = option(
-        True, 'temperatures read q, k, v; False: a hidden layer of their own'
-    )
+    ssa_sharing: bool = option(True, 'temperatures read q, k, v; False: their own hidden layer')
     gelu: str = option('none', "GELU: exact, or GPT-2's by tanh", choices=('none', 'tanh'))
 
     @property

@@ -1,13 +1,10 @@
 """What README.md shows is what the code does: the idea in numbers, the variation, the files."""
+
 import os
 import re
-import shutil
 import subprocess
-import sys
 
-import pytest
 import torch
-import torch.nn.functional as fn
 
 import model as m
 
@@ -22,13 +19,18 @@ def readme():
 def six_tokens():
     """The table of README's section "The idea in numbers", computed by model.py."""
     names = ['BOS', 'x=1', 'y=5', 'x=2', 'x?', 'y?']
-    L = torch.zeros(2, 6, 6)                                    # head 0 votes, head 1 reads
+    L = torch.zeros(2, 6, 6)  # head 0 votes, head 1 reads
     L[0, 3, 1], L[0, 4, 3] = 4, 2
     L[0, 2, 1], L[0, 5, 4] = -1, -3
     L[1, 4, 1], L[1, 4, 3], L[1, 5, 2] = 3, 3, 3
-    q, k = L[None] * 6**0.5, torch.eye(6).expand(1, 2, 6, 6)    # so that q.k / sqrt(D) = L
-    v, i, F0 = k, torch.arange(6), torch.zeros(1, 6)            # v = 1: what attention returns are its weights P
-    P, F, _ = m.attend(q, k, v, F0, i, i[None], fn.relu)
+    q, k = L[None] * 6**0.5, torch.eye(6).expand(1, 2, 6, 6)  # so that q.k / sqrt(D) = L
+    v, i, F0 = (
+        k,
+        torch.arange(6),
+        torch.zeros(1, 6),
+    )  # v = 1: what attention returns are its weights P
+    rule = m.CausalSelfAttention(m.GPTConfig(n_head=2, n_embd=12))
+    P, F, _ = m.attend(q, k, v, F0, i, i[None], rule)
     S = F[0].diff(dim=0)
     without, _, _ = m.attend(q, k, v, F0, i, i[None])
     cache = m.LayerCache(1, 2, 4, 6, 'selective', 'cpu', torch.float32)
@@ -37,21 +39,53 @@ def six_tokens():
     def table(code, title, rows, show):
         lines = ['# ' + code, title.ljust(29) + ''.join(name.rjust(6) for name in names)]
         for n in rows:
-            lines.append(names[n].rjust(28) + ' ' + ''.join((show(n, j) if j <= n else '·').rjust(6) for j in range(6)))
+            lines.append(
+                names[n].rjust(28)
+                + ' '
+                + ''.join((show(n, j) if j <= n else '·').rjust(6) for j in range(6))
+            )
         return lines
-    return '\n'.join([
-        *table('L = (q * q.size(-1)**-0.5) @ k.transpose(-2, -1)', 'L₀  logits of head 0', range(6),
-               lambda n, j: f'{L[0, n, j]:.0f}'),
-        *table('S = torch.where((0 < j) & (j < i), vote(L[:, 0].to(F.dtype)), S)', 'S   votes, max(0, L₀)', range(6),
-               lambda n, j: f'{S[n, j]:.0f}'),
-        *table('F = torch.cat([F[:, None], S], dim=1).cumsum(dim=1)', 'F   votes of earlier rows', range(6),
-               lambda n, j: f'{F[0, n, j]:.0f}'),
-        *table("P = (L - F[:, None, :-1]).masked_fill(hidden[:, None], float('-inf')).softmax(dim=-1)",
-               'P   head 1 if F were 0', (4, 5), lambda n, j: f'{without[0, 1, n, j]:.0%}'),
-        *table("P = (L - F[:, None, :-1]).masked_fill(hidden[:, None], float('-inf')).softmax(dim=-1)",
-               'P   head 1', (4, 5), lambda n, j: f'{P[0, 1, n, j]:.0%}')[1:],
-        *table('hidden = hidden | forget(F[:, :-1], i, j)', 'kept, with K = 4', (3, 4, 5),
-               lambda n, j: '✗' if lost[n, j] else '✓')])
+
+    return '\n'.join(
+        [
+            *table(
+                'L = logits(q, k)',
+                'L₀  logits of head 0',
+                range(6),
+                lambda n, j: f'{L[0, n, j]:.0f}',
+            ),
+            *table(
+                'S = votes(rule, L[:, 0], i, j)',
+                'S   votes, max(0, L₀)',
+                range(6),
+                lambda n, j: f'{S[n, j]:.0f}',
+            ),
+            *table(
+                'F = rule.accumulate(F, S)',
+                'F   votes of earlier rows',
+                range(6),
+                lambda n, j: f'{F[0, n, j]:.0f}',
+            ),
+            *table(
+                'P = (L - F[:, None, :-1]).masked_fill(hidden[:, None], -math.inf).softmax(dim=-1)',
+                'P   head 1 if F were 0',
+                (4, 5),
+                lambda n, j: f'{without[0, 1, n, j]:.0%}',
+            ),
+            *table(
+                'P = (L - F[:, None, :-1]).masked_fill(hidden[:, None], -math.inf).softmax(dim=-1)',
+                'P   head 1',
+                (4, 5),
+                lambda n, j: f'{P[0, 1, n, j]:.0%}',
+            )[1:],
+            *table(
+                'hidden = hidden | forget(F[:, :-1], i, j)',
+                'kept, with K = 4',
+                (3, 4, 5),
+                lambda n, j: '✗' if lost[n, j] else '✓',
+            ),
+        ]
+    )
 
 
 def test_the_idea_in_numbers():
@@ -63,7 +97,7 @@ def test_the_idea_in_numbers():
     assert len(lines) == 5 and all(line in code for line in lines)
 
 
-CHECK = '''
+CHECK = """
 import sys, torch
 from support import checkpoint as ckpt
 import model as m
@@ -81,21 +115,40 @@ with torch.no_grad():
             torch.testing.assert_close(gpt(idx[:, [t]], cache=steps)[0][:, 0], expected[:, t], atol=1e-4, rtol=1e-4)
     assert 0 < steps.layers[0].F.max() <= 0.02 * 48           # the cap holds in the cache
     assert gpt.transformer.h[0].attn.vote(torch.tensor([9.0])) == 0.02
-'''
+"""
 
 
 def test_change_it(tree, lines):
-    """The variation that README shows, applied word by word: it trains, and cached, pruned generation follows it."""
+    """The variation that README shows, applied word by word: it trains, and cached, pruned
+    generation follows it."""
     section = readme().split('## Change it')[1].split('\n## ')[0]
-    diff, config = re.search(r'```diff\n(.*?)```', section, re.S)[1], re.search(r'```python\n(.*?)```', section, re.S)[1]
+    diff, config = (
+        re.search(r'```diff\n(.*?)```', section, re.S)[1],
+        re.search(r'```python\n(.*?)```', section, re.S)[1],
+    )
     (tree.path / 'vote_cap.diff').write_text(diff)
     (tree.path / 'config' / 'capped_small.py').write_text(config)
-    subprocess.run(['git', 'apply', 'vote_cap.diff'], cwd=tree.path, check=True,
-                   env={**os.environ, 'GIT_CEILING_DIRECTORIES': str(tree.path.parent)})
+    subprocess.run(
+        ['git', 'apply', 'vote_cap.diff'],
+        cwd=tree.path,
+        check=True,
+        env={**os.environ, 'GIT_CEILING_DIRECTORIES': str(tree.path.parent)},
+    )
     assert diff.count('\n@@') == 2
-    output = tree.run('train.py', 'config/capped_small.py', '--vote_cap=0.02', f'--dataset={lines}', '--n_layer=2',
-                      '--n_head=2', '--n_embd=32', '--block_size=48', '--max_iters=20', '--eval_iters=1', '--device=cpu')
-    assert 'kernels/cpu.py, which gives the numbers of model.py' in output      # at full speed
+    output = tree.run(
+        'train.py',
+        'config/capped_small.py',
+        '--vote_cap=0.02',
+        f'--dataset={lines}',
+        '--n_layer=2',
+        '--n_head=2',
+        '--n_embd=32',
+        '--block_size=48',
+        '--max_iters=20',
+        '--eval_iters=1',
+        '--device=cpu',
+    )
+    assert 'kernels/cpu.py, which gives the numbers of model.py' in output  # at full speed
     tree.run('-c', CHECK, 'out/capped_small')
 
 
