@@ -24,10 +24,9 @@ from .model import GPT, GPTConfig, KVCache, prefill
 class SelectiveGPTConfig(PretrainedConfig):
     """The fields of GPTConfig, and how a text is read without training.
 
-    budgets, policy: those of KVCache. budgets None or 'none' keeps every token; policy None is
-    'selective', or 'oldest' for a model without votes.
-    keep_bos: a text that fills block_size has <|endoftext|> in the place of its first token. So do
-    the windows of a model that was trained with it; the harness cuts it off where a text is long.
+    budgets, policy: those of KVCache. budgets None or 'none' keeps every token.
+    keep_bos: <|endoftext|> takes the place of the first token of a text that fills block_size. A
+    model that was trained with it reads such windows; lm-evaluation-harness cuts it off long texts.
     """
 
     model_type = 'selective_gpt'
@@ -38,7 +37,7 @@ class SelectiveGPTConfig(PretrainedConfig):
         'num_attention_heads': 'n_head',
     }
 
-    def __init__(self, budgets=None, policy=None, keep_bos=False, **kwargs):
+    def __init__(self, budgets=None, policy='selective', keep_bos=False, **kwargs):
         self.budgets = budgets
         self.policy = policy
         self.keep_bos = keep_bos
@@ -46,10 +45,6 @@ class SelectiveGPTConfig(PretrainedConfig):
             setattr(self, field.name, kwargs.pop(field.name, field.default))
         kwargs.setdefault('tie_word_embeddings', True)
         super().__init__(**kwargs)
-
-    def gpt_config(self):
-        names = [field.name for field in dataclasses.fields(GPTConfig)]
-        return GPTConfig(**{name: getattr(self, name) for name in names})
 
 
 class Memory(Cache):
@@ -59,13 +54,16 @@ class Memory(Cache):
     positions differ, too. The text is for learned positions, whose window slides.
     """
 
-    def __init__(self, gpt, budgets, policy):
+    def __init__(self, model, budgets=None, policy=None):
         super().__init__(layers=[])
-        self.gpt = gpt
+        config = model.config
+        if budgets is None:
+            budgets = config.budgets
+        self.gpt = model.gpt
         self.budgets = None if budgets == 'none' else budgets
-        self.policy = policy or ('selective' if gpt.config.selective else 'oldest')
+        self.policy = policy or config.policy
         self.seen = 0
-        self.texts = []  # (B, n) newest tokens of each cache
+        self.texts = []  # the newest tokens of each cache
         self.caches = []
 
     def get_seq_length(self, layer_idx=0):
@@ -75,33 +73,32 @@ class Memory(Cache):
     def new_cache(self, batch_size):
         return KVCache(self.gpt, batch_size, self.budgets, self.policy)
 
-    def parts(self, ids, mask):
-        """New tokens (B, T) as the texts that have a cache of their own. The first ones make it."""
+    def read(self, ids, mask, last):
+        """Logits of the next tokens (B, T, V), or, for `last`, of the last of them (B, 1, V)."""
         if self.caches:
-            return ids.split(len(ids) // len(self.caches))
-        if mask is not None and not mask[:, -1].all():
-            raise ValueError(
-                "generation needs padding on the left: tokenizer.padding_side = 'left'"
-            )
-        left = padding(mask)
-        if left is None:
-            parts = [ids]
+            parts = ids.split(len(ids) // len(self.caches))
         else:
-            parts = [row[None, n:] for row, n in zip(ids, left)]
-        self.caches = [self.new_cache(len(part)) for part in parts]
-        self.texts = [part[:, :0] for part in parts]
-        return parts
+            parts = unpadded(ids, mask)
+            self.texts = [part[:, :0] for part in parts]
+            self.caches = [self.new_cache(len(part)) for part in parts]
+        self.seen += ids.size(1)
+        width = 1 if last else ids.size(1)
+        rows = []
+        for n, part in enumerate(parts):
+            self.texts[n] = torch.cat([self.texts[n], part], dim=1)
+            logits = self.read_text(n, part, last)
+            rows.append(fn.pad(logits, (0, 0, width - logits.size(1), 0)))  # zeros for padding
+        return torch.cat(rows)
 
-    def read(self, n, new, last):
-        """Logits of new tokens of text n, or, for `last`, of the last of them. See `stream`."""
+    def read_text(self, n, new, last):
+        """Logits of the tokens `new`, which text n ends with."""
         size = self.gpt.config.block_size
         seen = int(self.caches[n].position)
-        text = torch.cat([self.texts[n], new], dim=1)
         if self.gpt.config.learned_positions and seen + new.size(1) > size:
-            kept = max(1, size // 2) if seen else size
-            new = text[:, -kept:]
+            # positions end: the newest half is read anew, as by `stream`
+            new = self.texts[n][:, -max(1, size // 2 if seen else size) :]
             self.caches[n] = self.new_cache(len(new))
-        self.texts[n] = text[:, -size:]
+        self.texts[n] = self.texts[n][:, -size:]
         if last:
             return prefill(self.gpt, new, self.caches[n])
         return read(self.gpt, new, self.caches[n])
@@ -112,14 +109,11 @@ class Memory(Cache):
             raise ValueError('beam search needs texts without padding')
         self.texts = [text[beam_idx] for text in self.texts]
         for layer in self.caches[0].layers:
-            for name, x in vars(layer).items():
-                if isinstance(x, torch.Tensor):
-                    setattr(layer, name, x[beam_idx])
+            for name in 'kvFj':
+                setattr(layer, name, getattr(layer, name)[beam_idx])
 
     def crop(self, *_):
-        raise ValueError(
-            'what a cache has dropped cannot come back: assisted generation needs use_cache=False'
-        )
+        raise ValueError('a cache cannot forget its newest tokens: this needs use_cache=False')
 
 
 class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -128,7 +122,8 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.gpt = GPT(config.gpt_config())
+        names = [field.name for field in dataclasses.fields(GPTConfig)]
+        self.gpt = GPT(GPTConfig(**{name: getattr(config, name) for name in names}))
         self.post_init()
 
     def _init_weights(self, module):
@@ -146,12 +141,6 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.gpt.lm_head = value
 
-    def memory(self, budgets=None, policy=None):
-        """An empty Memory within these limits, or those of the config."""
-        if budgets is None:
-            budgets = self.config.budgets
-        return Memory(self.gpt, budgets, policy or self.config.policy)
-
     @can_return_tuple
     def forward(
         self,
@@ -163,21 +152,19 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits, and the loss where labels are given: as input_ids, -100 where none is wanted.
+        """Logits, those of the last logits_to_keep tokens alone if that is not 0; and the loss.
 
-        past_key_values: a Memory, whose text input_ids continue.
+        past_key_values: a Memory, whose text input_ids continue. labels: as input_ids, -100 where
+        no loss is wanted.
         """
         memory = past_key_values
         if memory is None and use_cache:
-            memory = self.memory()
+            memory = Memory(self)
         if memory is None:
             logits = self.score(input_ids, attention_mask)
         else:
-            logits = self.continued(input_ids, attention_mask, memory, last=logits_to_keep == 1)
-        if isinstance(logits_to_keep, int):
-            logits = logits[:, -logits_to_keep:]  # -0: all
-        else:
-            logits = logits[:, logits_to_keep]
+            logits = memory.read(input_ids, attention_mask, last=logits_to_keep == 1)
+        logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
@@ -191,27 +178,17 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.keep_bos and ids.size(1) == self.config.block_size:
             ids = ids.clone()
             ids[:, 0] = self.config.bos_token_id
-        memory = self.memory()
+        memory = Memory(self)
         if self.training or memory.budgets is None:
             logits = self.gpt(ids, ids)[0]
         else:
             logits = read(self.gpt, ids, memory.new_cache(len(ids)))
         return logits if left is None else turned(logits, left)
 
-    def continued(self, ids, mask, memory, last):
-        """Logits of the next tokens (B, T, V), or, for `last`, of the last of them (B, 1, V)."""
-        T = 1 if last else ids.size(1)
-        rows = []
-        for n, part in enumerate(memory.parts(ids, mask)):
-            logits = memory.read(n, part, last)
-            rows.append(fn.pad(logits, (0, 0, T - logits.size(1), 0)))  # zeros for padding
-        memory.seen += ids.size(1)
-        return torch.cat(rows)
-
     def generate(self, *args, budgets=None, policy=None, **kwargs):
         """transformers' generate, with at most `budgets` tokens remembered in each layer."""
-        if kwargs.get('past_key_values') is None and kwargs.get('use_cache') is not False:
-            kwargs['past_key_values'] = self.memory(budgets, policy)
+        if kwargs.get('use_cache') is not False:
+            kwargs.setdefault('past_key_values', Memory(self, budgets, policy))
         return super().generate(*args, **kwargs)
 
 
@@ -219,6 +196,16 @@ def read(gpt, ids, cache):
     """The logits of all tokens (B, T, V), read into the cache in blocks of rows as by `prefill`."""
     logits = [gpt(rows, rows, cache=cache)[0] for rows in ids.split(64, dim=1)]
     return torch.cat(logits, dim=1)
+
+
+def unpadded(ids, mask):
+    """Texts (B, T) as one batch; or, where there is padding on the left, each without it."""
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("generation needs padding on the left: tokenizer.padding_side = 'left'")
+    left = padding(mask)
+    if left is None:
+        return [ids]
+    return [row[None, n:] for row, n in zip(ids, left)]
 
 
 def padding(mask):
