@@ -1,78 +1,113 @@
-"""Curves of several runs: loss against steps, and memory against loss.
+"""Curves of several runs: loss against steps, memory against loss, and what attention costs.
 
     python -m lab.plot out/*
     python -m lab.plot out/standard_small out/selective_small --to=out/figures
+    python -m lab.bench --out_dir=out/sel_1024,out/sel_2048 --to=out/selective.json
+    python -m lab.plot --cost=out/selective.json
 
-Reads each run's log.jsonl (train.py) and what there is of budgets.json, budgets_oldest.json and budgets_random.json
-(prune.py). Writes loss.png and memory.png.
+Reads each run's log.jsonl (train.py) and its budgets*.json (prune.py), and writes loss.png and
+memory.png. cost.png shows the time of attention against context length, one line for each table
+of lab.bench and one for standard attention.
 """
+
 import io
+import math
 import os
 import pathlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from support import checkpoint as ckpt, files, settings
-from support.settings import UserError
+from support.settings import UserError, option
+
+# Okabe and Ito's colours, for the colour-blind; line styles and markers tell the runs apart in
+# black and white
+STYLES = [
+    ('#0072b2', '-', 'o'),
+    ('#d55e00', '--', 's'),
+    ('#009e73', '-.', '^'),
+    ('#cc79a7', ':', 'D'),
+    ('#56b4e9', '-', 'v'),
+    ('#e69f00', '--', 'P'),
+    ('#000000', '-.', 'X'),
+    ('#999999', ':', '*'),
+]
 
 
 @dataclass
 class PlotConfig:
-    runs: list = field(default_factory=list)    # folders of runs; given without --runs=
-    to: str = 'out'                             # folder of the pictures
+    runs: list = option([], 'folders of runs; given without --runs=')
+    cost: str = option('', 'tables of lab.bench, as FILE,FILE,…; their names are the labels')
+    to: str = option('out', 'folder of the pictures')
 
 
-# Okabe and Ito's colours, for the colour-blind; line styles and markers tell the runs apart in black and white
-STYLES = [('#0072b2', '-', 'o'), ('#d55e00', '--', 's'), ('#009e73', '-.', '^'), ('#cc79a7', ':', 'D'),
-          ('#56b4e9', '-', 'v'), ('#e69f00', '--', 'P'), ('#000000', '-.', 'X'), ('#999999', ':', '*')]
-
-CURVE = {'curve': [{'saving': float, 'val_loss': float}], 'baseline_loss?': (float, None)}      # of a budgets.json
+# ---- Curves: a list of x and a list of y ---------------------------------------------------------
 
 
-def read_losses(run):
-    """(steps, training loss), (steps, validation loss) of a run's log.jsonl."""
-    log = ckpt.read_log(run)
-    return tuple(([line['iter'] for line in log if name in line], [line[name] for line in log if name in line])
-                 for name in ('loss', 'val_loss'))
-
-
-def budget_files(run):
-    """The budgets*.json of a run's folder."""
-    return sorted(pathlib.Path(run).glob('budgets*.json'))
+def read_losses(run, name):
+    """Steps, and the loss of this name in a run's log.jsonl."""
+    steps = []
+    losses = []
+    for line in ckpt.read_log(run):
+        if name in line:
+            steps.append(line['iter'])
+            losses.append(line[name])
+    return steps, losses
 
 
 def read_budgets(path):
-    """The curve of a budgets.json as (factors saved, validation losses), and the loss of the baseline, or None."""
-    found = files.read_json(path, CURVE, 'run prune.py again')
-    points = sorted((point['saving'], point['val_loss']) for point in found['curve'])
-    return tuple(zip(*points)), found.get('baseline_loss')
+    """The factors saved and the losses of a budgets.json, and at each the baseline's or NaN."""
+    found = files.read_json(path, 'run prune.py again', curve=[dict], baseline_loss=(float, None))
+    saved = []
+    losses = []
+    for point in found['curve']:
+        check(path, point, saving=float, val_loss=float)
+        saved.append(point['saving'])
+        losses.append(point['val_loss'])
+    baseline = found.get('baseline_loss') or math.nan
+    return saved, losses, [baseline] * len(saved)
 
 
-def plot_loss(plt, logs):
-    """logs: {name: read_losses(...)}. The figure."""
+def read_times(path, case):
+    """Context lengths in a table of lab.bench, and milliseconds of attention for each sequence."""
+    lengths = []
+    times = []
+    for row in files.read_json(path, 'run lab.bench again', rows=[dict])['rows']:
+        if row.get('part') == 'attention' and row.get('case') == case and row.get('T') != 'growth':
+            check(path, row, T=int, value=float, batch=(int, None))
+            lengths.append(row['T'])
+            times.append(row['value'] / row.get('batch', 1))
+    if not times:
+        raise UserError(f'{path} has no times of attention: run lab.bench --what=attention')
+    return lengths, times
+
+
+def check(path, found, **types):
+    """Raise UserError unless an object in a JSON file has entries of these types."""
+    if problem := files.misfit(found, types):
+        raise UserError(f'{path} is damaged ({problem}): make it again')
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def draw(plt, curves, pale, title, x, y, powers_of_2=''):
+    """A figure of the curves, {label: (xs, ys)}.
+
+    pale: {label: (xs, ys)}, drawn thin in the colour of the curve. powers_of_2: format of the
+    numbers on a logarithmic x-axis; '': it is linear.
+    """
     figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for n, (name, (train, val)) in enumerate(logs.items()):
+    for n, (label, curve) in enumerate(curves.items()):
         colour, line, marker = STYLES[n % len(STYLES)]
-        ax.plot(*train, color=colour, alpha=0.3, linewidth=1)
-        ax.plot(*val, color=colour, linestyle=line, marker=marker, markersize=4, label=name.replace('$', r'\$'))
-    ax.set(xlabel='step', ylabel='loss, nats per token', title='validation loss (pale: training loss)')
-    ax.legend()
-    ax.grid(alpha=0.3)
-    return figure
-
-
-def plot_memory(plt, curves):
-    """curves: {name: read_budgets(...)}. The figure."""
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for n, (name, (curve, baseline)) in enumerate(curves.items()):
-        colour, line, marker = STYLES[n % len(STYLES)]
-        ax.plot(*curve, color=colour, linestyle=line, marker=marker, markersize=4, label=name.replace('$', r'\$'))
-        if baseline is not None:
-            ax.axhline(baseline, color=colour, linewidth=1, linestyle=':')
-    ax.set_xscale('log', base=2)
-    ax.xaxis.set_major_formatter('{x:g}x')
-    ax.set(xlabel='memory saved: full context / sum of the budgets', ylabel='validation loss, nats per token',
-           title='what pruning costs (dotted: the baseline, which is not pruned)')
+        if label in pale:
+            ax.plot(*pale[label], color=colour, alpha=0.3, linewidth=1)
+        name = label.replace('$', r'\$')
+        ax.plot(*curve, color=colour, linestyle=line, marker=marker, markersize=4, label=name)
+    if powers_of_2:
+        ax.set_xscale('log', base=2)
+        ax.xaxis.set_major_formatter(powers_of_2)
+    ax.set(title=title, xlabel=x, ylabel=y)
     ax.legend()
     ax.grid(alpha=0.3)
     return figure
@@ -86,6 +121,7 @@ def import_pyplot():
         raise UserError('pictures need matplotlib: pip install matplotlib') from None
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     return plt
 
 
@@ -102,30 +138,59 @@ def write(path, content):
     print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
 
 
+# ---- The command ---------------------------------------------------------------------------------
+
+
 def main():
     cfg = settings.parse(PlotConfig, positional='runs')
-    if not cfg.runs:
+    if not cfg.runs and not cfg.cost:
         raise UserError('which runs? python -m lab.plot out/*')
-    logs, curves = {}, {}
+    plt = import_pyplot()
+    if cfg.runs:
+        plot_runs(plt, cfg)
+    if cfg.cost:
+        plot_cost(plt, cfg)
+
+
+def plot_runs(plt, cfg):
+    """Write loss.png, and memory.png if there are budgets."""
+    train = {}
+    val = {}
+    pruned = {}
+    baselines = {}
     for run in cfg.runs:
-        name = os.path.basename(os.path.normpath(run))
-        if name in logs:
-            name = run                                      # two runs of one name in different folders
         try:
-            logs[name] = read_losses(run)
+            train[run] = read_losses(run, 'loss')
+            val[run] = read_losses(run, 'val_loss')
+            for path in sorted(pathlib.Path(run).glob('budgets*.json')):
+                saved, losses, baseline = read_budgets(path)
+                pruned[f'{run}, {path.stem}'] = saved, losses
+                baselines[f'{run}, {path.stem}'] = saved, baseline
         except UserError as e:
             print(f'{run} is left out: {e}', file=sys.stderr)
-        for path in budget_files(run):
-            try:
-                curves[name + path.stem.removeprefix('budgets').replace('_', ', ')] = read_budgets(path)
-            except UserError as e:
-                print(f'{path} is left out: {e}', file=sys.stderr)
-    if not any(steps for log in logs.values() for steps, _ in log):
+    if not any(steps for steps, _ in val.values()):
         raise UserError('none of these folders has a log.jsonl of train.py with a loss in it')
-    plt = import_pyplot()
-    save_figure(plot_loss(plt, logs), os.path.join(cfg.to, 'loss.png'))
-    if curves:
-        save_figure(plot_memory(plt, curves), os.path.join(cfg.to, 'memory.png'))
+    title = 'validation loss (pale: training loss)'
+    figure = draw(plt, val, train, title, 'step', 'loss, nats per token')
+    save_figure(figure, os.path.join(cfg.to, 'loss.png'))
+    if pruned:
+        title = 'what pruning costs (pale: the baseline, which is not pruned)'
+        x = 'memory saved: full context / sum of the budgets'
+        figure = draw(plt, pruned, baselines, title, x, 'validation loss, nats per token', '{x:g}x')
+        save_figure(figure, os.path.join(cfg.to, 'memory.png'))
+
+
+def plot_cost(plt, cfg):
+    """Write cost.png."""
+    paths = cfg.cost.split(',')
+    curves = {'standard': read_times(paths[0], 'standard')}
+    for path in paths:
+        curves[pathlib.Path(path).stem] = read_times(path, 'selective')
+    title = 'attention of trained weights, forward and backward'
+    x = 'context length T, tokens'
+    figure = draw(plt, curves, {}, title, x, 'ms for each sequence', '{x:,.0f}')
+    figure.axes[0].set_ylim(bottom=0)
+    save_figure(figure, os.path.join(cfg.to, 'cost.png'))
 
 
 if __name__ == '__main__':
