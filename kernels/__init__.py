@@ -12,6 +12,7 @@ it steps aside.
 
 import copy
 import importlib
+import itertools
 
 import torch
 import torch.nn as nn
@@ -32,8 +33,8 @@ def install(model, kernel='auto', dtype=torch.float32):
     """Choose what computes selective attention in the layers of a GPT. Returns a line that says it.
 
     kernel: one of KERNELS; dtype: of q, k and v, as autocast will make them. Call it when the model
-    is on its device. Raises ValueError for a kernel that is unknown, or that is insisted on ('cpu',
-    'gpu') and does not pass, and for an edit of model.py that fails on an example.
+    is on its device. Raises ValueError for a kernel that is unknown, or that is asked for by name
+    and does not pass, and for an edit of model.py that fails on an example.
     """
     if kernel not in KERNELS:
         raise ValueError(f'kernel {kernel!r}: it is one of {", ".join(KERNELS)}')
@@ -45,28 +46,19 @@ def install(model, kernel='auto', dtype=torch.float32):
         return "attention: torch's scaled_dot_product_attention"
     if kernel == 'none':
         return f'attention: {KERNELS[kernel]}, as --kernel=none asks'
-    if kernel == 'listing':  # which is model.py, too, so it runs in any case
-        line = f'attention: {KERNELS[kernel]}, as --kernel=listing asks'
-        if differs := check(m.selective_attention_listing, layers[0], device, dtype):
-            line += f'; but {differs}'
-        for layer in layers:
-            layer.attention = m.selective_attention_listing
-        return line
+    name = kernel
     if kernel == 'auto':
-        kernel = 'gpu' if device.type == 'cuda' else 'cpu'
-        required = False
-    else:
-        required = True
-    attention, why_not = load(kernel, device, dtype, model.config)
+        name = 'gpu' if device.type == 'cuda' else 'cpu'
+    attention, why_not = load(name, device, dtype, model.config)
     for layer in layers:
         why_not = why_not or check(attention, layer, device, dtype)
-    if why_not and required:
+    if not why_not:
+        for layer in layers:
+            layer.attention = attention
+        return f'attention: {KERNELS[name]}, which gives the numbers of model.py'
+    if kernel != 'auto':
         raise ValueError(f'--kernel={kernel} cannot run: {why_not}')
-    if why_not:
-        return f"attention: model.py's plain code, not {KERNELS[kernel]}: {why_not}"
-    for layer in layers:
-        layer.attention = attention
-    return f'attention: {KERNELS[kernel]}, which gives the numbers of model.py'
+    return f"attention: model.py's plain code, not {KERNELS[name]}: {why_not}"
 
 
 def live_share():
@@ -88,36 +80,33 @@ def fast_rows(model):
                 setattr(parent, name, Linear(module))
 
 
-def load(kernel, device, dtype, config):
+def load(name, device, dtype, config):
     """The function of a kernel, and why it is not for this device, dtype or config; '' if it is."""
+    if name == 'listing':
+        return m.selective_attention_listing, ''
     if config.dropout:
         return None, 'dropout of attention weights is not in it'
-    if kernel == 'cpu':
-        from kernels import cpu
-
-        if device.type != 'cpu' or dtype not in (torch.float32, torch.float64):
-            return None, f'it is for float32 and float64 on a CPU, not {dtype} on {device.type}'
-        return cpu.selective_attention, ''
     try:
-        gpu = importlib.import_module('kernels.gpu')  # Triton comes with CUDA only
+        kernel = importlib.import_module(f'kernels.{name}')  # Triton comes with CUDA only
     except Exception as e:  # an old Triton raises AttributeError
         return None, f'it cannot be imported ({one_line(e)})'
-    return gpu.selective_attention, unfit(gpu, device, dtype, config.head_size)
+    return kernel.selective_attention, unfit(kernel, device, dtype, config.head_size)
 
 
-def unfit(gpu, device, dtype, D):
-    """Why kernels/gpu.py is not for this device, dtype or head size; '' if it is."""
-    if device.type != 'cuda' and not gpu.INTERPRETED:
-        return f'it is for GPUs, this is {device.type} (with TRITON_INTERPRET=1 it runs, slowly)'
-    if D not in gpu.HEAD_SIZES:
-        return f'a head has {D} channels, it takes {gpu.HEAD_SIZES}'
-    if dtype not in gpu.DTYPES or gpu.INTERPRETED and dtype == torch.bfloat16:
+def unfit(kernel, device, dtype, D):
+    """Why a kernel is not for this device, dtype or head size D, in a few words; '' if it is."""
+    if dtype not in kernel.DTYPES:
         return f'it does not take {dtype} here'
-    if device.type == 'cuda':
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
-        if dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
-            return 'without tensor cores, at full float32 precision, it would be slow'
+    if device.type not in kernel.DEVICES:
+        return f'it does not run on {device.type} here'
+    if D not in kernel.HEAD_SIZES:
+        return f'a head has {D} channels, it takes {kernel.HEAD_SIZES}'
+    if device.type == 'cpu':
+        return ''
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
+        return 'without tensor cores, at full float32 precision, it would be slow'
     return ''
 
 
@@ -141,38 +130,29 @@ def check(attention, layer, device, dtype):
             p.data += 0.5
         else:
             p.data = torch.randn(p.shape, generator=g).to(p) * p.size(1) ** -0.5
-    reference = type(layer).attention
+    own = type(layer).attention
 
-    def in_float32(q, k, v, *args, **options):
-        """model.py's function on q, k, v rounded as the kernel gets them, and then no more."""
-        y, M = reference(q.float(), k.float(), v.float(), *args, **options)
+    def exact(q, k, v, *args, **options):
+        """model.py's function on q, k, v rounded as a kernel gets them, and then no more."""
+        wide = m.F_dtype(q.dtype)
+        y, M = own(q.to(wide), k.to(wide), v.to(wide), *args, **options)
         return y.to(q.dtype), M
 
-    tolerances = {torch.float32: 1e-4 if device.type == 'cpu' else 5e-3}
-    if dtype == torch.float64:
-        tolerances = {dtype: 1e-4}
-    elif dtype != torch.float32:
-        tolerances[dtype] = 0.1  # rounding hides small differences, so float32 is tried, too
-    for memory_tau in None, 1.0:
-        for tried, tolerance in tolerances.items():
-            expected_by = reference
-            if tried in (torch.bfloat16, torch.float16):
-                expected_by = in_float32
-            try:
-                expected = results(layer, expected_by, x, dy, memory_tau, tried)
-            except Exception as e:  # whatever an edited model.py may raise
-                raise ValueError(f'model.py fails on an example ({one_line(e)})') from None
-            try:
-                found = results(layer, attention, x, dy, memory_tau, tried)
-            except Exception as e:  # whatever a compiler, a driver or a GPU may raise
-                return f'it fails here ({one_line(e)})'
-            for name, want in expected.items():
-                got = found[name]
-                if want is None and got is None:
-                    continue
-                # NaN ends here, too
-                if want is None or got is None or not close(got, want, tolerance):
-                    return f'on an example it gives other numbers than this model.py ({name})'
+    tolerances = {m.F_dtype(dtype): 1e-4 if device.type == 'cpu' else 5e-3}
+    tolerances.setdefault(dtype, 0.1)  # rounding hides small differences: float32 is tried, too
+    for memory_tau, (tried, tolerance) in itertools.product([None, 1.0], tolerances.items()):
+        try:
+            expected = results(layer, exact, x, dy, memory_tau, tried)
+        except Exception as e:  # whatever an edited model.py may raise
+            raise ValueError(f'model.py fails on an example ({one_line(e)})') from None
+        try:
+            found = results(layer, attention, x, dy, memory_tau, tried)
+        except Exception as e:  # whatever a compiler, a driver or a GPU may raise
+            return f'it fails here ({one_line(e)})'
+        for name, want in expected.items():
+            got = found[name]
+            if not same(got, want, tolerance):
+                return f'on an example it gives other numbers than this model.py ({name})'
     return ''
 
 
@@ -198,8 +178,10 @@ def results(layer, attention, x, dy, memory_tau, dtype):
     return found
 
 
-def close(got, want, tolerance):
-    """Whether two tensors are equal within a fraction of the largest number."""
+def same(got, want, tolerance):
+    """Whether two results are equal within a fraction of the largest number; NaN is not."""
+    if got is None or want is None:
+        return got is want
     return got.shape == want.shape and (got - want).abs().max() <= tolerance * want.abs().max()
 
 
