@@ -1,4 +1,5 @@
 """Where a model runs: devices, dtypes, threads, signals, and the processes of torchrun."""
+
 import contextlib
 import os
 import re
@@ -8,29 +9,37 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support import settings
 from support.settings import UserError
+
+DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
+# operations a second of dense bfloat16, by NVIDIA's datasheets of the SXM modules
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
 
 
 def pick_device(name='auto'):
     """'auto' is cuda, then mps, then cpu. Raises UserError for a device that is not there."""
     if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
     if not re.fullmatch('cpu|mps|cuda(:[0-9]{1,3})?', name):
         raise UserError(f"device {name!r}: it is 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'device {name!r} cannot be used here: {str(e).splitlines()[0]}') from None
+        why = str(e).splitlines()[0]
+        raise UserError(f'device {name!r} cannot be used here: {why}') from None
     return name
 
 
 def pick_dtype(name, device):
     """'auto' is bfloat16 on a GPU that has it, float16 on an older GPU, and float32 elsewhere."""
-    if name == 'auto':
-        name = 'float32' if 'cuda' not in device else 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
-    if name not in ('float32', 'bfloat16', 'float16'):
-        raise UserError(f"dtype {name!r}: it is 'auto', 'float32', 'bfloat16' or 'float16'")
-    return name
+    if name != 'auto':
+        return name
+    if 'cuda' not in device:
+        return 'float32'
+    return 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
 
 
 def autocast(device, dtype):
@@ -41,7 +50,7 @@ def autocast(device, dtype):
 
 
 def threads_for_generation(model):
-    """Let small models generate with one thread: the work of a token is too small to share out.
+    """Let small models generate with one thread, as a token is too little work to share out.
 
     Threads then only wait for each other, for a long time where another process is busy.
     """
@@ -50,19 +59,28 @@ def threads_for_generation(model):
 
 
 def mfu(model, tokens_per_second):
-    """Model FLOPs utilisation: operations of forward and backward, by the PaLM paper's appendix B, over the GPU's peak.
+    """Model FLOPs utilisation, the share of a GPU's peak that training uses.
 
-    The peak is that of dense bfloat16, by NVIDIA's datasheets; an A100's where the GPU is unknown.
+    None where the peak is unknown. Counts the operations of forward and backward as appendix B of
+    the PaLM paper does.
     """
-    c, name = model.config, torch.cuda.get_device_name()
+    device = model.lm_head.weight.device
+    if device.type != 'cuda':
+        return None
+    c = model.config
     operations = 6 * model.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-    peak = 989e12 if any(chip in name for chip in ('H100', 'H200', 'GH200')) else 312e12
-    return tokens_per_second * operations / peak
+    name = torch.cuda.get_device_name(device)
+    for chip, peak in PEAKS.items():
+        if chip in name:  # the H200 in GH200, too
+            return tokens_per_second * operations / peak
+    return None
 
 
 def catch_signals(say):
-    """Ctrl-C, SIGTERM and a closed terminal end a run after its step: returns a list, empty until one of them comes.
-    A second one ends it at once."""
+    """Let Ctrl-C, SIGTERM and a closed terminal end a run after its step; a second one at once.
+
+    Returns a list, which is empty until one of them comes.
+    """
     caught = []
 
     def on_signal(number, _):
@@ -70,26 +88,34 @@ def catch_signals(say):
             raise KeyboardInterrupt
         caught.append(number)
         say('\nfinishing the step …')
-    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':          # Windows has no SIGHUP, which a terminal sends as it closes
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
+
+    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':  # a terminal sends the last as it closes
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
     return caught
 
 
 def check_memory(config, tokens, device):
-    """Raises UserError if training a GPTConfig with so many tokens at a time takes more memory than the machine has.
+    """Raise UserError if training takes more memory than the machine has.
 
-    Counts the least that it takes: weights, gradients, two moments, the input of each layer, and logits.
+    config: a GPTConfig; tokens: of a micro-step. Counts the least that it takes, which is weights,
+    gradients, two moments, the input of each layer, and logits.
     """
     c = config
-    parameters = 12 * c.n_layer * c.n_embd**2 + (c.vocab_size + c.block_size * (not c.rope)) * c.n_embd
+    parameters = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
     need = 16 * parameters + 4 * tokens * (c.n_layer * c.n_embd + c.vocab_size)
-    have = torch.cuda.mem_get_info(device)[1] if 'cuda' in device else \
-        os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else need
+    if 'cuda' in device:
+        have = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, 'sysconf'):
+        have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    else:
+        return
     if need > have:
-        raise UserError(f'training takes at least {need / 1e9:,.0f} GB of memory, there are {have / 1e9:,.0f}: use a '
-                        'smaller model, batch_size or block_size')
+        raise UserError(
+            f'training takes at least {need / 1e9:,.0f} GB of memory, there are {have / 1e9:,.0f}: '
+            'use a smaller model, batch_size or block_size'
+        )
 
 
 class Processes:
@@ -100,27 +126,37 @@ class Processes:
 
     def __init__(self):
         try:
-            self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+            self.rank = int(os.environ.get('RANK', 0))
+            self.world = int(os.environ.get('WORLD_SIZE', 1))
             self.local_rank = int(os.environ.get('LOCAL_RANK', self.rank))
         except ValueError:
-            raise UserError('RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, as torchrun sets them') from None
+            raise UserError(
+                'RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, as torchrun sets them'
+            ) from None
         self.master = self.rank == 0
-        if not 0 <= self.rank < self.world or self.world > 1 and 'MASTER_ADDR' not in os.environ:
-            raise UserError(f'RANK={self.rank} and WORLD_SIZE={self.world} are set without the rest: start the '
-                            'processes with torchrun, or unset the two')
+        alone = self.world == 1 or 'MASTER_ADDR' not in os.environ
+        if not 0 <= self.rank < self.world or alone and self.world > 1:
+            raise UserError(
+                f'RANK={self.rank} and WORLD_SIZE={self.world} are set without the rest: start the '
+                'processes with torchrun, or unset the two'
+            )
 
     def start(self, device):
         """Connect the processes; returns the device of this one."""
-        if self.world > 1:
-            if device == 'cuda':
-                if self.local_rank >= torch.cuda.device_count():
-                    raise UserError(f'there are {torch.cuda.device_count()} GPUs: use fewer --nproc_per_node')
-                device = f'cuda:{self.local_rank}'
-                torch.cuda.set_device(device)
-            dist.init_process_group('nccl' if 'cuda' in device else 'gloo',
-                                    timeout=timedelta(hours=2))     # the master may have much to download
         self.device = device
-        return device
+        if self.world == 1:
+            return device
+        if device == 'cuda':
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f'there are {torch.cuda.device_count()} GPUs: use fewer --nproc_per_node'
+                )
+            self.device = f'cuda:{self.local_rank}'
+            torch.cuda.set_device(self.device)
+        backend = 'nccl' if 'cuda' in device else 'gloo'
+        # the others wait while the master downloads what is missing
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        return self.device
 
     def stop(self):
         """Disconnect; the others wait for the master, which may still be saving."""
@@ -128,8 +164,13 @@ class Processes:
             dist.barrier()
             dist.destroy_process_group()
 
+    def say(self, *words):
+        """Print, in the master alone."""
+        if self.master:
+            settings.say(*words)
+
     def after_master(self, function, *args):
-        """function(*args) in each process, in the others after the master has finished: what it downloads is there."""
+        """function(*args) in each process, in the others once the master has finished its own."""
         if not self.master:
             dist.barrier()
         result = function(*args)
@@ -138,7 +179,7 @@ class Processes:
         return result
 
     def mean(self, *values):
-        """The means of numbers over all processes, as a list."""
+        """The means of numbers over all processes, as a list. Waits for the device."""
         dtype = torch.float32 if self.device == 'mps' else torch.float64
         values = torch.tensor(values, dtype=dtype, device=self.device)
         if self.world > 1:
