@@ -1,13 +1,13 @@
-"""Triton and ptxas take the kernels of kernels/gpu.py for GPUs that are not here, and their loops stay in registers.
+"""Triton compiles the kernels of kernels/gpu.py for GPUs that are not here.
 
-    python tests/test_compiled.py 80 64 votes,forward,columns,tile      sm_80 (an A100; 90 is an H100), heads of 64
+    python tests/test_compiled.py 80 64 votes,forward,columns,tile
 
-prints a line for each kernel: its tile, registers of a thread, bytes of shared memory, bytes of a thread's stack (what did
-not fit into registers), and, for its inner loop (over tiles, in `tile` over the heads), its
-instructions in one warp, how many of them are tensor core products (on sm_80 all of 16 x 8 x 16; on sm_90 they are
-larger), and how many go to the stack. No GPU is needed: Triton brings the assembler.
+does it for sm_80 (an A100; 90 is an H100) and heads of 64, and prints a line for each kernel: its
+tile, the registers of a thread, the bytes of shared memory, the bytes of a thread's stack (what did
+not fit into registers), and how many instructions of its inner loop (over tiles; in `tile` over the
+heads) use the stack. No GPU is needed: Triton brings the assembler.
 """
-import collections
+
 import os
 import re
 import subprocess
@@ -18,10 +18,10 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TYPES = {'float32': 'fp32', 'bfloat16': 'bf16', 'float16': 'fp16'}
-# what has the type of q, k and v, and what is int32; all other tensors are float32
+DTYPE = torch.bfloat16
 LIKE_Q = ('q', 'k', 'v', 'y', 'dy', 'dk', 'dv')
-INTEGERS = ('lists', 'counts', 'order', 'ends')
+TYPES = {'H': 'i32', 'T': 'i32', 'tau': 'fp32', **dict.fromkeys(LIKE_Q, '*bf16')}
+TYPES |= dict.fromkeys(('lists', 'counts', 'order', 'ends'), '*i32')  # of all other tensors '*fp32'
 
 try:
     import triton
@@ -32,89 +32,96 @@ except ImportError:
     pytest.skip('triton is not installed', allow_module_level=True)
 
 
-@pytest.mark.parametrize('capability, D, names', [
-    (80, 64, 'forward,columns'), (80, 16, 'tile'), (90, 64, 'votes,forward')])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'capability, D, names',
+    [('80', '64', 'forward,columns'), ('80', '16', 'tile'), ('90', '64', 'votes,forward')],
+)
 def test_compiles_for_gpus(capability, D, names):
-    """In a process of its own, as these tests run Triton's interpreter; a part of the kernels, as each takes seconds."""
-    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    done = subprocess.run([sys.executable, __file__, str(capability), str(D), names], capture_output=True, text=True,
-                          env={**environment, 'PYTHONPATH': ROOT})
+    """In a process of its own, as the other tests run Triton's interpreter."""
+    env = {**os.environ, 'PYTHONPATH': ROOT, 'TRITON_INTERPRET': '0'}
+    command = [sys.executable, __file__, capability, D, names]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    _, *rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == names.split(',')
     for row in rows:
-        registers, shared, _, _, _, stack_use = map(int, row[5:])
-        assert 0 < registers <= 255 and shared <= 99 * 1024     # of all GPUs since sm_80, the least
+        registers, shared, _, stack_use = map(int, row[5:])
+        assert 0 < registers <= 255
+        assert shared <= 99 * 1024  # the least that GPUs since sm_80 have
         assert stack_use <= 2, f'the loop of {row[0]} does not stay in registers'
 
 
-def compile_kernel(kernel, D, dtype, capability, memory):
-    """A kernel as it is launched for a T and strides that are multiples of 16: Triton's compiled kernel."""
-    run = dict(gpu.tiles(D, getattr(torch, dtype))[kernel])
-    options = {name: run.pop(name) for name in ('num_warps', 'num_stages')}
-    constants = dict(run, D=D, G=gpu.G, PRECISION='tf32', MEMORY=memory)
-    signature, attributes, constexprs = {}, {}, {}
+def compile_kernel(kernel, D, capability, tile):
+    """A kernel as it is launched for a T and strides that are multiples of 16."""
+    options = {name: tile[name] for name in ('num_warps', 'num_stages')}
+    constants = {**tile, 'D': D, 'G': gpu.G, 'PRECISION': 'tf32', 'MEMORY': True}
+    signature, constexprs, attributes = {}, {}, {}
     for n, name in enumerate(kernel.arg_names):
-        aligned = [['tt.divisibility', 16]]
+        aligned = [(n,)]
         if name in constants:
-            signature[name], constexprs[n,] = 'constexpr', constants[name]
-        elif name.endswith('strides'):
-            signature[name] = ('i32',) * 3
-            attributes.update({(n, dim): aligned for dim in range(3)})
-        elif name in ('H', 'T', 'tau'):
-            signature[name] = 'fp32' if name == 'tau' else 'i32'
-            attributes.update({(n,): aligned} if name == 'T' else {})
+            signature[name] = 'constexpr'
+            constexprs[n,] = constants[name]
+            continue
+        if name.endswith('strides'):
+            signature[name] = ('i32', 'i32', 'i32')
+            aligned = [(n, 0), (n, 1), (n, 2)]
         else:
-            signature[name], attributes[n,] = '*' + (
-                TYPES[dtype] if name in LIKE_Q else 'i32' if name in INTEGERS else 'fp32'), aligned
+            signature[name] = TYPES.get(name, '*fp32')
+        if name not in ('H', 'tau'):
+            attributes |= dict.fromkeys(aligned, [['tt.divisibility', 16]])
     source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
-def figures(compiled):
-    """(registers, bytes of stack, Counter of the instructions of the loop, empty without one) from the machine code."""
-    programs = os.path.join(os.path.dirname(triton.__file__), 'backends', 'nvidia', 'bin')
+def disassemble(compiled, program, option):
+    """What one of Triton's programs says of the machine code."""
+    folder = os.path.join(os.path.dirname(triton.__file__), 'backends', 'nvidia', 'bin')
     with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
         f.write(compiled.asm['cubin'])
         f.flush()
-        usage, code = (subprocess.run([os.path.join(programs, program), option, f.name], check=True,
-                                      capture_output=True, text=True).stdout
-                       for program, option in (('cuobjdump', '-res-usage'), ('nvdisasm', '-c')))
-    labels, instructions, loops = {}, [], []
+        command = [os.path.join(folder, program), option, f.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def inner_loop(code):
+    """The names of the instructions of the shortest loop with matrix products; [] without one.
+
+    The shortest has neither masks nor another loop in it.
+    """
+    labels, instructions, found = {}, [], []
     for line in code.splitlines():
-        label = re.match(r'\s*(\.L_x_\d+):', line)
-        instruction = re.search(r'\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)([^;]*);', line)
-        if label:
+        if label := re.match(r'\s*(\.L_x_\d+):', line):
             labels[label[1]] = len(instructions)
-        elif instruction:
+        elif instruction := re.search(r'\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)([^;]*);', line):
             instructions.append(instruction[1])
-            target = re.search(r'\.L_x_\d+', instruction[2]) if instruction[1] == 'BRA' else None
-            if target and target[0] in labels:                  # backwards
-                loops.append((labels[target[0]], len(instructions)))
-    loops = [collections.Counter(instructions[a:b]) for a, b in loops]
-    loops = [loop for loop in loops if products(loop)]          # the shortest has neither masks nor another loop in it
-    return (*(int(re.search(rf'{name}:(\d+)', usage)[1]) for name in ('REG', 'STACK')),
-            min(loops, key=lambda loop: loop.total(), default=collections.Counter()))
+            target = re.search(r'\.L_x_\d+', instruction[2])
+            if instruction[1] == 'BRA' and target and target[0] in labels:  # backwards
+                loop = instructions[labels[target[0]] :]
+                if 'HMMA' in loop or 'HGMMA' in loop:
+                    found.append(loop)
+    return min(found, key=len, default=[])
 
 
-def products(loop):
-    return loop['HMMA'] + loop['HGMMA']
-
-
-def main(capability, D, names, dtype='bfloat16'):
-    print(f"{'kernel':8} {'sm':>4} {'D':>4} {'R':>4} {'N':>4} {'registers':>10} {'shared':>8} {'stack':>6} "
-          f"{'loop':>6} {'products':>9} {'stack use':>10}")
+def main(capability, D, names):
+    print('kernel     sm    D    R    N  registers   shared  stack  stack use')
     for name in names.split(','):
         kernel = getattr(gpu, name + '_kernel')
-        tile = gpu.tiles(int(D), getattr(torch, dtype))[kernel]
-        compiled = compile_kernel(kernel, int(D), dtype, int(capability), memory=True)
-        registers, stack, loop = figures(compiled)
-        print(f"{name:8} {capability:>4} {D:>4} {tile['R']:>4} {tile['N']:>4} {registers:>10} "
-              f"{compiled.metadata.shared:>8} {stack:>6} {loop.total():>6} {products(loop):>9} "
-              f"{loop['LDL'] + loop['STL']:>10}", flush=True)
+        tile = gpu.tiles(int(D), DTYPE)[kernel]
+        compiled = compile_kernel(kernel, int(D), int(capability), tile)
+        usage = disassemble(compiled, 'cuobjdump', '-res-usage')
+        registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
+        loop = inner_loop(disassemble(compiled, 'nvdisasm', '-c'))
+        stack_use = loop.count('LDL') + loop.count('STL')
+        print(
+            f'{name:8} {capability:>4} {D:>4} {tile["R"]:>4} {tile["N"]:>4} {registers:>10} '
+            f'{compiled.metadata.shared:>8} {stack:>6} {stack_use:>10}',
+            flush=True,
+        )
 
 
 if __name__ == '__main__':
     sys.path.insert(0, ROOT)
     from kernels import gpu
+
     main(*sys.argv[1:])
