@@ -34,7 +34,17 @@ from support import checkpoint as ckpt
 from support import devices, files, pretrained
 from support.settings import UserError, one_line, option
 
-SHARES = ('memory', 'accuracy', 'live', 'mfu')  # figures that are shown in percent
+# how figures are shown
+FORMATS = {
+    'val_loss': 'validation loss {:.4f}',
+    'loss': 'loss {:.4f}',
+    'lr': 'lr {:.2e}',
+    'tokens_per_s': '{:,.0f} tok/s',
+    'memory': 'memory {:.1%}',
+    'accuracy': 'accuracy {:.1%}',
+    'live': 'live {:.1%}',
+    'mfu': 'mfu {:.1%}',
+}
 MODEL = [field.name for field in dataclasses.fields(GPTConfig)]
 
 
@@ -47,31 +57,37 @@ class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
     eval_only: bool = option(False, 'evaluate ckpt.pt or init_from, print it, and write nothing')
     freeze: str = option('', "'base': train only what GPT-2 does not have", choices=('', 'base'))
     seed: int = option(1337, 'of the weights, the batches and dropout', low=0, high=2**31)
-    max_iters: int = option(600000, 'steps in all', low=1, high=10**9)
-    eval_interval: int = option(2000, 'steps between evaluations, which save', low=1, high=10**9)
-    eval_iters: int = option(200, 'batches of an evaluation, always the same', low=1, high=10**6)
-    log_interval: int = option(10, 'steps between lines of progress', low=1, high=10**9)
+    max_iters: int = option(600000, 'steps in all', low=1, high=1_000_000_000)
+    eval_interval: int = option(
+        2000, 'steps between evaluations, which save', low=1, high=1_000_000_000
+    )
+    eval_iters: int = option(
+        200, 'batches of an evaluation, always the same', low=1, high=1_000_000
+    )
+    log_interval: int = option(10, 'steps between lines of progress', low=1, high=1_000_000_000)
     # data
     dataset: str = option('stdlib', "data/<name>; 'stdlib' is prepared where it is missing")
     vocab_size: int = option(0, '0: that of the data set', low=0, high=2**20)
     bos: bool = option(True, '<|endoftext|> in front of every window, never masked')
-    batch_size: int = option(12, 'sequences of a micro-step', low=1, high=2**20)
+    batch_size: int = option(12, 'sequences of a micro-step', low=1, high=1_000_000)
     gradient_accumulation_steps: int = option(
-        40, 'micro-steps of a step, over all processes together', low=1, high=2**20
+        40, 'micro-steps of a step, over all processes together', low=1, high=1_000_000
     )
     # optimizer
     learning_rate: float = option(6e-4, 'its maximum, after warmup', low=1e-12, high=1000)
     min_lr: float = option(6e-5, 'at the end of the decay', low=0, high=1000)
-    warmup_iters: int = option(2000, 'steps of linear warmup', low=0, high=10**9)
-    lr_decay_iters: int = option(0, 'step that ends the cosine; 0: max_iters', low=0, high=10**9)
-    ssa_lr: float = option(1.0, "multiple for SSA's temperatures", low=0, high=10**6)
+    warmup_iters: int = option(2000, 'steps of linear warmup', low=0, high=1_000_000_000)
+    lr_decay_iters: int = option(
+        0, 'step that ends the cosine; 0: max_iters', low=0, high=1_000_000_000
+    )
+    ssa_lr: float = option(1.0, "multiple for SSA's temperatures", low=0, high=1_000_000)
     weight_decay: float = option(0.1, 'of matrices and embeddings', low=0, high=1000)
     beta1: float = option(0.9, "AdamW's memory of the gradient", low=0, high=0.999999)
     beta2: float = option(0.95, "AdamW's memory of its square", low=0, high=0.999999)
-    grad_clip: float = option(1.0, 'largest norm of the gradient; 0: any', low=0, high=10**6)
+    grad_clip: float = option(1.0, 'largest norm of the gradient; 0: any', low=0, high=1_000_000)
     # memory loss, 2410.02703 section 6
     memory_loss: float = option(0.0, 'its weight, 0.1 in the paper; 0: off', low=0, high=1000)
-    memory_tau: float = option(1.0, 'the F of a token wholly masked', low=1e-3, high=10**6)
+    memory_tau: float = option(1.0, 'the F of a token wholly masked', low=1e-3, high=1_000_000)
     # machine
     kernel: str = option('auto', "'none': model.py's own code", choices=tuple(kernels.KERNELS))
     device: str = option('auto', "'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is")
@@ -183,8 +199,9 @@ def make_model(cfg, start, say):
         model = ckpt.build(start, **args)
     else:
         model = ckpt.build(start, add_new=True, **args)
-        if new := [name for name, _ in model.named_parameters() if name not in start['model']]:
-            say(one_line(f'new parameters, which {cfg.init_from} does not have: {", ".join(new)}'))
+        new = [name for name, _ in model.named_parameters() if name not in start['model']]
+        if new:
+            say(one_line(f'new, as {cfg.init_from} does not have them: {", ".join(new)}'))
     model.to(cfg.device)
     try:
         say(kernels.install(model, cfg.kernel, getattr(torch, cfg.dtype)))
@@ -261,12 +278,7 @@ def shown(figures):
     """Figures for a line of progress."""
     text = ''
     for name, value in figures.items():
-        if name == 'val_loss':
-            text += f' | validation loss {value:.4f}'
-        elif name in SHARES:
-            text += f' | {name} {value:.1%}'
-        else:
-            text += f' | {name} {value:.4g}'
+        text += ' | ' + FORMATS.get(name, name + ' {:.4g}').format(value)
     return text
 
 
@@ -363,13 +375,12 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
     log = ckpt.Log(cfg, iter_num) if processes.master else None
     signals = devices.catch_signals(processes.say)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)
-    started = logged_at = time.time()
-    logged_iter = iter_num
+    started = since = time.time()  # tokens/s counts from the last line of the log
+    since_iter = iter_num
     while True:
         # once in a while: evaluate and save, all processes take part
         due = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters
         if due and progress['val_iter'] != iter_num:
-            paused = time.time()
             figures = evaluate(cfg, raw_model, dataset, processes)
             check_finite(iter_num, 'validation loss', figures['val_loss'])
             processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)}')
@@ -377,7 +388,8 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
                 log.write(iter=iter_num, **figures)
             progress.update(val_iter=iter_num, val_loss=figures['val_loss'])
             save()
-            logged_at += time.time() - paused  # tokens/s is that of training alone
+            since = time.time()
+            since_iter = iter_num
         if iter_num == cfg.max_iters:
             return True
 
@@ -391,16 +403,16 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
             loss, memory, stop = processes.mean(loss, memory, bool(signals))
             check_finite(iter_num, 'training loss', loss)
             now = time.time()
-            rate = (iter_num + 1 - logged_iter) * tokens / (now - logged_at)
-            logged_at = now
-            logged_iter = iter_num + 1
-            figures = {'loss': loss, 'lr': cfg.learning_rate * lr, 'tokens_per_s': rate}
+            rate = (iter_num + 1 - since_iter) * tokens / (now - since)
+            since = now
+            since_iter = iter_num + 1
+            figures = {'loss': loss, 'lr': lr * cfg.learning_rate, 'tokens_per_s': rate}
             if cfg.memory_loss:
                 figures['memory'] = memory
             if share := devices.mfu(raw_model, rate / processes.world):
                 figures['mfu'] = share
-            minutes = (cfg.max_iters - iter_num - 1) * tokens / rate / 60
-            processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)} | {minutes:.0f}m left')
+            left = (cfg.max_iters - iter_num - 1) * tokens / rate / 60
+            processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)} | {left:.1f}m left')
             if log:
                 log.write(iter=iter_num, seconds=now - started, **figures)
 

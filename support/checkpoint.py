@@ -89,7 +89,7 @@ def load(out_dir, device='cpu'):
         problem = type(e).__name__
     if problem:
         raise UserError(f'{path} is damaged, or not a checkpoint of train.py ({problem})')
-    return {**ABSENT, **checkpoint}
+    return {**ABSENT, **{name: x for name, x in checkpoint.items() if x is not None}}
 
 
 def check_resume(checkpoint, cfg):
@@ -171,10 +171,10 @@ def build(checkpoint, add_new=False, **changes):
     crops learned positions. add_new: what GPT-2 does not have may be missing, as after a change of
     vote_scale or ssa, and is then as in a new model. Raises UserError where the two do not fit.
     """
-    # torch.compile prefixes the names of the parameters
-    state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
+    state = {}
     try:
-        for name, x in state.items():
+        for name, x in checkpoint['model'].items():
+            state[name.removeprefix('_orig_mod.')] = x  # torch.compile prefixes names
             if not x.isfinite().all():
                 raise ValueError(f'{name} is not finite')
         config = GPTConfig(**{**model_args(checkpoint), **changes})
