@@ -1,0 +1,105 @@
+"""lab/plot.py: what it reads and draws."""
+
+import json
+
+import pytest
+
+from lab import plot
+from support.settings import UserError
+
+plt = pytest.importorskip('matplotlib.pyplot')
+LOG = """{"config": {"selective": true}}
+{"iter": 0, "val_loss": 5.0, "memory": 0.9}
+{"iter": 0, "loss": 5.1, "lr": 0.1}
+{"iter": 20, "loss": 4.0, "lr": 0.1}
+{"iter": 40, "val_loss": 3.5}
+{"iter": 60, "lo"""
+CURVE = [{'saving': 1.0, 'val_loss': 3.25}, {'saving': 2.0, 'val_loss': 3.5}]
+
+
+def bench(path, ms):
+    """A table of lab.bench at two lengths, with sequences in batches of two."""
+    rows = [dict(part='step', case='selective', T=64, value=7.0)]
+    for T in 64, 128:
+        for case, value in ('standard', T), ('selective', T * ms):
+            rows.append(dict(part='attention', case=case, T=T, value=value, batch=2))
+    rows.append(dict(part='attention', case='selective', T='growth', value=2.0))
+    path.write_text(json.dumps({'rows': rows}))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{file name: the figure's axes} of what lab.plot has written."""
+    axes = {}
+    save = plot.save_figure
+
+    def save_figure(figure, path):
+        axes[path.rpartition('/')[2]] = figure.axes[0]
+        save(figure, path)
+
+    monkeypatch.setattr(plot, 'save_figure', save_figure)
+    return axes
+
+
+def points(ax):
+    return [line.get_xydata().tolist() for line in ax.lines]
+
+
+def test_runs(tmp_path, run, drawn, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in 'a', 'b_$x', 'no_run':
+        (tmp_path / name).mkdir()
+    for name in 'a', 'b_$x':
+        (tmp_path / name / 'log.jsonl').write_text(LOG)
+    assert 'no_run is left out' in run(plot, 'a', 'b_$x', 'no_run', '--to=figures')
+    assert [path.name for path in (tmp_path / 'figures').iterdir()] == ['loss.png']
+    loss, val_loss = [[0, 5.1], [20, 4.0]], [[0, 5.0], [40, 3.5]]
+    assert points(drawn['loss.png']) == [loss, val_loss] * 2
+    labels = [text.get_text() for text in drawn['loss.png'].get_legend().get_texts()]
+    assert labels == ['a', r'b_\$x']
+
+    (tmp_path / 'a/budgets.json').write_text(json.dumps({'baseline_loss': 3.75, 'curve': CURVE}))
+    (tmp_path / 'a/budgets_oldest.json').write_text(json.dumps({'curve': CURVE[:1]}))
+    (tmp_path / 'b_$x/budgets.json').write_text('{"budgets')
+    assert 'budgets.json is damaged' in run(plot, 'a', 'b_$x')
+    curve, baseline = [[1, 3.25], [2, 3.5]], [[1, 3.75], [2, 3.75]]
+    assert points(drawn['memory.png'])[:2] == [baseline, curve]
+    assert points(drawn['memory.png'])[3] == curve[:1]
+
+
+def test_cost(tmp_path, run, drawn):
+    bench(tmp_path / 'plain.json', 4)
+    bench(tmp_path / 'memory.json', 3)
+    run(plot, f'--cost={tmp_path}/plain.json,{tmp_path}/memory.json', f'--to={tmp_path}')
+    assert (tmp_path / 'cost.png').read_bytes().startswith(b'\x89PNG')
+    lines = dict(zip(['standard', 'plain', 'memory'], points(drawn['cost.png'])))
+    assert lines['standard'] == [[64, 32], [128, 64]]
+    assert lines['plain'] == [[64, 128], [128, 256]] and lines['memory'] == [[64, 96], [128, 192]]
+
+
+@pytest.mark.parametrize('content', ['', '[]', 'null', '{"config": {}}'])
+def test_runs_without_figures(tmp_path, run, content):
+    (tmp_path / 'log.jsonl').write_text(content)
+    assert 'none of these' in run(plot, str(tmp_path), f'--to={tmp_path}')
+
+
+@pytest.mark.parametrize(
+    'rows, words',
+    [
+        (None, 'is missing'),
+        ({}, 'is damaged'),
+        ([], 'no times of attention'),
+        ([dict(part='attention', case='standard', T=64)], "'value' is missing"),
+    ],
+)
+def test_tables_that_cannot_be_drawn(rows, words, tmp_path, run):
+    if rows is not None:
+        (tmp_path / 'x.json').write_text(json.dumps({'rows': rows}))
+    assert words in run(plot, f'--cost={tmp_path}/x.json', f'--to={tmp_path}')
+
+
+def test_nothing_to_draw(run, monkeypatch):
+    assert 'which runs' in run(plot)
+    monkeypatch.setitem(plot.sys.modules, 'matplotlib', None)
+    with pytest.raises(UserError, match='pip install matplotlib'):
+        plot.import_pyplot()
