@@ -138,20 +138,22 @@ def digest_in(answer):
 def download(url, path):
     """Download url to path, which appears once it is whole, by the hash that the server gives.
 
-    After a cut, a kill or a failure, what has arrived stays in <path>.part, and the next call
-    continues it. Raises UserError also if there is no hash, or the file is not what it says.
+    The folder must be there. After a cut, a kill or a failure, what has arrived stays in
+    <path>.part, and the next call continues it. Raises UserError also if there is no hash, or the
+    file does not have it.
     """
     base, name = url.rsplit('/', 1)
     server = Server(base)
     part = f'{path}.part'
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(part, 'ab') as f, Progress() as progress:
-        for chunk in server.read(name, f.tell()):
+    got = os.path.getsize(part) if os.path.exists(part) else 0
+    with Progress() as progress:
+        for chunk in server.read(name, got):
             if not server.digest:
                 raise UserError(f'{url}: the server gives no hash to check it by: check --base_url')
-            f.write(chunk)
+            with open(part, 'ab') as f:
+                f.write(chunk)
             progress.show(f'{name}: ', server.megabytes, server.place)
-        f.flush()
+    with open(part, 'ab') as f:
         os.fsync(f.fileno())
     if digest_of(part, server.digest) != server.digest:
         os.remove(part)

@@ -193,8 +193,6 @@ class Hub(Handler):
         self.send_header('Content-Length', 0)
         self.end_headers()
 
-    do_HEAD = do_GET
-
 
 WEIGHTS = 'model.safetensors'
 
@@ -256,7 +254,8 @@ def test_a_whole_part_is_only_checked(hub, tmp_path):
     os.makedirs(tmp_path / 'gpt2-medium')
     (tmp_path / 'gpt2-medium' / (WEIGHTS + '.part')).write_bytes(hub.files[WEIGHTS])
     fetch(hub, tmp_path)
-    assert in_cache(tmp_path) == hub.files and (WEIGHTS, None) not in hub.requests and not ranges(hub)
+    assert in_cache(tmp_path) == hub.files
+    assert ranges(hub) == [f'bytes={len(hub.files[WEIGHTS])}-']
 
 
 @pytest.mark.parametrize('part', ['longer', 'other'])
@@ -264,10 +263,9 @@ def test_a_part_of_something_else(hub, tmp_path, part):
     os.makedirs(tmp_path / 'gpt2-medium')
     size = len(hub.files[WEIGHTS])
     (tmp_path / 'gpt2-medium' / (WEIGHTS + '.part')).write_bytes(b'x' * (size + 1 if part == 'longer' else 1000))
-    if part == 'other':         # it has the right size in the end, but not the right hash
-        with pytest.raises(UserError, match='its hash is wrong: it was deleted, run it again'):
-            fetch(hub, tmp_path)
-        assert list(in_cache(tmp_path)) == ['config.json']
+    with pytest.raises(UserError, match='its hash is wrong: it was deleted, run it again'):
+        fetch(hub, tmp_path)
+    assert list(in_cache(tmp_path)) == ['config.json']
     fetch(hub, tmp_path)
     assert in_cache(tmp_path) == hub.files
 
@@ -275,9 +273,7 @@ def test_a_part_of_something_else(hub, tmp_path, part):
 @pytest.mark.parametrize('lies, answer, message', [
     ({'X-Linked-Etag': '"' + '0' * 64 + '"'}, {}, 'its hash is wrong'),
     ({'X-Linked-Etag': None, 'X-Repo-Commit': None}, {}, 'gives no hash'),
-    ({'X-Linked-Size': '100000'}, {}, '[0-9,]+ bytes came, 100,000 were announced'),
-    ({'X-Linked-Size': '1000'}, {}, '[0-9,]+ bytes came, 1,000 were announced'),
-    ({}, {'headers': {'Content-Length': 5000}}, '5,000 bytes came, [0-9,]+ were announced'),
+    ({}, {'headers': {'Content-Length': 5000}}, 'its hash is wrong'),
     ({}, {'headers': {'Content-Length': 10**6}}, 'it cannot continue'),
     ({}, {'status': 404}, 'HTTP 404'),
 ])
@@ -297,7 +293,7 @@ def test_what_was_not_announced_is_not_kept(hub, tmp_path, lies, answer, message
 
 
 def test_a_small_file_with_a_wrong_hash(hub, tmp_path):
-    hub.faults['config.json'] = [lambda a: None, lambda a: a.update(body=a['body'].replace(b'300', b'301'))]
+    hub.faults['config.json'] = [lambda a: a.update(body=a['body'].replace(b'300', b'301'))]
     with pytest.raises(UserError, match='config.json: its hash is wrong'):
         fetch(hub, tmp_path)
     assert in_cache(tmp_path) == {}
