@@ -1,28 +1,31 @@
-"""Selective attention on a CPU: what is masked is not paid for. model.py is complete without this file.
+"""Selective attention on a CPU: what is masked is not paid for. model.py is complete without it.
 
-Computes what `model.selective_attention` computes, forward and backward, but skips what no later row can see.
-While no vote is negative, F only grows. A row is never masked from itself, from the token before it or from token 0, so
-these bound the denominator of its softmax from below:
+It computes what `model.selective_attention` computes, forward and backward, but skips what no later
+row can see. While no vote is negative, F only grows. A row is never masked from itself, from the
+token before it or from token 0, so these bound the denominator of its softmax from below:
 
     l[h,i]   = log( sum of exp L[h,i,j] over j in {0, i-1, i} )
-    P[h,i,j] ≤ exp( |q[h,i]| |k[h,j]| / √D − F[i,j] − l[h,i] )                          by Cauchy and Schwarz
+    P[h,i,j] ≤ exp( |q[h,i]| |k[h,j]| / √D − F[i,j] − l[h,i] )          by Cauchy and Schwarz
 
-Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of the rows i from a on. From there column j is dead if
+Let Q[h] be the largest |q[h,i]|/√D and m[h] the smallest l[h,i] of the rows i from b on. From there
+column j is dead if
 
-    Q[h] |k[h,j]| − m[h] − F[a,j] < log(ε/T)        for every head h, ε being half the rounding of 1
+    Q[h] |k[h,j]| − m[h] − F[b,j] < log(ε/T)        for every head h, ε being half the rounding of 1
 
-so that all dead columns together have less of a row than rounding takes. With memory_tau, F[a,j] > memory_tau must
-hold, too: then M is exact and its gradient there is zero.
+so that all dead columns together have less of a row than rounding takes. With memory_tau,
+F[b,j] > memory_tau must hold, too: then M is exact and its gradient there is zero.
 
-Blocks of rows walk down the sequence. The columns that block a … b looks at are the slice first … b of every array: the
-live ones, packed against a, then the block's own. Nothing is moved while first = 0 and little has died; when an eighth
-of the list is dead, it is packed. The backward walks up again and undoes each packing where the forward did it:
+Blocks of rows walk down the sequence. Keys and values that a block looks at lie side by side, at
+first … b: the live ones, then the block's own. After a block, if an eighth of them is dead, the
+live ones are packed against b. The backward walks up again and undoes each packing there.
 
-    before   0 1 2 3 4 5 6 7 | 8 9 …        first = 0, a = 8; 1, 2, 4 and 6 are dead
+    before   0 1 2 3 4 5 6 7 | 8 9 …        first = 0, b = 8; 1, 2, 4 and 6 are dead
     after            0 3 5 7 | 8 9 …        first = 4
 
-Every sequence of a batch has its own list. All are as long as the longest, the others filled up with dead columns.
+Every sequence of a batch has its own list of columns. All are as long as the longest, the others
+filled up with dead columns.
 """
+
 import math
 
 import torch
@@ -30,31 +33,41 @@ import torch.nn.functional as fn
 
 import model
 
-BLOCK = 64              # rows of a block
-TOGETHER = 2**19        # so many logits of a block are computed together: short sequences side by side
-TINY = 1e-30            # a smaller P is 0: far below rounding, and products of denormal numbers are slow on a CPU
+DEVICES = ('cpu',)
+DTYPES = (torch.float32, torch.float64)
+HEAD_SIZES = range(1, 2**16)
+BLOCK = 64  # rows of a block
+TOGETHER = 2**19  # so many logits of a block are computed together: short sequences side by side
+TINY = 1e-30  # a smaller P is 0: far below rounding, and products of denormal numbers are slow
 
 
-def selective_attention(q, k, v, vote, dropout=0.0, memory_tau=None):
+def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
     """As `model.selective_attention`: q, k, v (B, H, T, D) -> y (B, H, T, D), M (B, T) or None.
 
-    vote: logits of head 0 (B, R, N) -> votes (B, R, N), elementwise but for column 0, which is token 0. Its
-    derivative, and that of the parameters that it reads, come from autograd. If a vote is negative, nothing is skipped.
+    rule: the layer. F is the running sum of rule.vote, logits of head 0 (B, R, N) -> votes, each a
+    function of its own logit and of column 0, token 0. Its derivative, and that of the layer's
+    parameters that it reads, come from autograd. If a vote is negative, nothing is skipped.
     Dropout, and other types than float32 and float64, are left to model.py.
     """
-    if dropout or q.device.type != 'cpu' or q.dtype not in (torch.float32, torch.float64):
-        return model.selective_attention(q, k, v, vote, dropout, memory_tau)
-    y, M = _SelectiveAttention.apply(q, k, v, vote, memory_tau, *_parameters(vote, q))
-    return y, M if memory_tau is not None else None
+    if dropout or q.dtype not in DTYPES:
+        return model.selective_attention(q, k, v, rule, dropout, memory_tau)
+    parameters = _parameters(rule, q.new_ones(len(q), 1, 2))
+    y, M = _SelectiveAttention.apply(q, k, v, rule, memory_tau, *parameters)
+    if memory_tau is None:
+        return y, None
+    return y, M
 
 
 class Live:
-    """Counts pairs of a row and a column: those computed, and those below the blocks' diagonal edge in all."""
+    """Counts pairs of a row and a column: those computed, and those up to each block's last row."""
+
     computed = total = 0
 
     def share(self):
         """The fraction that was computed since the last call, or None where nothing was."""
-        share = self.computed / self.total if self.total else None
+        if self.total == 0:
+            return None
+        share = self.computed / self.total
         self.computed = self.total = 0
         return share
 
@@ -62,220 +75,246 @@ class Live:
 live = Live()
 
 
-def _parameters(vote, q):
-    """The leaf tensors that a gradient of the votes reaches, found by trying it."""
-    if not torch.is_grad_enabled():
+def _parameters(rule, L0):
+    """The parameters of the layer that the votes on logits L0 depend on, found by trying it."""
+    votes = rule.vote(L0)
+    if not votes.requires_grad:
         return []
-    L0 = q.new_ones(len(q), 1, 2, requires_grad=True)
-    leaves, seen, todo = {}, set(), [vote(L0).grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-            leaf = getattr(node, 'variable', L0)                # the nodes that accumulate .grad have one
-            if leaf is not L0:
-                leaves[id(leaf)] = leaf
-    return list(leaves.values())
+    parameters = [p for p in rule.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(votes.sum(), parameters, retain_graph=True, allow_unused=True)
+    return [p for p, grad in zip(parameters, grads) if grad is not None]
 
 
 class _SelectiveAttention(torch.autograd.Function):
+    """Walks over a part of the batch at a time."""
 
     @staticmethod
-    def forward(ctx, q, k, v, vote, tau, *parameters):
+    def forward(ctx, q, k, v, rule, tau, *parameters):
         B, H, T, _ = q.shape
-        y, M = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, T if tau is not None else 0)
-        n = max(1, TOGETHER // (H * min(BLOCK, T) * min(512, T)))       # long sequences soon have few columns left
-        ctx.walks = []                                          # a slice of the batch, and its blocks
-        for g in [slice(b, b + n) for b in range(0, B, n)]:
-            for skip in (True, False):
-                blocks = _forward(q[g], k[g], v[g], vote, tau, y[g], M[g], skip)
-                if blocks is not None:
-                    break                                       # else a vote was negative: again, without skipping
-            ctx.walks.append((g, blocks))
         ctx.save_for_backward(q, k, v, *parameters)
-        ctx.vote, ctx.tau = vote, tau
+        ctx.rule = rule
+        ctx.tau = tau
+        N = min(512, T)  # long sequences soon have few columns left
+        ctx.together = max(1, TOGETHER // (H * BLOCK * N))  # sequences of a part
+        y = torch.empty_like(q, memory_format=torch.contiguous_format)
+        M = q.new_empty(B, T)
+        ctx.walks = []
+        for part in zip(*(x.split(ctx.together) for x in (q, k, v, y, M))):
+            ctx.walks.append(_forward(*part, rule, tau))
         return y, M
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dM):
         q, k, v, *parameters = ctx.saved_tensors
-        parts = [_backward(q[g], k[g], v[g], ctx.vote, ctx.tau, parameters, blocks, dy[g], dM[g])
-                 for g, blocks in ctx.walks]
-        dq, dk, dv, *dparameters = zip(*parts)
-        return (*map(torch.cat, (dq, dk, dv)), None, None, *map(sum, dparameters))
+        parts = zip(*(x.split(ctx.together) for x in (q, k, v, dy, dM)))
+        grads = []
+        for part, blocks in zip(parts, ctx.walks):
+            grads.append(_backward(*part, ctx.rule, ctx.tau, parameters, blocks))
+        dq, dk, dv, *dparameters = zip(*grads)
+        dparameters = [sum(d) for d in dparameters]
+        return torch.cat(dq), torch.cat(dk), torch.cat(dv), None, None, *dparameters
 
 
-def _forward(q, k, v, vote, tau, y, M, skip):
-    """Writes y (B, H, T, D) and M (B, T). Returns the blocks for `_backward`, None if skip and a vote is negative."""
+def _forward(q, k, v, y, M, rule, tau, skip=True):
+    """Writes y (B, H, T, D) and M (B, T). Returns the blocks for the backward.
+
+    A block is a, b: its rows; columns (B, N): those it looks at; F (B, N): of these, as it enters;
+    and keep (B, n): which of them were packed after the block, None where that was not worth it.
+    """
     B, H, T, D = q.shape
-    if skip and _can_be_negative(vote, q, k):
-        return None
-    q = _scaled(q)                                              # (B*H, T, D)
-    k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))     # packed in their place
-    k3, v3, k_norm = k.flatten(0, 1), v.flatten(0, 1), None
-    F = q.new_zeros(B, T)                                       # as it enters the block
-    columns = torch.arange(T).repeat(B, 1)
-    constants, buffer = _Constants(T, q.dtype), q.new_empty(B * H * min(BLOCK, T) * T)
+    q_heads = _scaled(q)  # (B*H, T, D)
+    y_heads = y.view(B * H, T, D)
+    kv = torch.cat([k, v]).flatten(0, 1)  # (2*B*H, T, D), to be packed
+    F = q.new_zeros(B, T)
+    columns = torch.empty(B, 0, dtype=torch.long)
     log_eps = math.log(torch.finfo(q.dtype).eps / 2 / T)
-    blocks, first = [], 0
+    limits = None
+    blocks = []
+    if skip:
+        skip = not _can_be_negative(rule, q, k)
     for a in range(0, T, BLOCK):
-        b, packing = min(a + BLOCK, T), None
-        if skip and a and F[:, first:a].amax() > -log_eps:      # before that, nothing dies by votes
-            if k_norm is None:
-                k_norm, Q, m = bounds(q.view(B, H, T, D), k)
-            dead = (Q[:, :, a, None] * k_norm[:, :, first:a] - m[:, :, a, None]).amax(dim=1) - F[:, first:a] < log_eps
-            if tau is not None:
-                dead &= F[:, first:a] > tau
-            dead[:, 0] = False                                  # token 0 stays column 0 of what votes see
-            n = int((~dead).sum(dim=1).max())                   # the longest list
-            if n <= 7 / 8 * (a - first):
-                keep = dead.byte().argsort(dim=1, stable=True)[:, :n]           # the live ones first, token 0 leading
-                packing = first, columns[:, first:a].clone(), keep
-                for x in k, v, k_norm[..., None], F[:, None, :, None], columns[:, None, :, None]:
-                    x[:, :, a - n:a] = _take(x[:, :, first:a], keep)
-                first = a - n
-        blocks.append((a, b, first, F[:, first:b].clone(), packing))
-        P, F_rows, S, _ = _probabilities(q[:, a:b], k3[:, first:b], F[:, first:b], vote, constants, buffer)
-        if skip and S.amin() < 0:
-            return None
-        y[:, :, a:b] = torch.bmm(P, v3[:, first:b]).view(B, H, b - a, D)
-        if tau is not None:                                     # each of the columns before `first` counts as tau
-            M[:, a:b] = torch.arange(a, b) - first - F_rows[:, :-1].clamp(max=tau).sum(dim=2) / tau
-        F[:, first:b] = F_rows[:, -1]
-        live.computed += B * (b - a) * (b - first)
-        live.total += B * (b - a) * b
-    return *blocks, columns
+        b = min(a + BLOCK, T)
+        rows = slice(a, b)
+        i = torch.arange(a, b)
+        columns = torch.cat([columns, i.expand(B, -1)], dim=1)  # (B, N)
+        R = b - a
+        N = columns.size(1)
+        first = b - N
+        k_live, v_live = kv[:, first:b].chunk(2)  # (B*H, N, D)
+        F_in = F.gather(1, columns)
+        P, F_rows, votes, _ = _probabilities(q_heads[:, rows], k_live, F_in, rule)
+        if skip and votes.amin() < 0:
+            return _forward(q, k, v, y, M, rule, tau, skip=False)
+        y_heads[:, rows] = torch.bmm(P, v_live)
+        if tau is not None:
+            masked = F_rows[:, :-1].clamp(max=tau).sum(dim=2)  # (B, R)
+            M[:, rows] = i - first - masked / tau  # each of the `first` that are gone counts as 1
+        F_out = F_rows[:, -1]
+        F.scatter_(1, columns, F_out)
+        live.computed += B * R * N
+        live.total += B * R * b
+        keep = None
+        if skip and b < T and F_out.amax() > -log_eps:  # before that, nothing dies by votes
+            limits = limits or bounds(q * D**-0.5, k)
+            keep = _live_columns(b, columns, F_out, limits, log_eps, tau)
+        blocks.append((a, b, columns, F_in, keep))
+        if keep is not None:
+            columns = columns.gather(1, keep)
+            kv[:, b - columns.size(1) : b] = _take(kv, first + keep)
+    return blocks
 
 
-def _backward(q, k, v, vote, tau, parameters, blocks, dy, dM):
+def _live_columns(b, columns, F, limits, log_eps, tau):
+    """Which columns to keep from row b on: places (B, n) in the list (B, N). None: few are dead."""
+    k_norm, Q, m = limits
+    k_norm = k_norm.take_along_dim(columns[:, None], 2)  # (B, H, N)
+    reach = Q[:, :, b, None] * k_norm - m[:, :, b, None]
+    dead = reach.amax(dim=1) - F < log_eps  # (B, N)
+    if tau is not None:
+        dead &= F > tau
+    dead[:, 0] = False  # token 0 stays column 0 of what votes see
+    alive = (~dead).sum(dim=1)
+    n = int(alive.max())  # the longest list
+    if n > 7 / 8 * columns.size(1):
+        return None
+    # the live ones first, in their order
+    return dead.byte().argsort(dim=1, stable=True)[:, :n]
+
+
+def _backward(q, k, v, dy, dM, rule, tau, parameters, blocks):
     """dq, dk, dv (B, H, T, D) and the gradients of the parameters."""
     B, H, T, D = q.shape
-    *blocks, columns = blocks
-    q, dy = _scaled(q), dy.contiguous().flatten(0, 1)
-    k, v = k.contiguous(), v.contiguous()                       # to be taken from, many times
-    packed_k, packed_v = _take(k, columns), _take(v, columns)   # as the forward left them
-    k3, v3 = packed_k.flatten(0, 1), packed_v.flatten(0, 1)
-    dq = torch.empty_like(q)
-    dkv = q.new_zeros(B, 2, H, D, T)                            # transposed: products with P are faster so
+    q_heads = _scaled(q)  # (B*H, T, D)
+    dy_heads = dy.contiguous().flatten(0, 1)
+    kv = torch.cat([k, v]).flatten(0, 1)  # (2*B*H, T, D)
+    packed = torch.empty_like(kv)
+    dq = torch.empty_like(q_heads)
+    dkv = kv.new_zeros(len(kv), D, T)  # packed, and transposed: products with P are faster so
     # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
     G = q.new_zeros(B, T)
     dparameters = [torch.zeros_like(p) for p in parameters]
-    constants, buffers = _Constants(T, q.dtype), q.new_empty(2, B * H * min(BLOCK, T) * T)
-    for a, b, first, F, packing in reversed(blocks):
-        R, N = b - a, b - first
-        P, F_rows, S, (L0, votes) = _probabilities(q[:, a:b], k3[:, first:b], F, vote, constants, buffers[0], grad=True)
-        dL = buffers[1][:P.numel()].view(P.shape)
-        torch.bmm(dy[:, a:b], v3[:, first:b].transpose(1, 2), out=dL)           # dP
-        torch._softmax_backward_data(dL, P, -1, P.dtype, grad_input=dL)         # dL, in its place
-        dL_heads = dL.view(B, H, R, N)
-        dF = dL_heads.sum(dim=1).neg_()                                         # (B, R, N)
+    for a, b, columns, F, keep in reversed(blocks):
+        rows = slice(a, b)
+        listed = slice(b - columns.size(1), b)
+        if b == T or keep is not None:
+            packed[:, listed] = _take(kv, columns)
+        dkv_live = dkv[:, :, listed]  # (2*B*H, D, N)
+        if keep is not None:
+            n = keep.size(1)
+            after = dkv_live[:, :, -n:].clone()
+            places = _for_heads(keep, len(kv))[:, None].expand(after.shape)
+            dkv_live.zero_().scatter_(2, places, after)
+        k_live, v_live = packed[:, listed].chunk(2)  # (B*H, N, D)
+        dk_live, dv_live = dkv_live.chunk(2)  # (B*H, D, N)
+        q_rows = q_heads[:, rows]
+        dy_rows = dy_heads[:, rows]
+        P, F_rows, votes, L0 = _probabilities(q_rows, k_live, F, rule, grad=True)
+        dP = torch.bmm(dy_rows, v_live.transpose(1, 2))  # (B*H, R, N)
+        dL = torch._softmax_backward_data(dP, P, -1, P.dtype, grad_input=dP)  # in its place
+        dL_heads = dL.unflatten(0, (B, H))
+        dF = -dL_heads.sum(dim=1)  # (B, R, N)
         if tau is not None:
-            dF -= (F_rows[:, :-1] <= tau) * (dM[:, a:b, None] / tau)
-        # dS[k,j] = sum of dF[i,j] over i > k; before the first row, all of it
-        dS = torch.baddbmm(G[:, None, first:b], constants.sums_below(R).expand(B, -1, -1), dF)         # (B, R+1, N)
-        G[:, first:b] = dS[:, 0]
+            dF -= (F_rows[:, :-1] <= tau) * (dM[:, rows, None] / tau)
+        # dS[k,j] = sum of dF[i,j] over i > k; before the first row, the sum of all
+        sums = _sums(dF).flip(1, 2)
+        G_live = G.gather(1, columns)
+        dS = torch.baddbmm(G_live[:, None], sums, dF)  # (B, R+1, N)
+        G.scatter_(1, columns, dS[:, 0])
         if votes.requires_grad:
-            dS = constants.may_vote(dS[:, 1:])
-            dL0, *more = torch.autograd.grad(votes, (L0, *parameters), dS, retain_graph=True, allow_unused=True)
+            inputs = [L0, *parameters]
+            dS = _that_count(dS[:, 1:])
+            # the graph is retained, as that of a factor that is no leaf serves all blocks
+            dL0, *grads = torch.autograd.grad(
+                votes, inputs, dS, retain_graph=True, allow_unused=True
+            )
             if dL0 is not None:
                 dL_heads[:, 0] += dL0
-            for total, d in zip(dparameters, more):
-                total += 0 if d is None else d
-        dq[:, a:b] = torch.bmm(dL, k3[:, first:b])
-        dkv[:, 0, ..., first:b] += torch.bmm(q[:, a:b].transpose(1, 2), dL).view(B, H, D, N)
-        dkv[:, 1, ..., first:b] += torch.bmm(dy[:, a:b].transpose(1, 2), P).view(B, H, D, N)
-        if packing:
-            first_before, columns_before, keep = packing
-            packed_k[:, :, first_before:a] = _take(k, columns_before)
-            packed_v[:, :, first_before:a] = _take(v, columns_before)
-            for x in dkv.view(B, -1, T), G[:, None]:
-                packed = x[..., first:a].clone()
-                x[..., first_before:a] = 0
-                x[..., first_before:a].scatter_(2, keep[:, None].expand(packed.shape), packed)
-    dk, dv = dkv.transpose(3, 4).unbind(dim=1)
-    return dq.mul_(D**-0.5).view(B, H, T, D), dk, dv, *dparameters
+            for total, grad in zip(dparameters, grads):
+                total += grad
+        dq[:, rows] = torch.bmm(dL, k_live)
+        dk_live += torch.bmm(q_rows.transpose(1, 2), dL)
+        dv_live += torch.bmm(dy_rows.transpose(1, 2), P)
+    dq *= D**-0.5
+    dk, dv = dkv.transpose(1, 2).unflatten(0, (2, B, H))
+    return dq.view(B, H, T, D), dk, dv, *dparameters
 
 
-def _probabilities(q, k, F, vote, constants, buffer, grad=False):
-    """A block of rows: q (B*H, R, D) scaled, k (B*H, N, D), the last R being the rows' own, F (B, N) as it enters.
+def _probabilities(q, k, F, rule, grad=False):
+    """A block of rows: q (B*H, R, D) scaled, k (B*H, N, D), F (B, N) as it enters the block.
 
-    Returns P (B*H, R, N), which lies in the buffer; F (B, R+1, N) of each row and of the row after the block; the votes
-    S (B, R, N) that count; and, where grad is set, head 0's logits and all votes with their graph.
+    The last R columns are the rows' own. Returns P (B*H, R, N); F (B, R+1, N) of each row and of
+    the row after the block; all votes (B, R, N), and head 0's logits, with a graph if grad is set.
     """
-    R, (B, N) = q.size(1), F.shape
-    P = buffer[:len(q) * R * N].view(len(q), R, N)
-    torch.bmm(q, k.transpose(1, 2), out=P)                      # L, the logits
-    L = P.view(B, -1, R, N)                                     # the same memory
-    L0 = L[:, 0].clone().requires_grad_() if grad else L[:, 0]
+    R = q.size(1)
+    P = torch.bmm(q, k.transpose(1, 2))  # as yet the logits
+    L = P.unflatten(0, (len(F), -1))  # (B, H, R, N), the same memory
+    L0 = L[:, 0].clone().requires_grad_(grad)
     with torch.set_grad_enabled(grad):
-        votes = vote(L0)
-    S = constants.may_vote(votes.detach())
-    F_rows = torch.baddbmm(F[:, None], constants.sums_above(R).expand(B, -1, -1), S)
-    L.sub_(F_rows[:, None, :-1])
-    L[..., -R:] += constants.future(R)
+        votes = rule.vote(L0)
+    S = _that_count(votes.detach())
+    F_rows = torch.baddbmm(F[:, None], _sums(S), S)
+    L -= F_rows[:, None, :-1]
+    future = torch.full((R, R), -math.inf, dtype=L.dtype)
+    L[..., -R:] += future.triu_(1)
     torch.softmax(P, dim=-1, out=P)
     fn.threshold_(P, TINY, 0.0)
-    return P, F_rows, S, (L0, votes)
+    return P, F_rows, votes, L0
 
 
-class _Constants:
-    """Matrices of zeros and ones that blocks of R rows over up to T columns take slices of."""
+def _that_count(S):
+    """A copy of S (B, R, N) with zeros where a row has no vote: on token 0, itself, the future."""
+    S = S.clone()
+    S[:, :, 0] = 0
+    S[:, :, -S.size(1) :].tril_(-1)
+    return S
 
-    def __init__(self, T, dtype):
-        R = min(BLOCK, T)
-        self.votes = torch.ones(R, T, dtype=dtype)
-        self.votes[:, T - R:].tril_(-1)                         # 1 where j < i; the last columns are the rows' own
-        self.minus_inf = torch.full((R, R), -math.inf, dtype=dtype).triu_(1)
-        self.below = torch.ones(R + 1, R, dtype=dtype).tril_(-1)
 
-    def may_vote(self, S):
-        """S (B, R, N) with zeros where a row has no vote: on token 0, on itself and on the future."""
-        S = S * self.votes[-S.size(1):, -S.size(2):]
-        S[:, :, 0] = 0
-        return S
-
-    def future(self, R):
-        return self.minus_inf[:R, :R]
-
-    def sums_above(self, R):
-        """(R+1, R): times S, for each row the sum of those above it, and last the sum of all."""
-        return self.below[:R + 1, :R]
-
-    def sums_below(self, R):
-        """(R+1, R): times dF, first the sum of all rows, then for each row the sum of those below it."""
-        return self.sums_above(R).flip(0, 1)
+def _sums(S):
+    """(B, R+1, R): times S (B, R, N), for each row the sum of those above it, and last of all."""
+    B, R, _ = S.shape
+    return S.new_ones(R + 1, R).tril_(-1).expand(B, -1, -1)
 
 
 def _scaled(q):
     """(B, H, T, D) -> (B*H, T, D), divided by √D."""
-    return (q * q.size(3)**-0.5).flatten(0, 1)
+    return (q * q.size(3) ** -0.5).flatten(0, 1)
 
 
-def _take(x, columns):
-    """x (B, H, N, D), columns (B, M) -> (B, H, M, D)."""
-    taken = x.new_empty(*x.shape[:2], columns.size(1), x.size(3))
-    for b, j in enumerate(columns):
-        torch.index_select(x[b], 1, j, out=taken[b])
-    return taken
+def _take(kv, columns):
+    """kv (2*B*H, T, D), columns (B, n) -> (2*B*H, n, D)."""
+    X, T, D = kv.shape
+    places = _for_heads(columns, X) + T * torch.arange(X)[:, None]
+    return kv.view(X * T, D)[places.flatten()].view(X, -1, D)
+
+
+def _for_heads(columns, X):
+    """Columns (B, n) of each sequence -> (X, n), for keys, then values, of all its heads."""
+    H = X // (2 * len(columns))
+    return columns.repeat_interleave(H, dim=0).repeat(2, 1)
 
 
 def bounds(q, k):
-    """|k|, and Q and m as they hold from each row on, all (B, H, T), from k and q/√D (B, H, T, D)."""
-    itself = (q * k).sum(dim=3)
-    before = fn.pad((q[:, :, 1:] * k[:, :, :-1]).sum(dim=3), (1, 0), value=-math.inf)
-    first = (q @ k[:, :, 0, :, None])[..., 0]
-    first[:, :, :2] = -math.inf                                 # which the other two have counted
-    l = torch.stack([itself, before, first]).logsumexp(dim=0)
+    """|k|, and Q and m as they hold from each row on, all (B, H, T), from k, q/√D (B, H, T, D)."""
+    keys = k, k.roll(1, dims=2), k[:, :, :1]  # the row's own, the one before, token 0's
+    # not as products of matrices, which autocast and TF32 would round
+    logits = torch.stack([(q * key).sum(dim=3) for key in keys])
+    logits[1:, :, :, 0] = -math.inf  # row 0 has no other
+    logits[2, :, :, 1] = -math.inf  # row 1 has two
+    l = logits.logsumexp(dim=0)
+    Q = q.norm(dim=3).flip(2).cummax(dim=2).values.flip(2)
+    m = l.flip(2).cummin(dim=2).values.flip(2)
+    return k.norm(dim=3), Q, m
 
-    def largest_from(x):
-        return x.flip(2).cummax(dim=2).values.flip(2)
-    return k.norm(dim=3), largest_from(q.norm(dim=3)), -largest_from(-l)
 
+def _can_be_negative(rule, q, k):
+    """Whether a vote on a logit that these q and k can have is negative, by 1,000 examples.
 
-def _can_be_negative(vote, q, k):
-    """Whether a vote on some logit that these queries and keys can have is below 0, as far as 1,000 examples tell."""
-    reach = q[:, 0].norm(dim=2).amax() * k[:, 0].norm(dim=2).amax() * q.size(3)**-0.5
-    logits = torch.linspace(-1, 1, 1001, dtype=q.dtype) * reach
-    return bool((vote(logits.expand(len(q), 1, -1).clone())[..., 1:] < 0).any())
+    This cannot be left to the votes of the blocks, which are not computed where columns are dead.
+    """
+    longest_q = q[:, 0].norm(dim=2).max()
+    longest_k = k[:, 0].norm(dim=2).max()
+    largest = longest_q * longest_k * q.size(3) ** -0.5
+    logits = torch.linspace(-largest, largest, 1001, dtype=q.dtype)
+    votes = rule.vote(logits.repeat(len(q), 1, 1))
+    return bool(votes.amin() < 0)

@@ -1,19 +1,30 @@
-"""A linear layer that is fast on a CPU where it has a single row, as in the generation of one text."""
+"""A linear layer that is fast on a CPU for a single row, as in the generation of one text."""
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as fn
 
 
-class Linear(nn.Linear):
-    """nn.Linear whose single rows are the work of every core.
+class Linear(nn.Module):
+    """An nn.Linear, whose weights it shares; a single row is the work of every core.
 
-    A row costs what reading the weights costs, and torch leaves it to one core. As a batch of products, one for every
-    64 outputs, it is shared out: twice as fast on two cores.
+    A row costs what reading the weights costs, and torch leaves it to one core. As a batch of
+    products, one for every 64 outputs, it is shared out: twice as fast on two cores.
     """
 
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight  # (out, in)
+        self.bias = linear.bias
+
     def forward(self, x):
-        """x (..., in_features) -> (..., out_features)."""
-        if x.device.type != 'cpu' or x.numel() != self.in_features or self.out_features % 64:
-            return super().forward(x)
-        weight = self.weight.view(-1, 64, self.in_features)
-        y = torch.bmm(x.reshape(1, 1, -1).expand(len(weight), -1, -1), weight.transpose(1, 2)).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        """x (..., in) -> (..., out)."""
+        n_out, n_in = self.weight.shape
+        if x.device.type != 'cpu' or x.numel() != n_in or n_out % 64:
+            return fn.linear(x, self.weight, self.bias)
+        weight = self.weight.view(-1, 64, n_in)
+        rows = x.reshape(1, n_in).expand(len(weight), 1, n_in)
+        y = torch.bmm(rows, weight.transpose(1, 2)).view(*x.shape[:-1], n_out)
+        if self.bias is not None:
+            y = y + self.bias
+        return y
