@@ -9,7 +9,6 @@ reads again. Any other one takes model.py along, as it is, and lab/hf/modeling_s
 so does a standard model with budgets, which GPT-2 does not have.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -68,13 +67,12 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     content['model.safetensors'] = safetensors.torch.save(tensors, {'format': 'pt'})
     content['tokenizer.json'] = tokenizer_json(tokenizer, ckpt.starts_with_bos(checkpoint))
     content['tokenizer_config.json'] = json.dumps(tokenizer_config, indent=1)
-    content['generation_config.json'] = json.dumps(special, indent=1)
     for path in code:
         with open(path, encoding='utf-8') as f:
             content[os.path.basename(path)] = f.read()
     # last, because without it the folder is not a model
     content['config.json'] = json.dumps(config, indent=1)
-    with contextlib.suppress(FileNotFoundError):
+    if os.path.isfile(os.path.join(folder, 'config.json')):
         os.remove(os.path.join(folder, 'config.json'))
     for name, text in content.items():
         files.write_file(os.path.join(folder, name), text)

@@ -185,11 +185,11 @@ def test_passkey():
     items = passkey.docs(length=700, keys=3)['test']
     assert len(items) == 15
     for item in items:
-        room = 700 - len(passkey.INTRO + passkey.KEY.format(item['key']) + passkey.QUESTION)
-        before = len(item['text'].split('\nThe pass')[0]) - len(passkey.INTRO)
+        text, key = item['text'], item['key']
+        room = 700 - len(passkey.INTRO + passkey.KEY.format(key) + passkey.QUESTION)
+        before = text.index('\nThe pass') - len(passkey.INTRO)
         assert before == room * item['depth'] // 100
-        assert len(item['text']) == 700 and item['text'].count(item['key']) == 2
-        assert item['text'].endswith('The pass key is')
+        assert len(text) == 700 and text.count(key) == 2 and text.endswith('The pass key is')
     with pytest.raises(ValueError, match='length 240: the prompt alone has 247'):
         passkey.docs(length=240)
     assert passkey.results({'depth': 25}, [(-1.5, True)]) == {'acc': True, 'depth_25': True}

@@ -173,8 +173,7 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def score(self, ids, mask):
         """Logits (B, T, V) of whole texts. Padding on the left moves to the right, unseen there."""
         left = padding(mask)
-        if left is not None:
-            ids = turned(ids, -left)
+        ids = turned(ids, [-n for n in left])
         if self.config.keep_bos and ids.size(1) == self.config.block_size:
             ids = ids.clone()
             ids[:, 0] = self.config.bos_token_id
@@ -183,7 +182,7 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.gpt(ids, ids)[0]
         else:
             logits = read(self.gpt, ids, memory.new_cache(len(ids)))
-        return logits if left is None else turned(logits, left)
+        return turned(logits, left)
 
     def generate(self, *args, budgets=None, policy=None, **kwargs):
         """transformers' generate, with at most `budgets` tokens remembered in each layer."""
@@ -203,24 +202,25 @@ def unpadded(ids, mask):
     if mask is not None and not mask[:, -1].all():
         raise ValueError("generation needs padding on the left: tokenizer.padding_side = 'left'")
     left = padding(mask)
-    if left is None:
+    if not any(left):
         return [ids]
     return [row[None, n:] for row, n in zip(ids, left)]
 
 
 def padding(mask):
-    """How many columns of padding each text has on its left (B,); None if no text has any."""
-    if mask is None or mask.all():
-        return None
+    """How many columns of padding each text has on its left: a list, empty without a mask."""
+    if mask is None:
+        return []
     begins = fn.pad(mask.int(), (1, 0)).diff(dim=1) == 1
     if (begins.sum(dim=1) != 1).any():
         raise ValueError(
             'an attention mask is 1 from the first token of each text to its last, and 0 elsewhere'
         )
-    left = begins.int().argmax(dim=1)
-    return left if left.any() else None
+    return begins.int().argmax(dim=1).tolist()
 
 
 def turned(x, by):
     """x (B, T, …) with row b turned by by[b] columns, as torch.roll does it."""
-    return torch.stack([row.roll(n, dims=0) for row, n in zip(x, by.tolist())])
+    if not any(by):
+        return x
+    return torch.stack([row.roll(n, dims=0) for row, n in zip(x, by)])
