@@ -1,344 +1,370 @@
-"""What selective attention costs and context pruning saves, as ratios of two things measured in one run.
+"""What selective attention costs and context pruning saves, as ratios of what one run measured.
 
     python -m lab.bench                         everything, about half an hour on two CPU cores
     python -m lab.bench --quick                 small sizes, under two minutes
     python -m lab.bench --what=step,memory --shapes=124m --lengths=1024,2048
-    python -m lab.bench --out_dir=out/a,out/b   attention, step and memory of trained models, each at its own length
+    python -m lab.bench --out_dir=out/a,out/b   trained selective models, each at its own length
 
-    attention   attention alone, forward and backward          step      a whole training step
-    memory      peak memory of a training step                 decode    one token from a KV cache
-    prefill     attention while a prompt is read               generate  1,000 tokens: cache, budgets, nanoGPT's way
-    profile     the operators that attention alone consists of (only when asked for)
-    forget      of trained models: what a cache without budgets could drop at no loss (only when asked for)
+    attention   attention alone, forward and backward; `live` is the share that is computed
+    step        a whole training step
+    memory      peak memory of a training step
+    decode      one token from a KV cache, beside transformers' GPT-2 where that is installed
+    prefill     a prompt of T tokens is read
+    generate    1,000 tokens: with a cache, within budgets, and without a cache, as nanoGPT does it
+    profile     the operators that attention consists of (only when asked for)
+    forget      what a cache without budgets could drop at no loss (only when asked for)
 
-Times are medians of rounds in which the cases take turns (A B C, A B C, ...), after a round to warm up. Peak memory
-is that of a process of its own on a CPU, and torch's on CUDA. The lines `growth` give the exponent p of time or memory
-~ T^p, fitted over the lengths. The ratio is to the first case of a group. The table goes to --to as JSON, too.
+Times are medians of rounds in which the cases take turns (A B C, A B C, …), after a round to warm
+up. Peak memory is that of a process of its own on a CPU, and torch's on CUDA. The lines `growth`
+give the exponent p of time or memory ~ T^p for each sequence, fitted over the lengths. The ratio is
+to the first case of a group. The table goes to --to as JSON, too.
 
-Random weights mask little, as at the start of training. With --out_dir, queries, keys and values are those of trained
-models on their validation data; `live` is the share of attention that is computed, the rest being masked for good.
+Random weights mask little, as at the start of training. Trained ones get their validation data.
 """
+
 import json
-import os
+import math
 import platform
 import re
-import resource
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 
-import numpy as np
+from support import devices, files, settings  # before torch, see support/__init__.py
+
 import torch
 import torch.nn.functional as fn
 
 import kernels
 import model as m
-from lab import trained
-from lab.measure import Table, synchronize, times
-from lab.peers import GPT2, XTransformers, transformers, x_transformers
-from support import devices, files, settings
-from support.settings import UserError
+from lab import measure
+from support.settings import UserError, option
 
-SHAPES = {'small': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257),
-          '124m': dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304)}
-MODELS = {'standard': {}, 'selective': dict(selective=True), 'SSA': dict(ssa='qv'),
-          'selective + SSA': dict(selective=True, ssa='qv')}
+# What trains: SSA's letters, and the kernel of selective attention; without one nothing votes.
+MODELS = {
+    'standard': ('', ''),
+    'selective': ('', 'auto'),
+    'selective, listing': ('', 'listing'),
+    'SSA': ('qv', ''),
+    'selective + SSA': ('qv', 'auto'),
+}
+BATCHES = 1, 32  # of generation
+LISTING = 2048  # the longest T of the listing in attention alone: it takes T x T memory
 
 
 @dataclass
 class BenchConfig:
-    what: str = 'attention,step,memory,decode,prefill,generate'     # which parts, with commas
-    out_dir: str = ''               # trained selective runs, with commas; '': random weights
-    shapes: str = 'small,124m'      # 'small': 4 layers of 4 heads of 32; '124m': 12 layers of 12 heads of 64
-    lengths: str = '256,512,1024,2048,4096'     # context lengths T [list of 64 to 2**20]
-    tokens: int = 4096              # of a batch; the batch size is tokens / T, at least 1 [1 to 2**24]
-    rounds: int = 5                 # of which the median is taken [1 to 1000]
-    clock: str = 'wall'             # 'wall' or 'cpu': time of the process, steadier beside other work; one thread then
-    quick: bool = False             # the small shape, two lengths, three rounds
-    device: str = 'auto'            # 'cuda', 'mps', 'cpu'
-    to: str = 'out/bench.json'      # the table as JSON
-    case: str = ''                  # used by the part `memory` itself, to measure one case in a process of its own
+    what: str = option('attention,step,memory,decode,prefill,generate', 'parts, with commas')
+    out_dir: str = option('', "folders of trained selective runs, with commas; '': random weights")
+    shapes: str = option('small,124m', 'sizes of the models with random weights')
+    lengths: str = option('256,512,1024,2048,4096', 'context lengths T of these [64 to 2**20]')
+    tokens: int = option(4096, 'tokens of a batch of B = tokens / T, at least 1', low=1, high=2**24)
+    rounds: int = option(5, 'rounds of which the median is taken', low=1, high=60)
+    quick: bool = option(False, 'the small shape, two lengths, three rounds')
+    device: str = option('auto', "'cuda', 'mps', 'cpu'")
+    to: str = option('out/bench.json', 'the table as JSON')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is compared
+# ---- Attention and training ----------------------------------------------------------------------
 
 
-def selective(q, kernel):
-    """Selective attention of a layer with this kernel, as a function of q, k, v like q; None where it cannot run."""
-    _, H, _, D = q.shape
-    gpt = m.GPT(m.GPTConfig(block_size=2, vocab_size=2, n_layer=1, n_head=H, n_embd=H * D, selective=True)).to(q.device)
-    try:
-        kernels.install(gpt, kernel, q.dtype)
-    except ValueError:
-        return None
-    layer = gpt.transformer.h[0].attn
-    return lambda q, k, v: layer.attention(q, k, v, layer.vote)[0]
+def standard(q, k, v, rule, memory_tau):
+    """torch's own attention, as if it were model.selective_attention: y, and no M."""
+    return fn.scaled_dot_product_attention(q, k, v, is_causal=True), None
 
 
-def attentions(q):
-    """What takes queries like q, by name; 'selective' is the kernel of kernels/ for its device, if it runs there."""
-    cases = {'standard': lambda q, k, v: fn.scaled_dot_product_attention(q, k, v, is_causal=True),
-             'selective': selective(q, 'gpu' if q.is_cuda else 'cpu'), 'selective, rows': selective(q, 'none'),
-             'selective, listing': selective(q, 'listing')}
-    if x_transformers():
-        attend = x_transformers().attend.Attend(causal=True, selective=True)
-        cases['selective, x-transformers'] = lambda q, k, v: attend(q, k, v)[0]
-    return {name: case for name, case in cases.items() if case}
-
-
-def attention_cases(shape, T, tokens, device):
-    H, B = shape['n_head'], max(1, tokens // T)
-    dtype = getattr(torch, devices.pick_dtype('auto', device))
-    qkv = torch.randn(B, T, 3 * shape['n_embd'], device=device, dtype=dtype)
-    qkv[..., :2 * shape['n_embd']] *= 0.1                       # logits are small at the start of training: none masks
-    qkv.requires_grad_()
-    heads = lambda: [t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(shape['n_embd'], dim=2)]    # q, k, v
-
-    def case(attend):
-        def once():
-            attend(*heads()).sum().backward()
-            qkv.grad = None
-        return once
-    return {name: case(attend) for name, attend in attentions(heads()[0]).items()}
-
-
-def step_case(name, shape, T, tokens, device):
-    """A training step: forward, backward, optimizer."""
-    torch.manual_seed(0)
-    gpt = XTransformers(T, **shape) if name == 'selective, x-transformers' else \
-        m.GPT(m.GPTConfig(block_size=T, **shape, **MODELS.get(name, dict(selective=True))))
-    gpt.to(device)
-    optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
-    idx = torch.randint(shape['vocab_size'], (max(1, tokens // T), T), device=device)
-    dtype = devices.pick_dtype('auto', device)
-    if isinstance(gpt, m.GPT):
-        kernels.install(gpt, 'listing' if name == 'selective, listing' else 'auto', getattr(torch, dtype))
+def forward_backward(attention, qkv, rule, memory_tau):
+    """A function that runs attention forward and backward, and returns y."""
+    qkv = [x.detach().requires_grad_() for x in qkv]
 
     def once():
-        with devices.autocast(device, dtype):
-            loss = gpt(idx, idx)[1]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        y, M = attention(*qkv, rule, memory_tau=memory_tau)
+        loss = y.sum()
+        if M is not None:
+            loss = loss + M.sum()
+        torch.autograd.grad(loss, qkv)
+        return y
+
     return once
 
 
-def peak_memory(case):
-    """Bytes at the peak of two training steps, or of generating, in a process of its own.
+def layers(subject):
+    """For each layer {case: function that runs its attention}; for random ones, the first layer."""
+    for layer, qkv in zip(subject.layers, subject.queries_keys_values()):
+        forms = {
+            'standard': standard,
+            'selective': layer.attention,
+            'selective, rows': m.selective_attention,
+        }
+        if subject.T <= LISTING:
+            forms['selective, listing'] = m.selective_attention_listing
+        if not layer.selects:
+            forms = dict.fromkeys(forms, standard)
+        cases = {}
+        for case, attention in forms.items():
+            cases[case] = forward_backward(attention, qkv, layer, subject.memory_tau)
+        yield cases
+        if subject.random:
+            break
 
-    case: [name, shape, T, tokens of the batch, device]; of generating: ['generate', shape, T, B, device, how], where how
-    is the budgets as KVCache takes them, or 'no cache'.
-    """
-    result = subprocess.run([sys.executable, '-m', 'lab.bench', f'--case={json.dumps(case)}'],
-                            capture_output=True, text=True)
-    if result.returncode:
-        raise UserError(f'{case[0]} at T = {case[2]}: {result.stderr.strip().splitlines()[-1]}')
-    return int(result.stdout)
+
+def attention_part(table, subject):
+    totals, live = {}, {}
+    for l, cases in enumerate(layers(subject)):
+        kernels.live_share()
+        cases['selective']()
+        live[f'layer {l}'] = 100 * (kernels.live_share() or 1.0)
+        named = {}
+        for case, ms in measure.times(cases, subject.cfg.rounds, subject.cfg.device).items():
+            named[f'{case}, layer {l}'] = ms
+            totals[case] = totals.get(case, 0.0) + ms
+        if not subject.random:
+            table.group('layer', subject, 'ms', named)
+    table.group('attention', subject, 'ms', totals)
+    table.group('live', subject, '%', live)
 
 
-def model_for_generation(shape, T, device):
-    gpt = m.GPT(m.GPTConfig(block_size=T, selective=True, **shape)).to(device).eval()
-    kernels.fast_rows(gpt)
-    return gpt
+def profile_part(table, subject):
+    """The operators of the first layer's attention, as torch prints them."""
+    cases = next(layers(subject))
+    for case in 'standard', 'selective':
+        cases[case]()
+        with torch.profiler.profile() as profile:
+            cases[case]()
+        operators = profile.key_averages().table('self_cpu_time_total', row_limit=8)
+        print(f'{subject.source}, T = {subject.T}, {case}\n{operators}')
+
+
+def step_case(case, cfg, source, T):
+    """A function that trains one of MODELS. The learning rate is 0, so the weights stay."""
+    ssa, kernel = MODELS[case]
+    subject = measure.Subject(cfg, source, T, ssa)
+    memory_tau = subject.memory_tau
+    if kernel:
+        subject.install(kernel)
+    else:
+        memory_tau = None
+        for layer in subject.layers:
+            layer.selects = False
+    gpt = subject.gpt.train()
+    optimizers = gpt.configure_optimizers(0.1, 0.0, (0.9, 0.95), cfg.device)
+
+    def once():
+        with devices.autocast(cfg.device, subject.dtype):
+            _, *losses = gpt(subject.x, subject.y, memory_tau=memory_tau)
+        sum(losses).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return once
+
+
+def models(subject):
+    """Which of MODELS are compared: for a trained one whether it selects, as it has SSA or not."""
+    if subject.random:
+        return list(MODELS)
+    return ['standard', 'selective']
+
+
+def step_part(table, subject):
+    cases = {}
+    for case in models(subject):
+        cases[case] = step_case(case, subject.cfg, subject.source, subject.T)
+    table.time('step', subject, cases)
+
+
+def memory_part(table, subject):
+    peaks = {}
+    for case in models(subject):
+        make = partial(step_case, case, subject.cfg, subject.source, subject.T)
+        peaks[case] = measure.peak_memory(make, subject.cfg.device)
+    table.group('memory', subject, 'MiB', peaks)
+
+
+# ---- What could be forgotten ---------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generate_case(shape, T, B, device, how):
-    """Generation at its largest: a cache is allocated whole at the start, and without one the last token costs most."""
-    gpt = model_for_generation(SHAPES[shape], T, device)
-    idx = torch.zeros(B, T - 1, dtype=torch.long, device=device)
-    return lambda: gpt(idx) if how == 'no cache' else gpt.generate(idx[:, :1], 20, budgets=how)
+def still_needed(layer, q, k):
+    """Which tokens a cache without budgets must keep after the last row, whatever follows: (B, T).
+
+    q, k (B, H, T, D), as attention gets them in this layer. By the bound of kernels/cpu.py, which
+    needs the longest query to come: qk_norm bounds it. Raises UserError for a layer without, and if
+    F falls, as then what is masked may come back.
+    """
+    if not layer.config.qk_norm or layer.config.ssa:
+        raise UserError('forget: only qk_norm, without SSA, bounds the queries that may follow')
+    B, _, T, D = q.shape
+    i = torch.arange(T, device=q.device)
+    F = torch.zeros(B, T, device=q.device)
+    _, F, _ = m.attend(q[:, :1], k[:, :1], k[:, :1], F, i, i[None], layer)  # (B, T+1, T)
+    if (F.diff(dim=1) < 0).any():
+        raise UserError('forget: F falls here, so what is masked may come back')
+    # an RMS-normalised vector is √D long before its weights, and rotation keeps it so
+    longest_q = layer.q_norm.weight.abs().max()  # divided by √D, as in the logits
+    longest_k = D**0.5 * layer.k_norm.weight.abs().max()
+    k_norm = k.norm(dim=3)
+    # the least denominator: two logits are of keys as long as can be, the third is of token 0
+    two = math.log(2) - longest_q * longest_k
+    least = torch.logaddexp(two, -longest_q * k_norm[:, :, :1])
+    most = (longest_q * k_norm - least).amax(dim=1) - F[:, -1]  # log of the largest P to come
+    needed = most >= math.log(torch.finfo(q.dtype).eps / 2 / T)
+    needed[:, 0] = True  # token 0 is never masked
+    return needed
 
 
-def one_memory_case(name, shape, T, tokens, device, how=None):
-    """shape: one of SHAPES, or the folder of a trained run."""
-    if shape not in SHAPES:
-        once = trained.step_case(trained.load(shape, device), name == 'selective', tokens, device)
-    else:
-        once = generate_case(shape, T, tokens, device, how) if name == 'generate' else \
-            step_case(name, SHAPES[shape], T, tokens, device)
-    for _ in range(2):
-        once()
-    if 'cuda' in device:
-        return torch.cuda.max_memory_allocated()
-    if os.path.exists('/proc/self/status'):     # Linux: ru_maxrss would be the parent's, too
-        return 1024 * int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def forget_part(table, subject):
+    needed = {'full cache': subject.T}
+    for l, (layer, (q, k, _)) in enumerate(zip(subject.layers, subject.queries_keys_values())):
+        if layer.selects:
+            needed[f'layer {l}'] = still_needed(layer, q, k).sum().item() / subject.B
+    table.group('forget', subject, 'tokens', needed)
+
+
+# ---- Generation ----------------------------------------------------------------------------------
 
 
 def filled(gpt, B, budgets, text):
-    """A KV cache that has read the text (T,), the same in every sequence."""
+    """A KV cache that has read text (1, n), the same in each of B sequences."""
     cache = m.KVCache(gpt, 1, budgets)
-    m.prefill(gpt, text[None], cache)
+    m.prefill(gpt, text, cache)
     cache.repeat(B)
     return cache
 
 
+class GPT2:
+    """transformers' GPT-2 of the size of gpt, whose cache has read text (1, n) in B sequences."""
+
+    def __init__(self, gpt, B, text):
+        import transformers
+
+        sizes = {name: getattr(gpt.config, name) for name in measure.SHAPES['small']}
+        sizes |= {'n_positions': gpt.config.block_size, 'bos_token_id': 0, 'eos_token_id': 0}
+        config = transformers.GPT2Config(**sizes)
+        self.model = transformers.GPT2LMHeadModel(config).to(text.device).eval()
+        self.cache = self.model(text, use_cache=True, logits_to_keep=1).past_key_values
+        self.cache.batch_repeat_interleave(B)
+
+    def step(self, new):
+        """Read the tokens new (B, 1), and forget them again."""
+        self.model(new, past_key_values=self.cache, use_cache=True)
+        self.cache.crop(-1)
+
+
+@torch.no_grad()
+def decode_part(table, subject):
+    """A step with a full cache and with budgets of T/32, and how large the caches are."""
+    gpt, K = subject.gpt, max(2, subject.T // 32)
+    kernels.fast_rows(gpt)
+    text = subject.x[:1, : -subject.cfg.rounds - 2]
+    for B in BATCHES:
+        new = text[:, :1].repeat(B, 1)
+        steps, sizes = {}, {}
+        for case, budgets in {'full cache': None, f'budgets of {K}': K}.items():
+            cache = filled(gpt, B, budgets, text)
+            steps[case] = partial(gpt, new, cache=cache)
+            sizes[f'{case}, its size'] = cache.bytes() / 2**20
+        if find_spec('transformers'):
+            steps["transformers' GPT-2, its cache"] = partial(GPT2(gpt, B, text).step, new)
+        table.time(f'decode{B}', subject, steps)
+        table.group(f'decode{B}', subject, 'MiB', sizes)
+
+
+@torch.no_grad()
+def prefill_part(table, subject):
+    """Blocks of rows over a full cache, the same within budgets of T/64, and all rows at once."""
+    gpt, text, K = subject.gpt, subject.x[:1], max(2, subject.T // 64)
+    cases = {
+        'full cache': partial(filled, gpt, 1, None, text),
+        f'budgets of {K}': partial(filled, gpt, 1, K, text),
+        'all at once, no cache': partial(gpt, text),
+    }
+    table.time('prefill', subject, cases)
+
+
+@torch.no_grad()
+def generate_part(table, subject):
+    """Tokens a second in 1,000 steps after the first token, and in 100 steps of batches of 32.
+
+    Without a cache, a step costs more the longer the text: the one in the middle stands for all.
+    """
+    gpt, K = subject.gpt, max(2, subject.T // 32)
+    kernels.fast_rows(gpt)
+    for B, steps in zip(BATCHES, (1000, 100)):
+        n = min(steps, subject.T - 1)
+        text = subject.x[:1].repeat(B, 1)
+        cases = {
+            'full cache': partial(gpt.generate, text[:, :1], n),
+            f'budgets of {K}': partial(gpt.generate, text[:, :1], n, budgets=K),
+            'no cache (nanoGPT)': partial(gpt, text[:, : n // 2]),
+        }
+        taken = measure.times(cases, 1, subject.cfg.device)
+        taken['no cache (nanoGPT)'] *= n
+        rates = {case: 1000 * B * n / ms for case, ms in taken.items()}
+        table.group(f'generate{B}', subject, 'tokens/s', rates)
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+PARTS = {
+    'attention': attention_part,
+    'step': step_part,
+    'memory': memory_part,
+    'decode': decode_part,
+    'prefill': prefill_part,
+    'generate': generate_part,
+    'profile': profile_part,
+    'forget': forget_part,
+}
+
+
+def listed(option, text, known):
+    """The words of an option's list; UserError for one that is unknown."""
+    words = text.split(',')
+    for word in words:
+        if word not in known:
+            raise UserError(f'--{option}: {word!r} is not one of {", ".join(known)}')
+    return words
+
+
+def listed_lengths(text):
+    for word in text.split(','):
+        if not re.fullmatch('[0-9]{2,7}', word) or not 64 <= int(word) <= 2**20:
+            raise UserError(f'--lengths: {word!r} is not a whole number from 64 to {2**20}')
+    return [int(word) for word in text.split(',')]
+
+
 def main():
     cfg = settings.parse(BenchConfig)
-    if cfg.case:
-        try:
-            print(one_memory_case(*json.loads(cfg.case)))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError('--case is what this script gives itself') from None
-        return
     if cfg.quick:
         cfg.shapes, cfg.lengths, cfg.rounds = 'small', '256,512', 3
-    parts, shapes = cfg.what.split(','), cfg.shapes.split(',')
-    if set(parts) - {*PARTS, 'forget'}:
-        raise UserError(f"--what={cfg.what}: the parts are {', '.join(PARTS)}, forget")
-    of_runs = [part for part in parts if part in ('attention', 'step', 'memory', 'forget')]
-    if cfg.out_dir and not of_runs:
-        raise UserError(f'--what={cfg.what}: of trained models it is attention, step, memory, forget')
-    if 'forget' in parts and not cfg.out_dir:
-        raise UserError('--what=forget is about trained models: give their folders with --out_dir')
-    if cfg.clock not in ('wall', 'cpu'):
-        raise UserError(f"--clock={cfg.clock}: it is 'wall' or 'cpu'")
-    if set(shapes) - set(SHAPES) or not all(t.isdigit() and int(t) > 1 for t in cfg.lengths.split(',')):
-        raise UserError(f'--shapes is among {", ".join(SHAPES)}, --lengths are whole numbers like 256,512')
-    if 'decode' in parts and min(map(int, cfg.lengths.split(','))) < cfg.rounds + 34:
-        raise UserError(f'--rounds={cfg.rounds}: decode needs --lengths of {cfg.rounds + 34} and more for it')
+    parts = listed('what', cfg.what, PARTS)
+    sources = listed('shapes', cfg.shapes, measure.SHAPES)
+    lengths = listed_lengths(cfg.lengths)
     files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
-    machine = torch.cuda.get_device_name() if 'cuda' in cfg.device else \
-        f'{platform.machine()}, {torch.get_num_threads()} threads'
-    print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds, {cfg.clock} time')
-    print(f"{'part':10} {'shape':6} {'T':>6} {'case':34} {'value':>12} {'unit':8} {'ratio':>9}")
-    table, lengths = Table(), [int(t) for t in cfg.lengths.split(',')]
     if cfg.out_dir:
-        shapes, parts = [], of_runs
-        trained.measure(table, cfg, parts, peak_memory)
-    for shape in shapes:
-        for part in parts:
-            PARTS[part](table, cfg, shape, lengths)
-            if part != 'profile':
-                table.growth(part, shape)
-    files.write_file(cfg.to, json.dumps({'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds,
-                                            'command': ' '.join(sys.argv[1:]), 'rows': table.rows}, indent=1))
+        sources, lengths = cfg.out_dir.split(','), [0]
+        for out_dir in sources:
+            subject = measure.Subject(cfg, out_dir, 0)
+            print(f'{out_dir}: T = {subject.T}, {subject.install("auto")}')
+    machine = f'{platform.machine()}, {torch.get_num_threads()} threads'
+    if 'cuda' in cfg.device:
+        machine = torch.cuda.get_device_name()
+    print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
+    table = measure.Table()
+    for part in parts:
+        for source in sources:
+            for T in lengths:
+                PARTS[part](table, measure.Subject(cfg, source, T))
+    table.print_growth(('attention', 'step', 'memory'))
+    content = {'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds}
+    content |= {'command': ' '.join(sys.argv[1:]), 'rows': table.rows}
+    files.write_file(cfg.to, json.dumps(content, indent=1))
     print(cfg.to)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The parts
-
-
-def attention_part(table, cfg, shape, lengths):
-    for T in lengths:
-        cases = attention_cases(SHAPES[shape], T, cfg.tokens, cfg.device)
-        values = times(cases, cfg.rounds, cfg.device, cfg.clock)
-        table.group('attention', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
-
-
-def step_part(table, cfg, shape, lengths):
-    names = [*MODELS, 'selective, listing', *['selective, x-transformers'] * bool(x_transformers())]
-    for T in lengths:
-        cases = {name: step_case(name, SHAPES[shape], T, cfg.tokens, cfg.device) for name in names}
-        values = times(cases, cfg.rounds, cfg.device, cfg.clock)
-        table.group('step', shape, T, {n: 1e3 * s for n, s in values.items()}, 'ms', batch=max(1, cfg.tokens // T))
-
-
-def memory_part(table, cfg, shape, lengths):
-    for T in lengths:
-        values = {name: peak_memory([name, shape, T, cfg.tokens, cfg.device]) / 2**20
-                  for name in [*MODELS, 'selective, listing']}
-        table.group('memory', shape, T, values, 'MiB', batch=max(1, cfg.tokens // T))
-
-
-@torch.no_grad()
-def decode_part(table, cfg, shape, lengths):
-    """A step and its attention alone, with a full cache and with budgets of T/32; and without a cache at all."""
-    s = SHAPES[shape]
-    for T in lengths:
-        gpt = model_for_generation(s, T, cfg.device)
-        text = torch.randint(s['vocab_size'], (T - cfg.rounds - 2,), device=cfg.device)
-        K = max(2, T // 32)
-        for B in (1, 32):
-            caches = {'full cache': filled(gpt, B, None, text), f'budgets of {K}': filled(gpt, B, K, text)}
-            new = text[:B, None].clone()
-            cases = {name: lambda cache=cache: gpt(new, cache=cache) for name, cache in caches.items()}
-            if transformers():
-                cases["transformers' GPT-2, its cache"] = GPT2(s, T, B, text, cfg.device).decode(new)
-            values = times(cases, cfg.rounds, cfg.device, cfg.clock)
-            table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
-            q, k, v = torch.randn(3, B, s['n_head'], 1, s['n_embd'] // s['n_head'], device=cfg.device).unbind()
-            values = times({f'{name}, attention alone': lambda cache=cache: [
-                layer.attend(q, k, v, cache.position, torch.relu) for layer in cache.layers]
-                for name, cache in caches.items()}, cfg.rounds, cfg.device, cfg.clock)
-            table.group(f'decode{B}', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms/step')
-            table.group(f'decode{B}', shape, T, {f'{n}, its size': c.bytes() / 2**20 for n, c in caches.items()}, 'MiB')
-
-
-@torch.no_grad()
-def prefill_part(table, cfg, shape, lengths):
-    """The attention of one layer while a prompt is read: blocks over a full cache, over budgets, and all at once."""
-    s = SHAPES[shape]
-    H, D = s['n_head'], s['n_embd'] // s['n_head']
-    for T in lengths:
-        dtype = getattr(torch, devices.pick_dtype('auto', cfg.device))
-        q, k, v = torch.randn(3, 1, H, T, D, device=cfg.device, dtype=dtype).unbind()
-        K = max(2, T // 64)
-
-        def read(budget):
-            cache = m.LayerCache(1, H, budget, D, 'selective', cfg.device, dtype)
-            for a in range(0, T, 64):                           # as model.prefill does
-                rows = slice(a, a + 64)
-                i = torch.arange(T, device=cfg.device)[rows]
-                cache.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], i, torch.relu)
-        cases = {'full cache': lambda: read(T), f'budgets of {K}': lambda: read(K)}
-        at_once = selective(q, 'auto')
-        cases['all at once, no cache'] = lambda: at_once(q, k, v)
-        values = times(cases, cfg.rounds, cfg.device, cfg.clock)
-        table.group('prefill', shape, T, {n: 1e3 * v for n, v in values.items()}, 'ms')
-
-
-@torch.no_grad()
-def generate_part(table, cfg, shape, lengths):
-    """1,000 tokens after the first (100 in batches of 32); without a cache, as nanoGPT does it, the mean of nine steps
-    along the way."""
-    s = SHAPES[shape]
-    for T in [T for T in lengths if T >= 1024][:1] or lengths[-1:]:
-        n = min(50 if cfg.quick else 1000, T - 1)
-        gpt = model_for_generation(s, T, cfg.device)
-        for B in (1, 32):
-            idx = torch.randint(s['vocab_size'], (B, T), device=cfg.device)
-            n = n if B == 1 else n // 10    # a step costs the same at every length, but not without a cache: B = 1 only
-            at = [max(1, round(n * part / 8)) for part in range(9)] if B == 1 else []
-            values = {}
-            for name, budgets in {'full cache': None, f'budgets of {max(2, T // 32)}': max(2, T // 32)}.items():
-                cache, started = m.KVCache(gpt, B, budgets), time.perf_counter()
-                for _ in m.stream(gpt, idx[:, :1], n, cache=cache):
-                    pass
-                synchronize(cfg.device)
-                values[name] = (time.perf_counter() - started) / n
-            if at:
-                each = times({str(t): lambda t=t: gpt(idx[:, :t]) for t in at}, 1, cfg.device)
-                values['no cache (nanoGPT)'] = float(np.mean(list(each.values())))
-            table.group(f'generate{B}', shape, T, {name: B / v for name, v in values.items()}, 'tokens/s')
-            ways = {'full cache': None, f'budgets of {max(2, T // 32)}': max(2, T // 32), 'no cache (nanoGPT)': 'no cache'}
-            table.group(f'generate{B}', shape, T, {f'{name}, peak of the process': peak_memory(
-                ['generate', shape, T, B, cfg.device, how]) / 2**20 for name, how in ways.items()}, 'MiB')
-
-
-def profile_part(table, cfg, shape, lengths):
-    """The operators of standard attention and of ours, in percent of the whole; the ratio is to all of standard's."""
-    for T in lengths:
-        for name, once in list(attention_cases(SHAPES[shape], T, cfg.tokens, cfg.device).items())[:2]:
-            once()
-            with torch.profiler.profile() as profile:
-                for _ in range(cfg.rounds):
-                    once()
-            ops = {op.key.removeprefix('aten::')[-29:]: op.self_cpu_time_total for op in profile.key_averages()}
-            total = sum(ops.values())
-            standard = total if name == 'standard' else standard
-            for op in sorted(ops, key=ops.get, reverse=True)[:8]:
-                table.add(part='profile', shape=shape, T=T, case=f'{name[:3]}: {op}', unit='%',
-                          value=100 * ops[op] / total, ratio=ops[op] / standard)
-
-
-PARTS = {'attention': attention_part, 'step': step_part, 'memory': memory_part, 'decode': decode_part,
-         'prefill': prefill_part, 'generate': generate_part, 'profile': profile_part}
 
 if __name__ == '__main__':
     settings.run(main)
