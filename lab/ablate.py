@@ -1,54 +1,64 @@
-"""Train with one rule changed, or with another method in its place: to see what matters. Everything else is train.py.
+"""Train with one rule changed, or with another method in its place, to see what matters.
 
     python -m lab.ablate no_relu config/selective_small.py --out_dir=out/no_relu
     python -m lab.ablate window=32 config/selective_small.py --out_dir=out/window
 
-All of these are one recurrence, F <- F + S, with P = softmax(L - F), and differ in who votes, on what, and how much:
+Everything else is train.py. All of these are one recurrence, F <- F + S, with P = softmax(L - F).
+They differ in who votes, on what, and how much:
 
     standard            S = 0
     window=K            S[i,j] = inf for j = i - K + 2: a token K - 1 back is gone for good
-    alibi               S[i,j] = m[h], a constant of the head: distance alone (up to token 0 and one step)
-    fox                 S[i,j] = -log σ(gate of i): the reader decides alone, and treats all earlier tokens alike
+    alibi               S[i,j] = m[h], a constant of the head: only distance counts (up to token 0
+                        and one step)
+    fox                 S[i,j] = -log σ(gate of i): the reader alone decides, and treats all earlier
+                        tokens alike
     selective           S[i,j] = max(0, L[0,i,j]): reader and token decide together
 
-Votes, with --selective (2410.02703 section 3):
+These rules change the votes, or how they add up. They need --selective (2410.02703 section 3):
 
-    as_published        nothing is changed: what the others are compared with
+    as_published        nothing is changed: the others are compared with this
     no_relu             negative votes count: S = L[0], so a masked token can be unmasked
-    fox                 S[i,j] = softplus(-L[0,i,0] - 4), after the Forgetting Transformer (arXiv 2503.02130). The gate
-                        of row i is its logit of token 0: q.k of a key that is the same in all texts, so a linear
-                        function of the row, at no new parameters. Theirs has its own gate for each head, and acts at
-                        once.
+    fox                 S[i,j] = softplus(-L[0,i,0] - 4), after the Forgetting Transformer (arXiv
+                        2503.02130). The gate of row i is its logit of token 0, q.k of a key that is
+                        the same in all texts, so a linear function of the row at no new parameters.
+                        Theirs has a gate of its own for each head, and acts at once.
+    at_once             a row's vote acts on that row already, not on later rows only
 
-What is masked, with --selective. T x T matrices:
+These rules change what is masked. They need --selective, too, and build T x T tensors:
 
     first_too           token 0 may be masked, too
     self_too            a token may mask itself for later rows
-    at_once             a row's vote acts on that row already, not on later rows only
     last_head           the last head selects instead of head 0
-    groups              one selector for every two heads, which mask for these two alone
-    window=K            no votes: token 0 and the newest K - 1 tokens, as a budget of K with policy 'oldest' keeps
-    alibi               no votes: logits fall with distance by 2^(-8h/H) a token in head h = 1 ... H (arXiv 2108.12409)
-    alibi=K             that, of token 0 and the newest K - 1 tokens alone
+    groups              every two heads have a selector, which masks for these two alone
+    window=K            no votes: token 0 and the newest K - 1 tokens, which a budget of K tokens
+                        keeps under oldest-first eviction
+    alibi               no votes: logits fall with distance by 2^(-8h/H) a token in head h = 1 ... H
+                        (arXiv 2108.12409)
+    alibi=K             alibi on token 0 and the newest K - 1 tokens alone
     votes_and_alibi     both, to see what either adds to the other
 
-Temperatures, with --ssa (2411.12892 section 3):
+These rules change the temperatures. They need --ssa (2411.12892 section 3):
 
     no_position         --ssa=qv without the position-aware part
-    position_on_values  --ssa=qv with the position-aware part on values, too, as in the paper's ablation
-    position_only       --ssa=q, the position-aware part alone as in the authors' code: 1 + exp(-exp(β)) log n, one β
-                        a layer
+    position_on_values  --ssa=qv with the position-aware part on values, too, as in the paper's
+                        ablation
+    position_only       --ssa=q, the position-aware part alone as in the authors' code:
+                        1 + exp(-exp(β)) log n, one β a layer
     ssmax               --ssa=q, the scalable softmax (arXiv 2501.19399): s log n, one s a head
 
-And double_heads: standard attention with twice the heads, of the same size, and so twice its parameters.
+Last, double_heads is standard attention with twice the heads, of the same size, and so with twice
+its parameters.
 
-The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or refuse it. To
-resume, give the same rule again.
+The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or
+refuse it. To resume, give the same rule again.
 """
+
 import contextlib
-import functools
-import os
+import dataclasses
 import sys
+from dataclasses import dataclass
+
+from support import settings  # before torch, see support/__init__.py
 
 import torch
 import torch.nn as nn
@@ -56,186 +66,258 @@ import torch.nn.functional as fn
 
 import model as m
 import train
-from support import checkpoint as ckpt, settings
+from support import checkpoint as ckpt
 from support.settings import UserError
 
-# ---- Votes: (layer, logits of head 0 (B, R, N)) -> S
+# ---- Votes ---------------------------------------------------------------------------------------
 
 
-def no_relu(layer, L0):
-    return L0
+class NoReLU(m.CausalSelfAttention):
+    def vote(self, L0):
+        return L0
 
 
-def fox(layer, L0):
-    return fn.softplus(-L0[..., :1] - 4).expand_as(L0)          # -log σ(gate), which starts near 0.02 a token
+class Fox(m.CausalSelfAttention):
+    def vote(self, L0):
+        gate = fn.softplus(-L0[..., :1] - 4)  # -log σ, which starts near 0.02 a token
+        return gate.expand_as(L0)
 
 
-# ---- What is masked: as `model.selective_attention`, (q, k, v, vote, dropout, memory_tau) -> y, M
+class AtOnce(m.CausalSelfAttention):
+    def accumulate(self, F, S):
+        F = F[:, None] + S.cumsum(dim=1)  # (B, R, N)
+        return torch.cat([F, F[:, -1:]], dim=1)  # the row after the block has no other votes
 
 
-def listing(rule, q, k, v, vote, dropout=0.0, memory_tau=None):
-    """As `model.selective_attention_listing`, with one rule changed. M of several selectors is their mean."""
-    H, T, D = q.shape[1:]
-    i = torch.arange(T, device=q.device)[:, None]               # (T, 1)
-    j = i.T                                                     # (1, T)
-    L = (q @ k.transpose(-2, -1) * D**-0.5).to(m.F_dtype(q.dtype))      # (B, H, T, T)
-    selectors = {'groups': range(0, H, 2), 'last_head': [H - 1]}.get(rule, [0])
-    S = torch.stack([vote(L[:, h]) for h in selectors], dim=1)  # (B, selectors, T, T)
-    S = S * (j <= i if rule == 'self_too' else j < i) * (j >= 0 if rule == 'first_too' else j > 0)
-    F = S.cumsum(dim=-2) if rule == 'at_once' else S.cumsum(dim=-2) - S
-    L = L - F.repeat_interleave(-(-H // len(selectors)), dim=1)[:, :H]      # each selector's F for its own heads
-    if rule == 'votes_and_alibi':
-        L = L + by_distance(H, i)
-    P = fn.dropout(L.masked_fill(j > i, float('-inf')).softmax(dim=-1), dropout, training=dropout > 0)
-    M = None if memory_tau is None else m.memory_requirement(F.transpose(0, 1), i[:, 0], memory_tau).mean(dim=0)
-    return P.to(v.dtype) @ v, M
+# ---- What is masked ------------------------------------------------------------------------------
 
 
-def by_distance(H, i):
-    """What ALiBi adds to the logits of rows i (T, 1): (H, T, T)."""
+def unbiased(H, i, j):
+    return torch.zeros(j.size(1), j.size(1), device=j.device)
+
+
+def by_distance(H, i, j):
+    """What ALiBi adds to the logits of rows i (T, 1) and columns j (1, T): (H, T, T)."""
     slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=i.device) / H)
-    return slopes[:, None, None] * (i.T - i)
+    return slopes[:, None, None] * (j - i)
 
 
-def newest(K, alibi, q, k, v, vote, dropout=0.0, memory_tau=None):
-    """Token 0 and the newest K - 1 tokens, the row's own among them; all where K is None. alibi: whether logits fall
-    with distance. M is the tokens before a row that it sees."""
-    H, T = q.shape[1:3]
-    i = torch.arange(T, device=q.device)[:, None]               # (T, 1)
-    j = i.T                                                     # (1, T)
-    seen = (j <= i) & ((j > i - (K or T) + 1) | (j == 0))       # (T, T)
-    bias = by_distance(H, i) if alibi else torch.zeros(T, T, device=q.device)
-    y = fn.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~seen, float('-inf')).to(q.dtype),
-                                        dropout_p=dropout)
-    return y, None if memory_tau is None else (seen.sum(dim=1) - 1.0).expand(len(q), -1)
+class Listing(m.CausalSelfAttention):
+    """`model.selective_attention_listing` in parts, each of which a rule can change."""
+
+    bias = staticmethod(unbiased)  # what is added to the logits
+
+    def voters(self, H):
+        """For each head, the head whose votes it subtracts."""
+        return [0] * H
+
+    def counts(self, i, j):
+        """Whether the vote of row i (T, 1) on column j (1, T) counts: (T, T)."""
+        return (0 < j) & (j < i)
+
+    @staticmethod
+    def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
+        H, T = q.shape[1:3]
+        i = torch.arange(T, device=q.device)[:, None]  # (T, 1)
+        j = i.T  # (1, T)
+        L = m.logits(q, k)  # (B, H, T, T)
+        S = rule.vote(L[:, rule.voters(H)].flatten(0, 1))  # (B * H, T, T)
+        S = torch.where(rule.counts(i, j), S, 0.0)
+        F = rule.accumulate(S.new_zeros(len(S), T), S)[:, :-1]  # (B * H, T, T)
+        L = L - F.view_as(L) + rule.bias(H, i, j)
+        P = L.masked_fill(j > i, float('-inf')).softmax(dim=-1)
+        P = fn.dropout(P, dropout, training=dropout > 0)
+        M = None
+        if memory_tau is not None:
+            M = m.memory_requirement(F, i[:, 0], memory_tau)  # (B * H, T)
+            M = M.view(-1, H, T).mean(dim=1)
+        return P.to(v.dtype) @ v, M
 
 
-# ---- Temperatures of the queries: in the place of `model.Temperature`
+class FirstToo(Listing):
+    def counts(self, i, j):
+        return j < i
+
+
+class SelfToo(Listing):
+    def counts(self, i, j):
+        return (0 < j) & (j <= i)
+
+
+class LastHead(Listing):
+    def voters(self, H):
+        return [H - 1] * H
+
+
+class Groups(Listing):
+    def voters(self, H):
+        return [h - h % 2 for h in range(H)]
+
+
+class VotesAndAlibi(Listing):
+    bias = staticmethod(by_distance)
+
+
+class Window(m.CausalSelfAttention):
+    """Token 0 and the newest K - 1 tokens, the row's own among them; all of them if K is None."""
+
+    K = None
+    bias = staticmethod(unbiased)
+
+    @staticmethod
+    def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
+        B, H, T, _ = q.shape
+        i = torch.arange(T, device=q.device)[:, None]  # (T, 1)
+        j = i.T  # (1, T)
+        seen = j <= i  # (T, T)
+        if rule.K is not None:
+            seen = seen & ((j > i - rule.K + 1) | (j == 0))
+        bias = rule.bias(H, i, j).masked_fill(~seen, float('-inf'))
+        y = fn.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=dropout)
+        M = None
+        if memory_tau is not None:
+            M = (seen.sum(dim=1) - 1.0).expand(B, T)  # the tokens before a row that it sees
+        return y, M
+
+
+class Alibi(Window):
+    bias = staticmethod(by_distance)
+
+
+# ---- Twice the heads -----------------------------------------------------------------------------
+
+
+class DoubleHeads(m.CausalSelfAttention):
+    """Standard attention of 2H heads of D channels, where the model has H."""
+
+    def __init__(self, config):
+        C = config.n_embd
+        super().__init__(dataclasses.replace(config, n_head=2 * config.n_head, n_embd=2 * C))
+        self.c_attn = nn.Linear(C, 6 * C, bias=config.bias)
+        self.c_proj = nn.Linear(2 * C, C, bias=config.bias)
+
+
+# ---- Temperatures --------------------------------------------------------------------------------
+
+
+class NoPosition(m.Temperature):
+    def __init__(self, config, position_aware):
+        super().__init__(config, position_aware=False)
+
+
+class PositionOnValues(m.Temperature):
+    def __init__(self, config, position_aware):
+        super().__init__(config, position_aware=True)
 
 
 class PositionOnly(nn.Module):
     def __init__(self, config, position_aware):
         super().__init__()
-        self.beta = nn.Parameter(torch.tensor([1.5]))           # the authors' start: 1 + 0.011 log n
+        self.beta = nn.Parameter(torch.tensor([1.5]))  # the authors' start: 1 + 0.011 log n
 
     def forward(self, x, activations, pos):
-        return 1 + (torch.exp(-torch.exp(self.beta)) * torch.log(pos + 1.0))[:, None]   # (T, 1)
+        tau = 1 + torch.exp(-torch.exp(self.beta)) * torch.log(pos + 1.0)
+        return tau[:, None]  # (T, 1)
 
 
 class ScalableSoftmax(nn.Module):
     def __init__(self, config, position_aware):
         super().__init__()
-        self.s = nn.Parameter(torch.full((config.n_head,), 0.43))       # 1 at the ninth token
+        self.s = nn.Parameter(torch.full((config.n_head,), 0.43))  # 1 at the ninth token
 
     def forward(self, x, activations, pos):
-        return self.s * torch.log(pos + 2.0)[:, None]           # (T, H); n + 1, as log 1 = 0
+        return self.s * torch.log(pos + 2.0)[:, None]  # (T, H); n + 1, as log 1 = 0
 
 
-def no_position(config, position_aware, original=m.Temperature):
-    made = original(config, position_aware)
-    if position_aware:
-        made.alpha.data.fill_(-1e4)                             # sigmoid(alpha) = 0
-        made.alpha.requires_grad_(False)
-    return made
+# --------------------------------------------------------------------------------------------------
+
+VOTES = {
+    'as_published': m.CausalSelfAttention,
+    'no_relu': NoReLU,
+    'fox': Fox,
+    'at_once': AtOnce,
+    'first_too': FirstToo,
+    'self_too': SelfToo,
+    'last_head': LastHead,
+    'groups': Groups,
+    'window=K': Window,
+    'alibi': Alibi,
+    'alibi=K': Alibi,
+    'votes_and_alibi': VotesAndAlibi,
+}
+TEMPERATURES = {
+    'no_position': NoPosition,
+    'position_on_values': PositionOnValues,
+    'position_only': PositionOnly,
+    'ssmax': ScalableSoftmax,
+}
+RULES = {**VOTES, **TEMPERATURES, 'double_heads': DoubleHeads}
 
 
-def position_on_values(config, position_aware, original=m.Temperature):
-    return original(config, position_aware=True)                # of values as of queries
-
-
-# ---- Twice the heads
-
-
-class DoubleHeads(m.CausalSelfAttention):
-    """Attention of 2H heads of D channels, where the model has H."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        C = config.n_embd
-        self.c_attn = nn.Linear(C, 6 * C, bias=config.bias)
-        self.c_proj = nn.Linear(2 * C, C, bias=config.bias)
-
-    def forward(self, x, pos, cache=None, memory_tau=None):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, 2 * self.config.n_head, -1).unbind(dim=2)        # (B, T, 2H, D)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rope:
-            q, k = m.rotate(q, k, pos)
-        y = fn.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, 2 * C)), None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-VOTES = {'no_relu': no_relu, 'fox': fox}
-LISTINGS = 'as_published', 'first_too', 'self_too', 'at_once', 'last_head', 'groups', 'votes_and_alibi'
-TEMPERATURES = {'no_position': no_position, 'position_on_values': position_on_values, 'position_only': PositionOnly,
-                'ssmax': ScalableSoftmax}
-RULES = (*VOTES, *LISTINGS, 'window=K', 'alibi', 'alibi=K', *TEMPERATURES, 'double_heads')
+@dataclass
+class Limit:
+    K: int = settings.option(2, 'tokens that a row sees', low=2, high=2**20)
 
 
 def parse(rule):
-    """(name of the rule, K or None); UserError if there is no such rule."""
+    """(name of the rule, its K or None); UserError if there is no such rule."""
     name, equals, K = rule.partition('=')
     if equals:
         name += '=K'
-    if name not in RULES or equals and not (K.isascii() and K.isdigit() and len(K) < 8 and int(K) >= 2):
-        raise UserError(f"the rule comes first, one of {', '.join(RULES)}, with K at least 2")
-    return name, int(K) if equals else None
+    if name not in RULES:
+        raise UserError(f'the rule comes first, one of {", ".join(RULES)}')
+    if not equals:
+        return name, None
+    return name, settings.checked(Limit, 'K', K, rule)
 
 
 @contextlib.contextmanager
 def changed(rule):
-    """model.py with this rule, until the block ends."""
+    """model.py with this rule until the block ends: its class takes the place of the own one."""
     name, K = parse(rule)
-    layer = m.CausalSelfAttention
-    before = [(m, name, getattr(m, name)) for name in ('selective_attention', 'Temperature', 'CausalSelfAttention')]
-    before += [(layer, 'attention', staticmethod(m.selective_attention)), (layer, 'vote', layer.vote)]
+    place = 'CausalSelfAttention'
+    if name in TEMPERATURES:
+        place = 'Temperature'
+    before = getattr(m, place)
+    setattr(m, place, type(name, (RULES[name],), {'K': K}))
     try:
-        if name in VOTES:
-            layer.vote = VOTES[name]
-        elif name in TEMPERATURES:
-            m.Temperature = TEMPERATURES[name]
-        elif name == 'double_heads':
-            m.CausalSelfAttention = DoubleHeads
-        else:
-            if name in ('window=K', 'alibi', 'alibi=K'):
-                attention = functools.partial(newest, K, 'alibi' in name)
-            else:
-                attention = functools.partial(listing, name)
-            # both: kernels compare themselves with the first, and step aside
-            m.selective_attention, layer.attention = attention, staticmethod(attention)
         yield
     finally:
-        for place, attribute, value in before:
-            setattr(place, attribute, value)
+        setattr(m, place, before)
 
 
-def check(name, cfg):
-    """UserError if the rule would change nothing in a model of these settings, or cannot be had with them."""
-    if name in TEMPERATURES:
-        fits = {'no_position': 'q' in cfg.ssa, 'position_on_values': 'v' in cfg.ssa}.get(name, cfg.ssa == 'q')
+def check(rule, config):
+    """UserError if the rule changes nothing in a model of these settings, or does not fit it."""
+    if rule == 'no_position':
+        fits = 'q' in config.ssa
+    elif rule == 'position_on_values':
+        fits = 'v' in config.ssa
+    elif rule in TEMPERATURES:
+        fits = config.ssa == 'q'
+    elif rule == 'double_heads':
+        fits = not config.selective and not config.ssa
     else:
-        fits = not cfg.selective and not cfg.ssa if name == 'double_heads' else cfg.selective
+        fits = config.selective
     if not fits:
-        raise UserError(f'{name} does not fit a model with selective={cfg.selective} and ssa={cfg.ssa!r}: see --help')
-    if name == 'double_heads' and cfg.dropout:
-        raise UserError('double_heads has no dropout')
-    if name in VOTES and cfg.vote_scale:
-        raise UserError(f'{name} has no vote_scale')
+        raise UserError(
+            f'{rule} does not fit selective={config.selective} and ssa={config.ssa!r}: see --help'
+        )
+    if rule in ('no_relu', 'fox') and config.vote_scale:
+        raise UserError(f'{rule} has no vote_scale')
 
 
 def main():
     if '--help' in sys.argv or '-h' in sys.argv:
         print(__doc__)
         return
-    rule = sys.argv.pop(1) if len(sys.argv) > 1 else ''
-    name, _ = parse(rule)
+    rule = ''.join(sys.argv[1:2])
+    parse(rule)
+    del sys.argv[1]
     cfg = settings.parse(train.TrainConfig)
-    if (cfg.eval_only or cfg.init_from == 'resume') and os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')):
-        for key, value in ckpt.model_args(ckpt.load(cfg.out_dir)).items():      # the checkpoint decides
-            setattr(cfg, key, value)
-    check(name, cfg)
+    config = cfg
+    if cfg.eval_only and cfg.init_from in ('scratch', 'resume'):
+        config = m.GPTConfig(**ckpt.model_args(ckpt.load(cfg.out_dir)))
+    check(rule, config)
     with changed(rule):
         train.main()
 
