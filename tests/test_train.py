@@ -27,13 +27,12 @@ SMALL = (
     '--warmup_iters=2 --learning_rate=1e-2'
 ).split()
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
 def start(*args, cwd=ROOT):
     """A script in a process of its own."""
     streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen([sys.executable, *args], cwd=cwd, env=ENV, text=True, **streams)
+    return subprocess.Popen([sys.executable, *args], cwd=cwd, text=True, **streams)
 
 
 def wait_for(process, beginning):
@@ -90,8 +89,6 @@ def test_resume(old, dataset, tmp_path, run):
         ckpt.save(tmp_path / 'parts', as_of_old(ckpt.load(tmp_path / 'parts')))
     run(train, *args, '--max_iters=20', parts, '--init_from=resume')
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
-    ckpt.save(tmp_path / 'parts', as_of_old(ckpt.load(tmp_path / 'parts')))
-    assert 'KV cache' in run(sample, parts, '--max_new_tokens=2', '--device=cpu')
     out = run(train, *args, parts, '--init_from=resume', '--rope', '--max_iters=30')
     assert 'another run by rope=True (was False)' in out
 
@@ -99,21 +96,27 @@ def test_resume(old, dataset, tmp_path, run):
 @pytest.mark.slow
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_is_stopped_resumes(how, dataset, tmp_path, run):
-    args = [dataset, *SMALL, '--max_iters=60', '--selective', '--ssa=qv', '--dropout=0.1']
+    args = [
+        dataset,
+        *SMALL,
+        '--max_iters=300',
+        '--eval_interval=20',
+        '--selective',
+        '--ssa=qv',
+        '--dropout=0.1',
+    ]
     stopped = start('train.py', *args, f'--out_dir={tmp_path / "stopped"}')
     wait_for(stopped, 'step 23/')
     stopped.send_signal(how)
     out = stopped.stdout.read()
+    code = stopped.wait(timeout=60)
     first = ckpt.load(tmp_path / 'stopped')['iter_num']
     if how == signal.SIGKILL:
-        assert stopped.wait(timeout=60) == -9 and first % 10 == 0 and 20 <= first < 60
+        assert code == -9 and first == 20
     else:
-        assert stopped.wait(timeout=60) == 130 and 24 <= first < 60 and 'init_from=resume' in out
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of additions depends on it
+        assert code == 130 and first >= 24 and 'init_from=resume' in out
     run(train, *args, f'--out_dir={tmp_path / "stopped"}', '--init_from=resume')
     run(train, *args, f'--out_dir={tmp_path / "whole"}')
-    torch.set_num_threads(threads)
     assert_same_run(tmp_path / 'whole', tmp_path / 'stopped')
 
 
@@ -149,7 +152,6 @@ def test_states_that_do_not_fit(dataset, tmp_path, run):
         ({'AdamW': {**adam, name: wrong}}, 'does not fit'),
         ({'AdamW': {**adam, name: 5}}, 'does not fit'),
         ({'AdamW': 5}, 'does not fit'),
-        ({'param_groups': 5}, 'does not fit'),
     ]:
         ckpt.save(tmp_path, {**ckpt.load(tmp_path), 'optimizer': optimizer})
         assert words in run(train, *args, '--max_iters=2', '--init_from=resume')
@@ -301,30 +303,27 @@ def test_texts_of_one_batch(trained, run, budgets):
 @pytest.mark.parametrize('bos', [True, False])
 def test_bos(bos, dataset, tmp_path, run, monkeypatch):
     """<|endoftext|> stands in front of what a model reads exactly if it was trained so."""
-    first = []
-    stream, batch = sample.stream, data.Dataset.batch
+    seen = []
 
-    def spy_stream(model, idx, *args, **more):
-        first.append(idx[0, 0].item())
-        return stream(model, idx, *args, **more)
+    def spy(owner, name):
+        function = getattr(owner, name)
 
-    def spy_batch(*args, **more):
-        x, y = batch(*args, **more)
-        first.extend(x[:, 0].tolist())
-        return x, y
+        def call(*args, **more):
+            seen.append(function(*args, **more))
+            return seen[-1]
 
-    monkeypatch.setattr(sample, 'stream', spy_stream)
-    monkeypatch.setattr(data.Dataset, 'batch', spy_batch)
+        monkeypatch.setattr(owner, name, call)
+
+    spy(data, 'encode_prompt')
+    spy(data.Dataset, 'batch')
     out_dir = f'--out_dir={tmp_path}'
-    for script, *args in [
-        (train, dataset, *SMALL, '--max_iters=1', f'--bos={bos}', '--selective'),
-        (prune, '--tolerance=1', '--windows=4', '--device=cpu'),
-        (sample, '--start=li', '--max_new_tokens=2', '--device=cpu', '--budgets=none'),
-    ]:
-        first.clear()
-        run(script, *args, out_dir)
-        assert first and all((token == 256) == bos for token in first), script
-    assert ckpt.starts_with_bos(ckpt.load(tmp_path)) == bos
+    run(train, dataset, *SMALL, '--max_iters=1', f'--bos={bos}', out_dir)
+    run(prune, '--tolerance=1', '--windows=4', '--device=cpu', '--policy=oldest', out_dir)
+    assert len(seen) > 5
+    assert all((x[:, 0] == 256).all() == bos for x, _ in seen)
+    seen.clear()
+    run(sample, '--start=li', '--max_new_tokens=2', '--device=cpu', out_dir)
+    assert seen == [[256] * bos + list(b'li')]
 
 
 def test_eval_only(trained, run, dataset, tmp_path):
@@ -447,13 +446,6 @@ def test_settings_that_count(tmp_path):
     assert (cfg.n_layer, cfg.n_embd, cfg.max_iters, cfg.selective) == (5, 128, 10000, True)
 
 
-def test_help_lists_every_setting():
-    out = settings.help_text(train.TrainConfig)
-    for name in train.TrainConfig.__dataclass_fields__:
-        lines = [line for line in out.splitlines() if line.startswith(f'  --{name}=')]
-        assert len(lines) == 1 and len(lines[0].split()) > 2, f'{name} is not explained'
-
-
 @pytest.mark.parametrize(
     'wrong, words',
     [
@@ -490,13 +482,6 @@ def test_threads_wait_without_spinning(script):
 def test_one_line_for_the_user(wrong, words, dataset, tmp_path, run):
     assert words in run(train, *SMALL, dataset, f'--out_dir={tmp_path / "x"}', wrong)
     assert not (tmp_path / 'x').exists()
-
-
-def test_one_line_of_a_process():
-    process = start('train.py', '--selectve=1')
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert out == "train.py: --selectve: unknown setting; did you mean 'selective'?\n"
 
 
 def test_schedule():
