@@ -159,6 +159,16 @@ def test_the_quick_search_keeps_as_little_as_the_plain_one(T):
         assert Known(costs, T).memory(spend) <= 1.05 * Known(costs, T).memory(spend, plain_bite=1)
 
 
+def test_every_layer_is_tried_at_the_end():
+    """The second layer's token is cheap once the first has lost one, and none more fits there."""
+    losses = {(4, 4): 0, (3, 4): 0.1, (4, 3): 1, (2, 4): 0.6, (3, 3): 0.2}
+    trials = Known([], 4)
+    trials.budgets = [4, 4]
+    trials.loss = lambda budgets, first=0: losses.get(tuple(budgets), 9)
+    trials.memory(spend=0.3)
+    assert trials.budgets == [3, 3]
+
+
 def test_plain_search_is_greedy(runs, run):
     run(*SMALL, TOLERANCE, '--search=plain', '--bite=8')
     result = found(runs)
