@@ -169,8 +169,8 @@ def tokenizer_json(tokenizer, bos):
             if left in ranks and right in ranks:
                 merges.append((spell(left), spell(right)))
     fast = Tokenizer(models.BPE(vocab, merges))
-    # tiktoken's pattern of gpt2 is ByteLevel's own; 'bytes' has neither a pattern nor merges
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=bool(merges))
+    # ByteLevel splits a text as tiktoken's pattern of gpt2 does
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([data.END_OF_TEXT])
     if bos:

@@ -151,12 +151,13 @@ def test_a_standard_model_is_a_plain_gpt2(changes, tmp_path):
     ours = gpt(**changes)
     names = export_hf.export(ours, checkpoint(ours), str(tmp_path))
     assert names == sorted(os.listdir(tmp_path)) and 'model.py' not in names
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(theirs) is transformers.GPT2LMHeadModel
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, info = load(tmp_path, output_loading_info=True)
+    assert type(theirs) is transformers.GPT2LMHeadModel and not info['missing_keys']
     x = tokens()
     with torch.no_grad():
         logits = ours.double()(x, x)[0]
-        torch.testing.assert_close(theirs.double()(x).logits, logits, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(theirs.double().eval()(x).logits, logits, atol=1e-10, rtol=1e-10)
 
 
 @dataclasses.dataclass
