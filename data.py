@@ -126,25 +126,22 @@ class Dataset:
         self.vocab_size = vocabulary(self.tokenizer_name)
         self.record_len = self.meta.get('record_len')
         self.answers = self.meta.get('answers')
-        for file in self.meta['files']:
-            if not os.path.isfile(f'{path}/{file}'):
-                raise UserError(f'{path}/{file} is missing, meta.json lists it: prepare it again')
-        self.files = {'train': self._open('train'), 'val': self._open('val')}
-
-    def _open(self, split):
-        """The files of 'train' or 'val' as arrays on the disk."""
-        names = sorted(glob.glob(f'{split}*.bin', root_dir=self.path))
-        if not names:
-            raise UserError(f'{self.path} has no {split}*.bin: prepare it again')
-        for name in names:
-            size = os.path.getsize(f'{self.path}/{name}')
-            listed = self.meta['files'].get(name, size // 2)  # others may have added files
+        sizes = file_sizes(path)
+        for file in self.meta['files'] | sizes:
+            size = sizes.get(file, 0)
+            listed = self.meta['files'].get(file, size // 2)  # others may have added files
             if size == 0 or size / 2 != listed:
                 raise UserError(
-                    f'{self.path}/{name} has {size} bytes, and should have {listed} tokens of 2 '
-                    'bytes: prepare it again'
+                    f'{path}/{file} has {size} bytes, and should have {listed} tokens of 2 bytes: '
+                    'prepare it again'
                 )
-        return [np.memmap(f'{self.path}/{name}', TOKEN, mode='r') for name in names]
+        self.files = {'train': [], 'val': []}
+        for split, arrays in self.files.items():
+            for file in sizes:
+                if file.startswith(split):
+                    arrays.append(np.memmap(f'{path}/{file}', TOKEN, mode='r'))
+            if not arrays:
+                raise UserError(f'{path} has no {split}*.bin: prepare it again')
 
     def fingerprint(self):
         """16 hexadecimal digits: a hash of what tokens mean, of the files' lengths and samples."""
@@ -264,6 +261,12 @@ def read_meta(path):
     return meta
 
 
+def file_sizes(path):
+    """The .bin files of a data set's folder with their bytes, in the order of their names."""
+    names = sorted(glob.glob('*.bin', root_dir=path))
+    return {name: os.path.getsize(f'{path}/{name}') for name in names}
+
+
 def known_meta(path):
     """The meta.json of a data set's folder, {} where there is none or it is damaged."""
     try:
@@ -288,8 +291,7 @@ def output_folder(root, name, pattern=r'(train|val)\.bin', source=''):
     if not os.path.lexists(folder):
         return folder
     for file in sorted(os.listdir(folder)):
-        ours = re.fullmatch(rf'({pattern}|meta\.json)(\.cut)?(\.\w+\.tmp)?', file)
-        if not ours or not os.path.isfile(f'{folder}/{file}'):
+        if not re.fullmatch(rf'({pattern}|meta\.json)(\.cut)?(\.\w+\.tmp)?', file):
             raise UserError(
                 f'{folder} has {file}, which is not of such a data set: choose another --name'
             )
@@ -299,50 +301,42 @@ def output_folder(root, name, pattern=r'(train|val)\.bin', source=''):
     return folder
 
 
-class TokenFile:
-    """Tokens on their way into a binary file. count is how many were written."""
-
-    def __init__(self, file):
-        self.file = file
-        self.count = 0
-
-    def write(self, tokens):
-        self.file.write(np.asarray(tokens, TOKEN).tobytes())
-        self.count += len(tokens)
-
-
-@contextlib.contextmanager
-def token_file(path):
-    """A TokenFile, which gets its name when the block ends without an error."""
-    with files.replacing(path) as f:
-        yield TokenFile(f)
-
-
 @contextlib.contextmanager
 def new_dataset(folder, tokenizer, source, **records):
-    """Two TokenFiles, of train.bin and val.bin. The new data set takes the place of the old one.
+    """The files train.bin and val.bin to write tokens to. They take the place of the old data set.
 
     See files.replacing_folder; for the rest, see write_meta.
     """
     with files.replacing_folder(folder) as new:
-        with token_file(f'{new}/train.bin') as train, token_file(f'{new}/val.bin') as val:
+        with open(f'{new}/train.bin', 'wb') as train, open(f'{new}/val.bin', 'wb') as val:
             yield train, val
-        counts = {'train.bin': train.count, 'val.bin': val.count}
-        write_meta(new, tokenizer, source, True, counts, **records)
+        write_meta(new, tokenizer, source, True, **records)
 
 
-def write_meta(path, tokenizer, source, complete, counts, **records):
-    """Write meta.json of the data set's folder.
+def write_tokens(file, tokens):
+    """Append tokens to a file that is open for writing."""
+    file.write(np.asarray(tokens, TOKEN).tobytes())
 
-    tokenizer: an Encoding. counts: the tokens of each file. records: record_len and answers, where
-    the data set has them.
+
+def write_meta(folder, tokenizer, source, complete, **records):
+    """Write meta.json for the files that are in the folder.
+
+    tokenizer: an Encoding. records: record_len and answers, where the data set has them.
     """
     meta = {
         'tokenizer': tokenizer.name,
         'vocab_size': tokenizer.n_vocab,
         'source': source,
         'complete': complete,
-        'files': dict(sorted(counts.items())),
+        'files': {file: size // 2 for file, size in file_sizes(folder).items()},
         **records,
     }
-    files.write_file(os.path.join(path, 'meta.json'), json.dumps(meta, indent=1))
+    files.write_file(f'{folder}/meta.json', json.dumps(meta, indent=1))
+
+
+def summary(folder):
+    """How many tokens a data set has, in words."""
+    dataset = Dataset(folder, folder)
+    train = dataset.tokens('train')
+    val = dataset.tokens('val')
+    return f'{folder}: {train:,} train and {val:,} val tokens ({dataset.tokenizer_name})'

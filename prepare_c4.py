@@ -23,15 +23,25 @@ import re
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
-
-from data import get_tokenizer, known_meta, output_folder, token_file, write_meta
+from data import (
+    file_sizes,
+    get_tokenizer,
+    known_meta,
+    output_folder,
+    summary,
+    write_meta,
+    write_tokens,
+)
 from support import files, settings
 from support.download import Progress, Server
 from support.settings import UserError, option
 
 TRAIN_SHARDS = 1024
 VAL_SHARDS = 8
+NAMES = {
+    'train': 'c4-train.{:05d}-of-01024.json.gz',
+    'val': 'c4-validation.{:05d}-of-00008.json.gz',
+}
 SOURCE = 'C4, en (allenai/c4)'
 HUB = 'https://huggingface.co/datasets/allenai/c4/resolve/main/en'
 
@@ -85,10 +95,8 @@ def prepare(cfg):
     with files.locked(folder, shared=True), preparation.pool:  # others may make other shards
         preparation.make_split('val', range(VAL_SHARDS), cfg.val_tokens or math.inf)
         preparation.make_split('train', shards, cfg.tokens or math.inf)
-        counts = preparation.update_meta(complete=True)
-    train = sum(counts[file] for file in counts if file.startswith('train'))
-    val = sum(counts.values()) - train
-    print(f'{folder}: {train:,} train and {val:,} val tokens ({cfg.tokenizer})')
+        preparation.update_meta(complete=True)
+    print(summary(folder))
     return cfg.name
 
 
@@ -100,13 +108,6 @@ def parse_range(text):
             f"--shards: '{text}' is not first:end with 0 <= first < end <= {TRAIN_SHARDS}"
         )
     return range(int(match[1]), int(match[2]))
-
-
-def shard_file(split, number):
-    """The name of a shard on the server."""
-    if split == 'train':
-        return f'c4-train.{number:05d}-of-{TRAIN_SHARDS:05d}.json.gz'
-    return f'c4-validation.{number:05d}-of-{VAL_SHARDS:05d}.json.gz'
 
 
 class Preparation:
@@ -132,7 +133,7 @@ class Preparation:
                 if there >= wanted - have or not os.path.exists(f'{path}.cut'):
                     have += there
                     continue
-            have += self.make_shard(path, shard_file(split, number), wanted - have)
+            have += self.make_shard(path, NAMES[split].format(number), wanted - have)
             self.update_meta()
 
     def make_shard(self, path, name, wanted):
@@ -140,27 +141,29 @@ class Preparation:
 
         Returns its tokens.
         """
-        with token_file(path) as out, Progress() as progress:
+        count = 0
+        with files.replacing(path) as f, Progress() as progress:
             for tokens in self.tokenize(name):
-                out.write(tokens)
-                label = f'{os.path.basename(path)}: {out.count:,} tokens, '
-                progress.show(label, self.server.megabytes, out.count / wanted)
-                if out.count >= wanted:
+                write_tokens(f, tokens)
+                count += len(tokens)
+                label = f'{os.path.basename(path)}: {count:,} tokens, '
+                progress.show(label, self.server.received, count / wanted)
+                if count >= wanted:
                     break
-            if out.count == 0:
+            if count == 0:
                 raise UserError(f'{name} has no documents: check --base_url')
             # Before the file gets its name: the folder's tokenizer is on record, and a part never
             # passes for the whole.
             self.update_meta()
-            if out.count >= wanted:
+            if count >= wanted:
                 open(f'{path}.cut', 'w').close()
-        if out.count < wanted:
+        if count < wanted:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f'{path}.cut')
-        return out.count
+        return count
 
     def tokenize(self, name):
-        """The tokens of a shard's documents, an array each, in their order.
+        """The tokens of a shard's documents, a list each, in their order.
 
         At most two batches for each thread are under way, so that neither memory nor what is read
         too much for a slice grows with the shard.
@@ -174,7 +177,7 @@ class Preparation:
             yield from future.result()
 
     def encode(self, name, first, lines):
-        """The tokens of some JSON lines, an array each; first is the number of the first line."""
+        """The tokens of some JSON lines, a list each; first is the number of the first line."""
         documents = []
         for number, line in enumerate(lines, first):
             try:
@@ -184,26 +187,23 @@ class Preparation:
                     f'{name}, line {number}: no JSON with a "text", the server has a damaged file'
                 ) from None
             tokens.append(self.tokenizer.eot_token)
-            documents.append(np.array(tokens, np.uint16))
+            documents.append(tokens)
         return documents
 
     def update_meta(self, complete=False):
-        """Write meta.json for the files that are there. Returns their tokens.
+        """Write meta.json for the files that are there.
 
         complete: once any run has done all that it was asked. Processes that share the folder write
         it in any order: each looks again after writing, and whoever writes last has seen the files
         of all.
         """
         while True:
-            old = known_meta(self.folder)
-            complete = complete or old.get('complete', False)
-            counts = {}
-            for file in os.listdir(self.folder):
-                if file.endswith('.bin'):
-                    counts[file] = os.path.getsize(f'{self.folder}/{file}') // 2
-            if old.get('files') == counts and old['complete'] == complete:
-                return counts
-            write_meta(self.folder, self.tokenizer, SOURCE, complete, counts)
+            meta = known_meta(self.folder)
+            complete = complete or meta.get('complete', False)
+            counts = {file: size // 2 for file, size in file_sizes(self.folder).items()}
+            if meta.get('files') == counts and meta['complete'] == complete:
+                return
+            write_meta(self.folder, self.tokenizer, SOURCE, complete)
 
 
 def read_lines(name, server):

@@ -12,11 +12,12 @@ the text is the .py sources of Python's own standard library (without its tests)
 """
 
 import hashlib
+import mmap
 import os
 import sysconfig
 from dataclasses import dataclass
 
-from data import get_tokenizer, known_meta, new_dataset, output_folder
+from data import get_tokenizer, known_meta, new_dataset, output_folder, summary, write_tokens
 from support import settings
 from support.download import Progress
 from support.settings import UserError, option
@@ -65,12 +66,11 @@ def prepare(cfg):
         for path, begin, end, is_val in pieces:
             out = val if is_val else train
             for text in read_blocks(path, begin, end):
-                out.write(tokenizer.encode_ordinary(text))
-            out.write([tokenizer.eot_token])
+                write_tokens(out, tokenizer.encode_ordinary(text))
+            write_tokens(out, [tokenizer.eot_token])
             done += end - begin
-            progress.show(f'{train.count + val.count:,} tokens, ', done / 1e6, done / total)
-    text = f'{folder}: {train.count:,} train and {val.count:,} val tokens ({tokenizer.name}) '
-    text += f'from {len(documents):,} file(s)'
+            progress.show('', done, done / total)
+    text = f'{summary(folder)} from {len(documents):,} file(s)'
     if skipped:
         text += f', {skipped:,} skipped that cannot be read as text'
     print(text)
@@ -128,31 +128,32 @@ def split_documents(documents, source):
                 'it needs two'
             )
         return [(file, 0, cut, False), (file, cut, os.path.getsize(file), True)]
-    numbers = []
-    for key, _ in documents:
-        digest = hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
-        numbers.append(int.from_bytes(digest[:8], 'big'))
-    chosen = [number % VAL_ONE_IN == 0 for number in numbers]
+    hashes = [hash_of(key) for key, _ in documents]
+    chosen = [number % VAL_ONE_IN == 0 for number in hashes]
     if len(set(chosen)) == 1:  # few documents: the one with the lowest hash
-        chosen = [False] * len(numbers)
-        chosen[numbers.index(min(numbers))] = True
+        chosen = [False] * len(hashes)
+        chosen[hashes.index(min(hashes))] = True
     pieces = []
     for (_, file), is_val in zip(documents, chosen):
         pieces.append((file, 0, os.path.getsize(file), is_val))
     return pieces
 
 
+def hash_of(key):
+    """A number that is the same on every machine."""
+    digest = hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
+    return int.from_bytes(digest[:8], 'big')
+
+
 def place_to_cut(file):
     """Where the last thirtieth of a file begins, at the start of a line; 0 if it is one line."""
     size = os.path.getsize(file)
     cut = size - max(1, size // VAL_ONE_IN)
-    with open(file, 'rb') as f:
-        f.seek(cut)
-        after = cut + len(f.readline())  # the end of the line that the cut falls in
-        if after < size:
-            return after
-        f.seek(0)  # it is the last line: go back to its start
-        return f.read(cut).rfind(b'\n') + 1
+    with open(file, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        after = text.find(b'\n', cut) + 1  # the end of the line that the cut falls in
+        if after in (0, size):  # it is the last line: go back to its start
+            after = text.rfind(b'\n', 0, cut) + 1
+    return after
 
 
 def read_blocks(path, begin, end):

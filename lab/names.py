@@ -95,9 +95,9 @@ def prepare(cfg):
             out = val if is_val else train
             for copy in range(cfg.copies):
                 rng = np.random.default_rng([cfg.seed, number, copy])
-                out.write(named(found, rng))
-                out.write([tokenizer.eot_token])
-    print(f'{folder}: {train.count:,} train and {val.count:,} val tokens')
+                data.write_tokens(out, named(found, rng))
+                data.write_tokens(out, [tokenizer.eot_token])
+    print(data.summary(folder))
     return folder
 
 

@@ -183,7 +183,7 @@ def make(task, cfg):
             rng = np.random.default_rng([cfg.seed, number])
             for _ in range(records):
                 text = ''.join(pieces_of(rng, cfg))
-                out.write(list(f'\n{text}'.encode('latin-1')))
+                data.write_tokens(out, list(f'\n{text}'.encode('latin-1')))
     print(
         f'{folder}: {cfg.records:,} records of {length} tokens to train, {len(answers)} of each '
         'an answer; one of them:'

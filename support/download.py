@@ -34,8 +34,8 @@ class Server:
         self.session = requests.Session()
         self.answered = False  # whether the server ever answered
         self.digest = ''  # the hash that the server gives of the current file
-        self.megabytes = 0.0  # received, of all files
-        self.place = 0.0  # how far the current file is, 0 to 1
+        self.received = 0  # bytes of the current file
+        self.place = 0.0  # how far it is, 0 to 1
 
     def read(self, name, got=0):
         """The bytes of the file <base_url>/<name>, in chunks, without the first `got`.
@@ -47,12 +47,12 @@ class Server:
         """
         url = f'{self.base_url}/{name}'
         failures = 0
+        self.received = 0
         while True:
             try:
                 for chunk in self.attempt(url, got):
                     got += len(chunk)
                     failures = 0
-                    self.megabytes += len(chunk) / 1e6
                     yield chunk
                 return
             except ERRORS as e:
@@ -109,9 +109,10 @@ class Server:
                 if not fresh:
                     continue
                 got += len(fresh)
+                self.received += len(fresh)
                 left = answer.raw.length_remaining
                 if left is not None:
-                    self.place = got / (got + left)
+                    self.place = self.received / (self.received + left)
                 yield fresh
 
 
@@ -128,10 +129,8 @@ def digest_in(answer):
     that. A small file has git's hash as its ETag, perhaps after a redirect to another path.
     """
     digest = ''
-    for step in reversed([*answer.history, answer]):
-        if 'X-Repo-Commit' in step.headers:
-            digest = step.headers.get('ETag', digest)
-        digest = step.headers.get('X-Linked-Etag', digest)
+    for step in reversed([*answer.history, answer]):  # the first one that has a hash wins
+        digest = step.headers.get('X-Linked-Etag') or step.headers.get('ETag') or digest
     return digest.removeprefix('W/').strip('"')
 
 
@@ -152,7 +151,7 @@ def download(url, path):
                 raise UserError(f'{url}: the server gives no hash to check it by: check --base_url')
             with open(part, 'ab') as f:
                 f.write(chunk)
-            progress.show(f'{name}: ', server.megabytes, server.place)
+            progress.show(f'{name}: ', server.received, server.place)
     with open(part, 'ab') as f:
         os.fsync(f.fileno())
     if digest_of(part, server.digest) != server.digest:
@@ -163,14 +162,11 @@ def download(url, path):
 
 def digest_of(path, like):
     """The hash of a file, of the same kind as `like`: sha256, or git's sha1 of a blob."""
-    if len(like) == 64:
-        digest = hashlib.sha256()
-    else:
+    digest = hashlib.sha256()
+    if len(like) != 64:
         digest = hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
     with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, lambda: digest).hexdigest()
 
 
 class Progress:
@@ -183,31 +179,24 @@ class Progress:
     def __init__(self):
         self.terminal = sys.stderr.isatty()
         self.interval = 0.2 if self.terminal else 10
-        self.first = None
-        self.shown = 0.0
+        self.began = time.time()
+        self.shown = self.began
 
     def __enter__(self):
         return self
 
-    def show(self, label, megabytes, fraction):
-        """megabytes read so far; fraction of the work done.
-
-        Speed and time left count from the first call, so they leave out what an earlier run did.
-        """
+    def show(self, label, received, fraction):
+        """received: bytes read since the beginning; fraction: of the work to do since then."""
         now = time.time()
-        if self.first is None:
-            self.first = now, megabytes, fraction
-            self.shown = now
         if now - self.shown < self.interval:
             return
         self.shown = now
-        began, megabytes_before, fraction_before = self.first
-        seconds = now - began
-        speed = (megabytes - megabytes_before) / seconds
-        line = f'{label}{megabytes:.1f} MB, {speed:.1f} MB/s'
-        if fraction > fraction_before:
-            left = seconds * (1 - fraction) / (fraction - fraction_before)
-            line += f', {datetime.timedelta(seconds=int(left))} left'
+        seconds = now - self.began
+        megabytes = received / 1e6
+        line = f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s'
+        if fraction:
+            left = datetime.timedelta(seconds=int(seconds / fraction - seconds))
+            line += f', {left} left'
         self.write(line, '\n')
 
     def write(self, line, end):

@@ -43,12 +43,12 @@ def as_characters(texts):
 
 TRAIN = [documents(i, 400) for i in range(4)]
 VAL = [documents(100 + i, 20) for i in range(8)]
-NAME = prepare_c4.shard_file('train', 0)
+NAME = prepare_c4.NAMES['train'].format(0)
 FILES = {}
 for number, texts in enumerate(TRAIN):
-    FILES[prepare_c4.shard_file('train', number)] = gz(texts)
+    FILES[prepare_c4.NAMES['train'].format(number)] = gz(texts)
 for number, texts in enumerate(VAL):
-    FILES[prepare_c4.shard_file('val', number)] = gz(texts)
+    FILES[prepare_c4.NAMES['val'].format(number)] = gz(texts)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -265,7 +265,7 @@ def test_stopped_and_run_again(server, prepare, start, tmp_path, how):
     server.delay = 0
     server.requests.clear()
     assert prepare('again', shards='0:3') == whole
-    expected = [prepare_c4.shard_file('train', number) for number in (1, 2)]
+    expected = [prepare_c4.NAMES['train'].format(number) for number in (1, 2)]
     assert [name for name, _ in server.requests] == expected
 
 
