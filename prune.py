@@ -34,7 +34,7 @@ import torch.nn.functional as fn
 
 import data
 import kernels
-from model import POLICIES, LayerCache, check_budgets
+from model import POLICIES, LayerCache
 from support import checkpoint as ckpt, devices, files, pretrained
 from support.settings import UserError, option
 
@@ -256,10 +256,8 @@ def main():
     cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
     dtype = getattr(torch, cfg.dtype)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, cfg.device)
-    try:
-        check_budgets(model.config, model.config.block_size, cfg.policy)
-    except ValueError as e:
-        raise UserError(f'{cfg.out_dir}: {e}') from None
+    if cfg.policy == 'selective' and not model.config.selective:
+        raise UserError(f'{cfg.out_dir} has no F to prune by: use --policy=oldest or random')
     reference = model
     if cfg.baseline:
         reference = load_baseline(cfg, model, checkpoint)
@@ -302,7 +300,7 @@ def main():
         held_out = Trials(model, held_out, cfg.policy, dtype)
         result['held_out'] = unseen(held_out, result['curve'], to_keep)
     write(path, result)
-    report(cfg, result, path)
+    report(result, path)
 
 
 def output_path(cfg):
@@ -320,46 +318,43 @@ def output_path(cfg):
 
 def load_baseline(cfg, model, checkpoint):
     """The model of --baseline; UserError where its loss is not comparable."""
-    other, its = ckpt.load_model(cfg.baseline, cfg.device)
-    same_bos = ckpt.starts_with_bos(its) == ckpt.starts_with_bos(checkpoint)
-    same_size = other.config.block_size == model.config.block_size
-    if not same_bos or not same_size or its['tokenizer'] != checkpoint['tokenizer']:
-        raise UserError(
-            f'{cfg.baseline} has another block_size, tokenizer or bos: its loss is no target'
-        )
+    other, its_checkpoint = ckpt.load_model(cfg.baseline, cfg.device)
+    if traits(other, its_checkpoint) != traits(model, checkpoint):
+        raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos than the model')
     return other
+
+
+def traits(model, checkpoint):
+    """What must be the same in two models whose losses are compared."""
+    bos = ckpt.starts_with_bos(checkpoint)
+    return model.config.block_size, checkpoint['tokenizer'], bos
 
 
 def windows_of(dataset, cfg, size, bos):
     """Two lists of batches of random validation windows; in a small text they may overlap."""
-    searched = []
-    held_out = []
+    batches = []
     count = math.ceil(cfg.windows / cfg.batch_size)
     for n in range(2 * count):
         B = min(cfg.batch_size, cfg.windows - n % count * cfg.batch_size)
         x, y = dataset.batch('val', n, B, size, cfg.seed, bos)
-        batches = searched if n < count else held_out
         batches.append((x.to(cfg.device), y.to(cfg.device)))
-    return searched, held_out
+    return batches[:count], batches[count:]
 
 
 def run_search(cfg, trials, result, path):
     """Search, print the curve, and write it after each step into result and the file."""
-    layers = len(trials.budgets)
-    print(
-        f'{cfg.out_dir}: {layers} layers of {result["block_size"]} tokens, policy {cfg.policy}; '
-        f'loss {result["unpruned_loss"]:.4f} without pruning, target {result["target_loss"]:.4f}'
-    )
+    target = result['target_loss']
+    unpruned = result['unpruned_loss']
+    print(f'{cfg.out_dir}: policy {cfg.policy}, loss {unpruned:.4f}, target {target:.4f}')
     # The search is deterministic. To continue one, repeat its steps with the losses that it found.
     known = known_trials(path, result)
     if known:
         print(f'continuing with the {len(known)} trials in {path}')
         trials.known.update(known)
-    print(f'step | {"budgets":{5 * layers - 1}} | memory  |  saving | loss   | time')
     started = time.time()
-    add_point(trials, result, result['unpruned_loss'], started)
+    add_point(trials, result, unpruned, started)
     plain_bite = cfg.bite if cfg.search == 'plain' else 0
-    for trial in search(trials, result['target_loss'], result['unpruned_loss'], plain_bite):
+    for trial in search(trials, target, unpruned, plain_bite):
         trials.take(trial.layer, trial.bite)
         add_point(trials, result, trial.loss, started)
         write(path, result)
@@ -381,39 +376,39 @@ def add_point(trials, result, loss, started):
     """Put the present budgets and their loss into result, and print them."""
     memory = sum(trials.budgets)
     full = len(trials.budgets) * result['block_size']
-    result['budgets'] = list(trials.budgets)
+    point = {
+        'budgets': list(trials.budgets),
+        'memory': memory,
+        'fraction': memory / full,
+        'saving': full / memory,
+        'val_loss': loss,
+    }
+    result['budgets'] = point['budgets']
+    result['curve'].append(point)
     result['trials'] = [[*budgets, loss] for budgets, loss in trials.known.items()]
-    result['curve'].append(
-        {
-            'budgets': result['budgets'],
-            'memory': memory,
-            'fraction': memory / full,
-            'saving': full / memory,
-            'val_loss': loss,
-        }
-    )
+    step = len(result['curve']) - 1
     budgets = ' '.join(f'{budget:4}' for budget in trials.budgets)
-    settings.say(
-        f'{len(result["curve"]) - 1:4} | {budgets} | {memory / full:7.2%} | {full / memory:6.1f}x '
-        f'| {loss:.4f} | {time.time() - started:.0f}s'
+    spent = time.time() - started
+    print(
+        f'step {step:3} | budgets {budgets} | {full / memory:6.1f}x less memory '
+        f'| loss {loss:.4f} | {spent:.0f}s',
+        flush=True,
     )
 
 
-def report(cfg, result, path):
-    """Print what the search has found, and what held-out windows say of it."""
-    last = result['curve'][-1]
-    print(f'{last["saving"]:.1f}x less memory at loss {last["val_loss"]:.4f}')
+def report(result, path):
+    """Print what held-out windows say of the budgets."""
     found = result['held_out']
     mean, low, high = found['difference']
     print(
-        f'on windows that the search has not seen: {found["pruned"]:.4f}, {mean:+.4f} from the '
-        f'target (95% over windows: {low:+.4f} to {high:+.4f})'
+        f'on windows that the search has not seen the loss is {mean:+.4f} from the target '
+        f'(95% over windows: {low:+.4f} to {high:+.4f})'
     )
     if found['holds']:
         print(f'what keeps the loss there, too: {found["holds"]["saving"]:.1f}x less memory')
     else:
         print('no point of the curve keeps the loss there')
-    print(f'{path}: sample.py --out_dir={cfg.out_dir} --budgets={path} --policy={cfg.policy}')
+    print(f'sample.py --budgets={path} generates within the budgets')
 
 
 def write(path, result):

@@ -11,11 +11,12 @@ of lab.bench and one for standard attention.
 """
 
 import io
-import math
 import os
 import pathlib
 import sys
 from dataclasses import dataclass
+
+import numpy as np
 
 from support import checkpoint as ckpt, files, settings
 from support.settings import UserError, option
@@ -44,48 +45,34 @@ class PlotConfig:
 # ---- Curves: a list of x and a list of y ---------------------------------------------------------
 
 
+def curve(path, rows, x, y):
+    """The entries x and y of rows, which are from a JSON file; UserError if they lack one."""
+    xs = []
+    ys = []
+    for row in rows:
+        if problem := files.misfit(row, {x: float, y: float}):
+            raise UserError(f'{path} is damaged ({problem}): make it again')
+        xs.append(row[x])
+        ys.append(row[y])
+    return xs, ys
+
+
 def read_losses(run, name):
     """Steps, and the loss of this name in a run's log.jsonl."""
-    steps = []
-    losses = []
-    for line in ckpt.read_log(run):
-        if name in line:
-            steps.append(line['iter'])
-            losses.append(line[name])
-    return steps, losses
-
-
-def read_budgets(path):
-    """The factors saved and the losses of a budgets.json, and at each the baseline's or NaN."""
-    found = files.read_json(path, 'run prune.py again', curve=[dict], baseline_loss=(float, None))
-    saved = []
-    losses = []
-    for point in found['curve']:
-        check(path, point, saving=float, val_loss=float)
-        saved.append(point['saving'])
-        losses.append(point['val_loss'])
-    baseline = found.get('baseline_loss') or math.nan
-    return saved, losses, [baseline] * len(saved)
+    lines = [line for line in ckpt.read_log(run) if name in line]
+    return curve(run, lines, 'iter', name)
 
 
 def read_times(path, case):
     """Context lengths in a table of lab.bench, and milliseconds of attention for each sequence."""
-    lengths = []
-    times = []
-    for row in files.read_json(path, 'run lab.bench again', rows=[dict])['rows']:
-        if row.get('part') == 'attention' and row.get('case') == case and row.get('T') != 'growth':
-            check(path, row, T=int, value=float, batch=(int, None))
-            lengths.append(row['T'])
-            times.append(row['value'] / row.get('batch', 1))
-    if not times:
+    found = files.read_json(path, 'run lab.bench again', rows=[dict])
+    rows = [row for row in found['rows'] if row.get('part') == 'attention']
+    rows = [row for row in rows if row.get('case') == case]
+    if not rows:
         raise UserError(f'{path} has no times of attention: run lab.bench --what=attention')
-    return lengths, times
-
-
-def check(path, found, **types):
-    """Raise UserError unless an object in a JSON file has entries of these types."""
-    if problem := files.misfit(found, types):
-        raise UserError(f'{path} is damaged ({problem}): make it again')
+    lengths, times = curve(path, rows, 'T', 'value')
+    _, batches = curve(path, rows, 'T', 'batch')
+    return lengths, np.divide(times, batches)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -163,9 +150,13 @@ def plot_runs(plt, cfg):
             train[run] = read_losses(run, 'loss')
             val[run] = read_losses(run, 'val_loss')
             for path in sorted(pathlib.Path(run).glob('budgets*.json')):
-                saved, losses, baseline = read_budgets(path)
-                pruned[f'{run}, {path.stem}'] = saved, losses
-                baselines[f'{run}, {path.stem}'] = saved, baseline
+                types = dict(curve=[dict], baseline_loss=(float, None))
+                found = files.read_json(path, 'run prune.py again', **types)
+                saved, losses = curve(path, found['curve'], 'saving', 'val_loss')
+                label = f'{run}, {path.stem}'
+                pruned[label] = saved, losses
+                if found.get('baseline_loss'):
+                    baselines[label] = saved, [found['baseline_loss']] * len(saved)
         except UserError as e:
             print(f'{run} is left out: {e}', file=sys.stderr)
     if not any(steps for steps, _ in val.values()):
