@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +30,10 @@ SMALL = (
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
 
 
-def start(*args, cwd=ROOT):
+def start(*args, cwd=ROOT, **more):
     """A script in a process of its own."""
     streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen([sys.executable, *args], cwd=cwd, text=True, **streams)
+    return subprocess.Popen([sys.executable, *args], cwd=cwd, text=True, **{**streams, **more})
 
 
 def wait_for(process, beginning):
@@ -185,24 +186,27 @@ def test_two_processes_train_as_one(dataset, tmp_path, run):
 
 @pytest.mark.slow
 def test_a_signal_to_all_waits_for_the_save(dataset, tmp_path, tree):
-    """The first process saves, and the second does not end, which would end the first, too."""
+    """The second process does not end before the first has saved; torchrun would end that, too."""
+    tree('support/checkpoint.py', 'def save(', 'import time\n\n\ndef save(')
     tree(
         'support/checkpoint.py',
-        "    path = os.path.join(out_dir, 'ckpt.pt')\n    try:\n        with files",
-        """    path = os.path.join(out_dir, 'ckpt.pt')
-    import time
-
-    time.sleep(3 * bool(checkpoint['iter_num']))
-    try:
-        with files""",
+        '            torch.save(',
+        '            time.sleep(8 * bool(checkpoint["iter_num"]))\n            torch.save(',
     )
-    args = [dataset, *SMALL, '--max_iters=1_000_000', '--eval_interval=1_000_000']
-    process = start(*TORCHRUN, *args, f'--out_dir={tmp_path / "x"}', cwd=tree.path)
-    wait_for(process, 'step 12/')
-    process.terminate()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and 'nothing is lost' in out
+    args = ['train.py', dataset, *SMALL, '--max_iters=1_000_000', '--eval_interval=1_000_000']
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    env = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    both = []
+    for rank in '0', '1':
+        env['RANK'] = rank
+        both.append(start(*args, f'--out_dir={tmp_path / "x"}', cwd=tree.path, env=env))
+    wait_for(both[0], 'step 12/')
+    for process in both:
+        process.terminate()
+    assert both[1].wait(timeout=60) == 130
     assert ckpt.load(tmp_path / 'x')['iter_num'] >= 13
+    assert both[0].wait(timeout=60) == 130 and 'nothing is lost' in both[0].stdout.read()
 
 
 # ---- Losses that are not finite ------------------------------------------------------------------
