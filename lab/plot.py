@@ -130,12 +130,12 @@ def write(path, content):
 
 def main():
     cfg = settings.parse(PlotConfig, positional='runs')
-    if not cfg.runs and not cfg.cost:
-        raise UserError('which runs? python -m lab.plot out/*')
+    if bool(cfg.runs) == bool(cfg.cost):
+        raise UserError('which runs? python -m lab.plot out/*; or --cost=FILE alone')
     plt = import_pyplot()
     if cfg.runs:
         plot_runs(plt, cfg)
-    if cfg.cost:
+    else:
         plot_cost(plt, cfg)
 
 
