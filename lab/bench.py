@@ -1,6 +1,6 @@
 """What selective attention costs and context pruning saves, as ratios of what one run measured.
 
-    python -m lab.bench                         everything, about half an hour on two CPU cores
+    python -m lab.bench                         everything, most of an hour on two CPU cores
     python -m lab.bench --quick                 small sizes, under two minutes
     python -m lab.bench --what=step,memory --shapes=124m --lengths=1024,2048
     python -m lab.bench --out_dir=out/a,out/b   trained selective models, each at its own length
@@ -10,7 +10,8 @@
     memory      peak memory of a training step
     decode      one token from a KV cache, beside transformers' GPT-2 where that is installed
     prefill     a prompt of T tokens is read
-    generate    1,000 tokens: with a cache, within budgets, and without a cache, as nanoGPT does it
+    generate    1,000 tokens at the last length: with a cache, within budgets, and without a cache,
+                as nanoGPT does it
     profile     the operators that attention consists of (only when asked for)
     forget      what a cache without budgets could drop at no loss (only when asked for)
 
@@ -356,8 +357,11 @@ def main():
     print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
     table = measure.Table()
     for part in parts:
+        chosen = lengths
+        if part == 'generate':  # it is slow
+            chosen = lengths[-1:]
         for source in sources:
-            for T in lengths:
+            for T in chosen:
                 PARTS[part](table, measure.Subject(cfg, source, T))
     table.print_growth(('attention', 'step', 'memory'))
     content = {'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds}
