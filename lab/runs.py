@@ -138,7 +138,8 @@ class Runner:
         """The folder of a run. Another config file of the same name has another one."""
         settled = [rule, args, settings.run_config(args[0], train.TrainConfig)]
         digest = hashlib.sha256(repr(settled).encode()).hexdigest()
-        name = re.sub(r'[^\w.=]+', '-', ' '.join([rule or 'train', *args]))
+        words = [rule or 'train', *reversed(args)]  # what tells them apart comes first
+        name = re.sub(r'[^\w.=]+', '-', ' '.join(words))
         return os.path.join(self.cfg.out_dir, f'{name[:200]}-{digest[:12]}')
 
     def one(self, folder, rule, args, steps):
