@@ -34,12 +34,12 @@ def option(default, help, **limits):
 
 @dataclass
 class GPTConfig:
-    block_size: int = option(1024, 'context length in tokens', low=1, high=2**20)
-    vocab_size: int = option(50304, "GPT-2's 50257, padded for speed", low=1, high=2**20)
-    n_layer: int = option(12, 'transformer blocks', low=1, high=1000)
-    n_head: int = option(12, 'attention heads in each', low=1, high=1000)
-    n_embd: int = option(768, 'channels; a multiple of n_head', low=1, high=2**16)
-    dropout: float = option(0.0, 'probability; 0.1 and up for fine-tuning', low=0, high=0.99)
+    block_size: int = option(1024, 'context length in tokens')
+    vocab_size: int = option(50304, "GPT-2's 50257, padded for speed")
+    n_layer: int = option(12, 'transformer blocks', high=1000)
+    n_head: int = option(12, 'attention heads in each')
+    n_embd: int = option(768, 'channels; a multiple of n_head')
+    dropout: float = option(0.0, 'probability; 0.1 and up for fine-tuning')
     bias: bool = option(False, 'biases in linear layers and layer norms, as GPT-2 has them')
     rope: bool = option(False, 'rotary positions on q and k; False: learned position embeddings')
     qk_norm: bool = option(False, 'q and k are RMS-normalised per head, with a learned gain')

@@ -49,32 +49,22 @@ HUB = 'https://huggingface.co/datasets/allenai/c4/resolve/main/en'
 @dataclass
 class C4Config:
     tokens: int = option(
-        10_000_000,
-        'training tokens, up to the end of a document; 0: all of --shards',
-        low=0,
-        high=10**13,
+        10_000_000, 'training tokens, up to the end of a document; 0: all of --shards', high=10**13
     )
     val_tokens: int = option(
-        500_000, "validation tokens, likewise; 0: all of C4's validation set", low=0, high=10**13
+        500_000, "validation tokens, likewise; 0: all of C4's validation set", high=10**13
     )
     shards: str = option('0:1024', 'training shards to take from, first:end; a range per machine')
     base_url: str = option(HUB, 'folder of the shards')
     data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')
     name: str = option('c4', "the data set's name")
     tokenizer: str = option('gpt2', 'gpt2, gpt2:N (N tokens, for small models) or bytes')
-    processes: int = option(
-        0, 'threads that tokenize; 0: one for each core, at most 16', low=0, high=1000
-    )
-    retries: int = option(8, 'failures in a row of one download before giving up', low=0, high=1000)
+    processes: int = option(0, 'threads that tokenize; 0: one for each core, at most 16')
+    retries: int = option(8, 'failures in a row of one download before giving up')
     backoff: float = option(
-        1.0,
-        'seconds to wait after the first failure; doubles with each, up to 60',
-        low=0,
-        high=3600,
+        1.0, 'seconds to wait after the first failure; doubles with each, up to 60'
     )
-    timeout: float = option(
-        30.0, 'seconds without a byte that count as a failure', low=1e-3, high=3600
-    )
+    timeout: float = option(30.0, 'seconds without a byte that count as a failure', low=1e-3)
 
 
 def prepare(cfg):

@@ -54,26 +54,22 @@ class PruneConfig(pretrained.PretrainedConfig):
     dataset: str = option(
         '', "data set whose validation loss counts; '': the one it was trained on"
     )
-    windows: int = option(
-        32, 'validation sequences that the search measures on', low=1, high=100_000
-    )
-    seed: int = option(0, 'which windows these are', low=0, high=2**31)
+    windows: int = option(32, 'validation sequences that the search measures on', low=1)
+    seed: int = option(0, 'which windows these are')
     # how far: give one of the three
     baseline: str = option('', 'folder of a model whose loss on the same windows is the target')
-    target_loss: float = option(0.0, 'the target, in nats', low=0, high=1000)
-    tolerance: float = option(
-        0.0, "the target is the model's own loss and this much", low=0, high=1000
-    )
+    target_loss: float = option(0.0, 'the target, in nats')
+    tolerance: float = option(0.0, "the target is the model's own loss and this much")
     # how
     policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
     search: str = option('quick', "plain is the paper's search", choices=('quick', 'plain'))
-    bite: int = option(8, 'tokens taken at a time in the plain search', low=1, high=2**20)
+    bite: int = option(8, 'tokens taken at a time in the plain search', low=1)
     to: str = option('', "file in out_dir; '': budgets.json, for controls budgets_<policy>.json")
     device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
     dtype: str = option(
         'auto', 'bfloat16 where a GPU has it', choices=('auto', 'float32', 'bfloat16', 'float16')
     )
-    batch_size: int = option(16, 'sequences that are computed at a time', low=1, high=100_000)
+    batch_size: int = option(16, 'sequences that are computed at a time', low=1)
 
 
 # ---- The loss under budgets ----------------------------------------------------------------------

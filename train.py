@@ -56,38 +56,32 @@ class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
     resume_changed: bool = option(False, 'resume even where settings or data make it another run')
     eval_only: bool = option(False, 'evaluate ckpt.pt or init_from, print it, and write nothing')
     freeze: str = option('', "'base': train only what GPT-2 does not have", choices=('', 'base'))
-    seed: int = option(1337, 'of the weights, the batches and dropout', low=0, high=2**31)
-    max_iters: int = option(600000, 'steps in all', low=1, high=1_000_000_000)
-    eval_interval: int = option(
-        2000, 'steps between evaluations, which save', low=1, high=1_000_000_000
-    )
-    eval_iters: int = option(
-        200, 'batches of an evaluation, always the same', low=1, high=1_000_000
-    )
-    log_interval: int = option(10, 'steps between lines of progress', low=1, high=1_000_000_000)
+    seed: int = option(1337, 'of the weights, the batches and dropout')
+    max_iters: int = option(600000, 'steps in all', low=1)
+    eval_interval: int = option(2000, 'steps between evaluations, which save', low=1)
+    eval_iters: int = option(200, 'batches of an evaluation, always the same', low=1)
+    log_interval: int = option(10, 'steps between lines of progress', low=1)
     # data
     dataset: str = option('stdlib', "data/<name>; 'stdlib' is prepared where it is missing")
-    vocab_size: int = option(0, '0: that of the data set', low=0, high=2**20)
+    vocab_size: int = option(0, '0: that of the data set')
     bos: bool = option(True, '<|endoftext|> in front of every window, never masked')
-    batch_size: int = option(12, 'sequences of a micro-step', low=1, high=1_000_000)
+    batch_size: int = option(12, 'sequences of a micro-step', low=1)
     gradient_accumulation_steps: int = option(
-        40, 'micro-steps of a step, over all processes together', low=1, high=1_000_000
+        40, 'micro-steps of a step, over all processes together', low=1
     )
     # optimizer
-    learning_rate: float = option(6e-4, 'its maximum, after warmup', low=1e-12, high=1000)
-    min_lr: float = option(6e-5, 'at the end of the decay', low=0, high=1000)
-    warmup_iters: int = option(2000, 'steps of linear warmup', low=0, high=1_000_000_000)
-    lr_decay_iters: int = option(
-        0, 'step that ends the cosine; 0: max_iters', low=0, high=1_000_000_000
-    )
-    ssa_lr: float = option(1.0, "multiple for SSA's temperatures", low=0, high=1_000_000)
-    weight_decay: float = option(0.1, 'of matrices and embeddings', low=0, high=1000)
-    beta1: float = option(0.9, "AdamW's memory of the gradient", low=0, high=0.999999)
-    beta2: float = option(0.95, "AdamW's memory of its square", low=0, high=0.999999)
-    grad_clip: float = option(1.0, 'largest norm of the gradient; 0: any', low=0, high=1_000_000)
+    learning_rate: float = option(6e-4, 'its maximum, after warmup', low=1e-12)
+    min_lr: float = option(6e-5, 'at the end of the decay')
+    warmup_iters: int = option(2000, 'steps of linear warmup')
+    lr_decay_iters: int = option(0, 'step that ends the cosine; 0: max_iters')
+    ssa_lr: float = option(1.0, "multiple for SSA's temperatures")
+    weight_decay: float = option(0.1, 'of matrices and embeddings')
+    beta1: float = option(0.9, "AdamW's memory of the gradient", high=0.999999)
+    beta2: float = option(0.95, "AdamW's memory of its square", high=0.999999)
+    grad_clip: float = option(1.0, 'largest norm of the gradient; 0: any')
     # memory loss, 2410.02703 section 6
-    memory_loss: float = option(0.0, 'its weight, 0.1 in the paper; 0: off', low=0, high=1000)
-    memory_tau: float = option(1.0, 'the F of a token wholly masked', low=1e-3, high=1_000_000)
+    memory_loss: float = option(0.0, 'its weight, 0.1 in the paper; 0: off')
+    memory_tau: float = option(1.0, 'the F of a token wholly masked', low=1e-3)
     # machine
     kernel: str = option('auto', "'none': model.py's own code", choices=tuple(kernels.KERNELS))
     device: str = option('auto', "'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is")

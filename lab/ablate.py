@@ -256,7 +256,7 @@ RULES = {**VOTES, **TEMPERATURES, 'double_heads': DoubleHeads}
 
 @dataclass
 class Limit:
-    K: int = settings.option(2, 'tokens that a row sees', low=2, high=2**20)
+    K: int = settings.option(2, 'tokens that a row sees', low=2)
 
 
 def parse(rule):

@@ -60,7 +60,7 @@ class BenchConfig:
     out_dir: str = option('', "folders of trained selective runs, with commas; '': random weights")
     shapes: str = option('small,124m', 'sizes of the models with random weights')
     lengths: str = option('256,512,1024,2048,4096', 'context lengths T of these [64 to 2**20]')
-    tokens: int = option(4096, 'tokens of a batch of B = tokens / T, at least 1', low=1, high=2**24)
+    tokens: int = option(4096, 'tokens of a batch of B = tokens / T, at least 1', low=1)
     rounds: int = option(5, 'rounds of which the median is taken', low=1, high=60)
     quick: bool = option(False, 'the small shape, two lengths, three rounds')
     device: str = option('auto', "'cuda', 'mps', 'cpu'")

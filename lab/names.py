@@ -35,8 +35,8 @@ FIXED = {word: number for number, word in enumerate(WORDS, start=len(LAYOUT))}
 class NamesConfig:
     data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')
     name: str = option('names', "data set's name")
-    copies: int = option(5, 'of each file, with other names', low=1, high=1000)
-    seed: int = option(0, 'same seed, same data', low=0, high=2**31)
+    copies: int = option(5, 'of each file, with other names', low=1)
+    seed: int = option(0, 'same seed, same data')
 
 
 def lexemes(source):

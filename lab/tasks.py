@@ -29,20 +29,16 @@ class TaskConfig:
     records: int = option(
         100_000, 'of training; a twentieth of it for validation', low=20, high=10**8
     )
-    length: int = option(
-        0, "of a record: statements, bits, words; 0: the task's own", low=0, high=10_000
-    )
+    length: int = option(0, "of a record: statements, bits, words; 0: the task's own")
     variables: int = option(
         3, 'variable_assignment: in each record, of the letters a to l', low=1, high=12
     )
-    every: int = option(4, 'variable_assignment: statements between questions', low=1, high=10_000)
+    every: int = option(4, 'variable_assignment: statements between questions', low=1)
     depth: float = option(
         -1.0, "passkey: the key's place, 0 first, 1 last; -1: anywhere", low=-1, high=1
     )
-    letters: int = option(
-        8, 'denoising: how many of the letters are to be kept', low=1, high=10_000
-    )
-    seed: int = option(0, 'same seed, same data', low=0, high=2**31)
+    letters: int = option(8, 'denoising: how many of the letters are to be kept', low=1)
+    seed: int = option(0, 'same seed, same data')
 
 
 # A task is a function of a random generator and the settings. It returns the pieces of a record:

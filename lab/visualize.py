@@ -39,7 +39,7 @@ class VisualizeConfig:
     cut: bool = option(False, 'of a text longer than block_size, read what fits')
     budgets: str = option('', 'tokens that a layer keeps: a number, 4,9,16,8, a budgets.json; none')
     policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
-    memory_tau: float = option(1.0, 'the F of a token that is wholly masked', low=1e-3, high=1e6)
+    memory_tau: float = option(1.0, 'the F of a token that is wholly masked', low=1e-3)
     device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
 
 

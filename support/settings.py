@@ -3,7 +3,7 @@
     @dataclass
     class SampleConfig:
         start: str = option('', 'what --help prints')
-        top_k: int = option(200, 'only the k most likely tokens; 0: all', low=0, high=100_000)
+        top_k: int = option(200, 'only the k most likely tokens; 0: all')
         policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
 
     cfg = settings.parse(SampleConfig)      # in: python sample.py config/file.py --top_k=20
@@ -43,7 +43,8 @@ class UserError(Exception):
 def option(default, help, **limits):
     """A dataclass field with its meaning and, as limits, the values that are valid.
 
-    low, high: the least and the largest number. choices: all values that are valid.
+    low, high: the least and the largest number, 0 and 1e9 if nothing is said. choices: all values
+    that are valid.
     """
     metadata = {'help': help, **limits}
     if isinstance(default, list):
@@ -169,8 +170,8 @@ def described(limits):
     """The limits of an option in words, '' where it has none."""
     if 'choices' in limits:
         return ', '.join(map(repr, limits['choices']))
-    if 'low' in limits:
-        return f'{limits["low"]} to {limits["high"]}'
+    if 'low' in limits or 'high' in limits:
+        return f'{limits.get("low", 0)} to {limits.get("high", 1e9):,}'
     return ''
 
 
@@ -230,8 +231,11 @@ def misfit(value, limits):
         return f'{reprlib.repr(value)} has characters that are no text'
     if 'choices' in limits and value not in limits['choices']:
         return f'{reprlib.repr(value)} is not one of {described(limits)}'
-    if 'low' in limits and not limits['low'] <= value <= limits['high']:
-        return f'{reprlib.repr(value)} is not in the range {described(limits)}'
+    if type(value) in (int, float):
+        low = limits.get('low', 0)
+        high = limits.get('high', 1e9)
+        if not low <= value <= high:
+            return f'{reprlib.repr(value)} is not in the range {low} to {high:,}'
     return ''
 
 
