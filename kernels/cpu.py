@@ -299,8 +299,8 @@ def bounds(q, k):
     keys = k, k.roll(1, dims=2), k[:, :, :1]  # the row's own, the one before, token 0's
     # not as products of matrices, which autocast and TF32 would round
     logits = torch.stack([(q * key).sum(dim=3) for key in keys])
-    logits[1:, :, :, 0] = -math.inf  # row 0 has no other
-    logits[2, :, :, 1] = -math.inf  # row 1 has two
+    logits[1, :, :, :1] = -math.inf  # row 0 has none before
+    logits[2, :, :, :2] = -math.inf  # of rows 0 and 1, token 0 is one of these
     l = logits.logsumexp(dim=0)
     Q = q.norm(dim=3).flip(2).cummax(dim=2).values.flip(2)
     m = l.flip(2).cummin(dim=2).values.flip(2)
