@@ -50,14 +50,15 @@ class Subject:
         self.B = max(1, cfg.tokens // self.T)
         if self.random:
             x = torch.randint(config.vocab_size, (self.B, T))
-            batch = x, x
+            y = x
         else:
             if checkpoint['config']['memory_loss']:
                 self.memory_tau = checkpoint['config']['memory_tau']
             bos = ckpt.starts_with_bos(checkpoint)
             dataset = data.load_dataset(checkpoint['dataset'])
-            batch = dataset.batch('val', 0, self.B, self.T, bos=bos)
-        self.x, self.y = (t.to(cfg.device) for t in batch)
+            x, y = dataset.batch('val', 0, self.B, self.T, bos=bos)
+        self.x = x.to(cfg.device)
+        self.y = y.to(cfg.device)
 
     def install(self, kernel):
         """See kernels.install."""
@@ -85,14 +86,14 @@ def times(cases, rounds, device):
 
     A round more comes first, to warm up.
     """
-    taken = {case: [] for case in cases}
+    taken = {}
     for _ in range(rounds + 1):
         for case, once in cases.items():
             synchronize(device)
             started = time.perf_counter()
             once()
             synchronize(device)
-            taken[case].append(1000 * (time.perf_counter() - started))
+            taken.setdefault(case, []).append(1000 * (time.perf_counter() - started))
     return {case: float(np.median(taken[case][1:])) for case in cases}
 
 

@@ -57,6 +57,20 @@ def test_forms_of_attention_are_the_same():
     assert len(forms) == 3 and not torch.allclose(standard, forms[0], rtol=0.1)
     for y in forms[1:]:
         torch.testing.assert_close(y, forms[0])
+    subject.layers[0].selects = False
+    for once in next(bench.layers(subject)).values():
+        torch.testing.assert_close(once(), standard)
+
+
+@pytest.mark.parametrize('case', bench.MODELS)
+def test_only_selective_models_vote(case, monkeypatch):
+    monkeypatch.setitem(measure.SHAPES, 'small', TINY)
+    step = bench.step_case(case, bench.BenchConfig(tokens=80, device='cpu'), 'small', 40)
+    monkeypatch.setattr(m.CausalSelfAttention, 'vote', None)
+    if 'selective' not in case:
+        return step()
+    with pytest.raises(TypeError):
+        step()
 
 
 @pytest.mark.slow
@@ -64,36 +78,31 @@ def test_random_weights(rows, monkeypatch):
     monkeypatch.setattr(measure, 'peak_memory', lambda make, device: 1.0)
     parts = '--what=attention,step,memory,decode,prefill,generate,profile'
     found = rows(parts, '--shapes=small', '--lengths=64,96', '--tokens=96')
-    lengths = {}
-    for part, T, _ in found:
-        lengths.setdefault(part, []).append(T)
     names = 'attention', 'live', 'step', 'memory', 'decode1', 'decode32', 'prefill'
-    assert [part for part in lengths if {*lengths[part]} == {64, 96}] == [*names]
-    assert [part for part in lengths if {*lengths[part]} == {96}] == ['generate1', 'generate32']
+    lengths = {(name, T) for name in names for T in (64, 96)}
+    assert {key[:2] for key in found} == lengths | {('generate1', 96), ('generate32', 96)}
     assert all(0 < row['value'] < math.inf for row in found.values())
     assert found['decode32', 96, 'budgets of 3, its size']['ratio'] == 3 / 96
 
 
 def test_trained_weights_and_a_layer_without_votes(rows, trained, monkeypatch):
     """Each layer keeps its number, and one without votes has standard attention."""
-    load_model = ckpt.load_model
+    build = ckpt.build
 
-    def load(*args):
-        gpt, checkpoint = load_model(*args)
+    def build_without_votes(*args):
+        gpt = build(*args)
         gpt.transformer.h[0].attn.selects = False
-        return gpt, checkpoint
+        return gpt
 
-    monkeypatch.setattr(ckpt, 'load_model', load)
+    monkeypatch.setattr(ckpt, 'build', build_without_votes)
     found = rows(trained, '--what=attention,step,forget')
     live = [found['live', 160, f'layer {l}']['value'] for l in range(3)]
     assert live[0] == live[2] == 100 > live[1] + 1
-    needed = {case: row['value'] for (part, _, case), row in found.items() if part == 'forget'}
-    assert list(needed) == ['full cache', 'layer 1', 'layer 2']
-    assert needed['layer 1'] < 160 == needed['layer 2']
-    for case in 'standard', 'selective':
-        assert found['step', 160, case]['batch'] == 4096 // 160
-        layers = sum(found['layer', 160, f'{case}, layer {l}']['value'] for l in range(3))
-        assert found['attention', 160, case]['value'] == pytest.approx(layers)
+    assert ('forget', 160, 'layer 0') not in found
+    needed = [found['forget', 160, f'layer {l}']['value'] for l in (1, 2)]
+    assert needed[0] < 160 == needed[1]
+    layers = [found['layer', 160, f'selective, layer {l}']['value'] for l in range(3)]
+    assert found['attention', 160, 'selective']['value'] == pytest.approx(sum(layers))
 
 
 def test_growth_is_that_of_a_sequence(capfd):
@@ -111,22 +120,22 @@ def layer_of(**changes):
 
 def test_what_a_cache_must_keep():
     """The worst later rows give the other tokens no attention, whatever the strength of F."""
-    T, D, forgotten = 400, 4, []
+    forgotten = []
     torch.manual_seed(0)
     layer = layer_of(qk_norm=True)
-    for strength in torch.linspace(0.2, 4, 30):
+    for strength in torch.linspace(0.02, 4, 30):
         layer.q_norm.weight.data.fill_(strength)
-        layer.k_norm.weight.data.fill_(strength)
-        q = layer.q_norm(torch.randn(2, 2, T, D)).detach()
-        k = layer.k_norm(torch.randn(2, 2, T, D)).detach()
+        q, k = torch.randn(2, 2, 2, 400, 4)
+        q = layer.q_norm(q).detach()
+        k = layer.k_norm(k).detach()
         k[:, :, 0] = -k[:, :, 1]  # who looks for token 1 looks away from token 0
         dead = ~bench.still_needed(layer, q, k)
-        votes = (q[:, 0] @ k[:, 0].transpose(1, 2) / 2).relu().tril(-1)
+        votes = (q[:, 0] @ k[:, 0].mT / 2).relu().tril(-1)
         votes[:, :, 0] = 0
         # each of the later rows looks for one token, and away from itself and the row before
-        L = fn.normalize(k, dim=3) * strength @ k.transpose(2, 3) - votes.sum(dim=1)[:, None, None]
-        P = fn.pad(L, (0, 2), value=-2 * strength.item() ** 2).double().softmax(dim=3)
-        assert (P[..., :T] * dead[:, None, None]).sum(dim=3).max() < 1e-7
+        L = fn.normalize(k, dim=3) * strength @ k.mT - votes.sum(dim=1)[:, None, None]
+        P = fn.pad(L, (0, 2), value=-2 * strength.item()).double().softmax(dim=3)[..., :-2]
+        assert (P * dead[:, None, None]).sum(dim=3).max() < 1e-7
         forgotten.append(dead.sum())
     assert forgotten[0] == 0 < forgotten[-1]
 
@@ -154,7 +163,6 @@ def test_peak_memory_of_a_process():
         ('--shapes=huge', "'huge' is not one of small, 124m"),
         ('--lengths=256,x', "'x' is not a whole number"),
         ('--lengths=63', 'from 64'),
-        ('--lengths=²', 'not a whole number'),
         ('--rounds=900', '--rounds'),
         ('--out_dir=nowhere', 'nowhere'),
         ('--to=mine.txt', 'mine.txt'),
