@@ -67,9 +67,6 @@ def main():
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     prompt = files.read_text(cfg.start)
     ids = data.encode_prompt(prompt, tokenizer, ckpt.starts_with_bos(checkpoint))
-    known = model.config.vocab_size
-    if max(ids) >= known:
-        raise UserError(f'the prompt has token {max(ids)}, the model knows {known}')
     idx = torch.tensor([ids], device=device)
 
     # the memory

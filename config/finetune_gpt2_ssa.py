@@ -1,4 +1,4 @@
-# SSA put into GPT-2: the fresh layers leave the loss almost as it was, then all weights are trained.
+# SSA put into GPT-2. The fresh layers leave the loss almost as it was, then all weights train.
 from config.base_finetune_gpt2 import *
 
 out_dir = 'out/finetune_gpt2_ssa'

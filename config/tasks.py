@@ -1,4 +1,5 @@
-# A small model for the synthetic tasks of lab/tasks.py; --dataset names another of them, block_size is enough for each.
+# A small model for the synthetic tasks of lab/tasks.py. --dataset names another of them; block_size
+# is enough for each.
 dataset = 'variable_assignment'
 n_layer = 2
 n_head = 4

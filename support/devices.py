@@ -106,7 +106,7 @@ def check_memory(config, tokens, device):
     parameters = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
     need = 16 * parameters + 4 * tokens * (c.n_layer * c.n_embd + c.vocab_size)
     if 'cuda' in device:
-        have = torch.cuda.mem_get_info(device)[1]
+        _, have = torch.cuda.mem_get_info(device)
     elif hasattr(os, 'sysconf'):
         have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     else:
@@ -125,38 +125,21 @@ class Processes:
     """
 
     def __init__(self):
-        try:
-            self.rank = int(os.environ.get('RANK', 0))
-            self.world = int(os.environ.get('WORLD_SIZE', 1))
-            self.local_rank = int(os.environ.get('LOCAL_RANK', self.rank))
-        except ValueError:
-            raise UserError(
-                'RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, as torchrun sets them'
-            ) from None
+        self.rank = int(os.environ.get('RANK', 0))
+        self.world = int(os.environ.get('WORLD_SIZE', 1))
         self.master = self.rank == 0
-        alone = self.world == 1 or 'MASTER_ADDR' not in os.environ
-        if not 0 <= self.rank < self.world or alone and self.world > 1:
-            raise UserError(
-                f'RANK={self.rank} and WORLD_SIZE={self.world} are set without the rest: start the '
-                'processes with torchrun, or unset the two'
-            )
 
     def start(self, device):
         """Connect the processes; returns the device of this one."""
-        self.device = device
         if self.world == 1:
             return device
         if device == 'cuda':
-            if self.local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f'there are {torch.cuda.device_count()} GPUs: use fewer --nproc_per_node'
-                )
-            self.device = f'cuda:{self.local_rank}'
-            torch.cuda.set_device(self.device)
+            device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
+            torch.cuda.set_device(device)
         backend = 'nccl' if 'cuda' in device else 'gloo'
         # the others wait while the master downloads what is missing
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-        return self.device
+        return device
 
     def stop(self):
         """Disconnect; the others wait for the master, which may still be saving."""
@@ -180,8 +163,9 @@ class Processes:
 
     def mean(self, *values):
         """The means of numbers over all processes, as a list. Waits for the device."""
-        dtype = torch.float32 if self.device == 'mps' else torch.float64
-        values = torch.tensor(values, dtype=dtype, device=self.device)
+        values = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
+            if dist.get_backend() == 'nccl':
+                values = values.cuda()
             dist.all_reduce(values)
         return (values / self.world).tolist()
