@@ -1,7 +1,7 @@
 """The papers' claims at a small scale: train what they compare, and write what came out.
 
     python -m lab.reproduce --list
-    python -m lab.reproduce gate headline               about the times that --list gives
+    python -m lab.reproduce gate headline               times on two cores: see --list
     python -m lab.reproduce gate --quick                one seed, few steps, at most 3 minutes
     python -m lab.reproduce gate --dataset=mine --steps=20000       on a text of yours, for longer
 
@@ -14,9 +14,12 @@ context.
 
 import math
 import os
+import pathlib
 import platform
 import re
+import shlex
 import signal
+import sys
 from dataclasses import dataclass
 from statistics import mean
 
@@ -32,27 +35,6 @@ from lab import plot, runs, tasks
 from lab.runs import LEGEND, holds, kinds_table, spread, table
 from support import checkpoint as ckpt
 from support.settings import UserError, option
-
-
-@dataclass
-class ReproduceConfig:
-    claims: list = option([], 'names of the claims, written without dashes')
-    list: bool = option(False, 'print the claims and how long each takes')
-    quick: bool = option(False, 'a smaller version of each, in minutes')
-    seeds: int = option(3, 'runs of each model, with the seeds 1, 2, 3, …', low=1, high=100)
-    steps: int = option(0, "of each run; 0: the claim's own number", high=10**9)
-    dataset: str = option('', "text of the claims about text: data/<name>; '': stdlib")
-    config: str = option('config/claims.py', 'model and steps of the claims about text')
-    windows: str = option('8,16,32,64', 'gate: the newest tokens that its models are trained on')
-    contexts: str = option('256,512,1024', 'headline: tokens of context')
-    models: int = option(0, 'only the first models of a claim; 0: all', high=100)
-    device: str = option('cpu', 'of the runs')
-    workers: int = option(os.cpu_count(), 'runs at a time', low=1)
-    out_dir: str = option('out/reproduce', 'folder of the runs')
-    data_dir: str = option('data', 'where the data sets are, or are made')
-    to: str = option(
-        'RESULTS.md', 'its sections are written here, pictures into results/ beside it'
-    )
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -74,14 +56,14 @@ def task_data(r, task, **changed):
 
 def text(r, T=256):
     """--config, and flags for --dataset with a context of T tokens and as many a step."""
-    name = r.cfg.dataset or 'stdlib'
+    name = r.cfg.dataset
     meta = os.path.join(r.cfg.data_dir, name, 'meta.json')
-    if not r.cfg.dataset and not os.path.isfile(meta):
+    if name == 'stdlib' and not os.path.isfile(meta):
         prepare_text.prepare(prepare_text.TextConfig(data_dir=r.cfg.data_dir))
     dataset = data.load_dataset(name, r.cfg.data_dir)
     r.about = (
         f'Text: {dataset.name}, {dataset.tokens("train"):,} tokens of the tokenizer '
-        f'{dataset.tokenizer_name} ({dataset.tokens("val"):,} for validation). '
+        f'{dataset.tokenizer_name} ({dataset.tokens("val"):,} for validation).'
     )
     size = settings.parse(train.TrainConfig, [r.cfg.config])
     batch_size = max(1, size.batch_size * size.block_size // T)
@@ -109,7 +91,7 @@ def first(r, models):
 def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained
     on token 0 and the newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose
-    0.05 nats at least."""
+    0.05 nats at least. 40 minutes."""
     Ks = numbers(r.cfg, 'windows', 2)
     models = {'standard': ''}
     for K in Ks:
@@ -134,7 +116,7 @@ def gate(r):
 def headline(r):
     """2410.02703 section 7: 16x, 25x, 47x less memory at contexts of 512, 1,024 and 2,048 for the
     loss of standard attention (theirs: 32, 41, 44 tokens a layer). Here at 256, 512, 1,024, with
-    what simple baselines do."""
+    what simple baselines do. 120 minutes."""
     models = {
         'standard': '',
         'selective': '--selective',
@@ -151,9 +133,10 @@ def headline(r):
     kept["the paper's"] = {512: [32], 1024: [41], 2048: [44]}
     lines = {}
     for name, points in kept.items():
-        lines[name] = list(points), [[mean(tokens) for tokens in points.values()]]
-    axes = {'xlabel': 'context', 'ylabel': 'tokens kept a layer', 'xscale': 'log', 'yscale': 'log'}
-    parts.append(r.picture(lines, title="at standard attention's loss", **axes))
+        lines[name] = list(points), list(map(mean, points.values()))
+    title = "at standard attention's loss"
+    labels = title, 'context', 'tokens kept a layer', '{x:,.0f}'
+    parts.append(r.picture(plot.draw(plot.import_pyplot(), lines, {}, *labels)))
     return parts
 
 
@@ -211,7 +194,7 @@ def rows_of_seed(r, T, seed, some, kept):
                 budgets = point['budgets']
                 points = kept.setdefault(f'{name}, by {how}', {})
                 points.setdefault(T, []).append(mean(budgets))
-        if point:  # by F
+        if point:  # of the last policy, by F
             row['kept by F'] = ' '.join(map(str, budgets))
             row['by F'] = losses(run, budgets=budgets)
             row['newest'] = losses(run, budgets=budgets, policy='oldest')
@@ -233,7 +216,7 @@ def rows_of_seed(r, T, seed, some, kept):
 
 def heads(r):
     """2410.02703 sections 4, 5: selective attention with H heads is as good as standard attention
-    with about twice as many."""
+    with about twice as many. 15 minutes."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
     arms = r.train(models, 1000, 150, text(r))
     losses = kinds_table(r, 'attention', arms)
@@ -247,7 +230,7 @@ def heads(r):
 
 def rules(r):
     """2410.02703 section 3: which of the rules matter, whose votes, and other methods that are the
-    same recurrence."""
+    same recurrence. 30 minutes."""
     models = {
         'standard': '',
         'selective': '--selective',
@@ -268,7 +251,7 @@ def rules(r):
 def ssa(r):
     """2411.12892: SSA is better with under 0.5% new parameters; the ablation of q, k, v, position
     and sharing, the authors' code, the scalable softmax, and a sweep of the temperatures' learning
-    rate."""
+    rate. 30 minutes."""
     models = {
         'standard': '',
         'qv, learning rate x 1': '--ssa=qv --ssa_lr=1',
@@ -315,7 +298,7 @@ def against(arm, base, steps):
 def finetune(r):
     """2411.12892: with SSA added to it, a trained model reaches the loss of continued training in
     1.45x fewer steps (theirs, second-hand). Here one model is trained, and continued with several
-    seeds."""
+    seeds. 15 minutes."""
     # GPT-2's build, so that the model can be exported as GPT-2
     flags = [*text(r, 128), *SMALL, '--rope=False', '--bias=True', '--gelu=tanh']
     base = r.train({'base': ''}, 600, 150, flags, seeds=[1])['base'].runs[0]
@@ -346,7 +329,7 @@ def finetune(r):
 
 def variable_assignment(r):
     """2410.02703 section 2: selective attention solves variable assignment and generalises;
-    standard does less."""
+    standard does less. 20 minutes."""
     tests = {}
     for n in 2, 6, 12:
         header = f'{n} variables'
@@ -357,7 +340,7 @@ def variable_assignment(r):
 
 def passkey(r):
     """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA
-    (theirs, of a pre-trained model)."""
+    (theirs, of a pre-trained model). 10 minutes."""
     tests = {}
     for depth in 0.0, 0.5, 1.0:
         tests[f'depth {depth:g}'] = task_data(r, 'passkey', depth=depth, records=2000, seed=1)
@@ -368,7 +351,7 @@ def passkey(r):
 def denoising(r):
     """Selective copying: the signal among noise. 2411.12892 motivates the temperature of the values
     by noise, too, but compares mean squared errors of averages; this is a task in the same spirit,
-    not their table."""
+    not their table. 8 minutes."""
     return answers(r, 'denoising', 600, 200, ATTENTIONS, {})
 
 
@@ -395,7 +378,7 @@ def answers(r, task, steps, quick, models, tests):
 def memory(r):
     """How much tasks need for 0.01 nats over a model's own loss, and what a model does that is
     trained to see as many tokens only. Nothing may be dropped in copying, everything but two tokens
-    in parity; the others lie between."""
+    in parity; the others lie between. 30 minutes."""
     parts = [memory_of(r, 'variable_assignment', 1000), memory_of(r, 'passkey', 600)]
     if not r.cfg.quick:
         parts.append(memory_of(r, 'denoising', 600))
@@ -441,30 +424,19 @@ def memory_of(r, task, steps):
     return f'**{task}**, {length} tokens\n\n{table("model", arms, cells)}'
 
 
-# minutes on two cores
-CLAIMS = {
-    gate: 40,
-    headline: 120,
-    heads: 15,
-    rules: 30,
-    ssa: 30,
-    finetune: 15,
-    variable_assignment: 20,
-    passkey: 10,
-    denoising: 8,
-    memory: 30,
-}
-ABOUT_TEXT = gate, headline, heads, rules, ssa, finetune
+TEXT = gate, headline, heads, rules, ssa, finetune
+TASKS = variable_assignment, passkey, denoising, memory
+CLAIMS = {claim.__name__: claim for claim in TEXT + TASKS}
 
 
 # ---- Sections ------------------------------------------------------------------------------------
 
 
-def title(cfg, claim):
+def title(cfg, name):
     """The name of a claim's section; a text of one's own has its own."""
-    if cfg.dataset and claim in ABOUT_TEXT:
-        return f'{claim.__name__} {cfg.dataset}'
-    return claim.__name__
+    if cfg.dataset != 'stdlib' and CLAIMS[name] in TEXT:
+        return f'{name} {cfg.dataset}'
+    return name
 
 
 def section(page, title, body):
@@ -479,32 +451,16 @@ def section(page, title, body):
     return f'{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}'
 
 
-def read(page):
-    try:
-        with open(page, encoding='utf-8') as f:
-            return f.read()
-    except OSError as e:
-        raise UserError(f'--to={page}: {e.strerror}') from None
-
-
 def footer(r):
     """How the figures of a section were made."""
-    flags = ''
-    if r.cfg.quick:
-        flags = ' --quick'
-    for name in 'dataset', 'steps', 'config', 'windows', 'contexts', 'models', 'device':
-        value = getattr(r.cfg, name)
-        if value != getattr(ReproduceConfig, name):
-            flags += f' --{name}={value}'
-    lines = [
-        f'`python -m lab.reproduce {r.claim}{flags} --seeds={r.cfg.seeds}`. {r.about}Runs of '
-        f'one thread each, {platform.machine()}, torch {torch.__version__}. A word in FLAGS is a '
-        'rule: `python -m lab.ablate WORD` then takes the place of `python train.py`. The runs:',
-        '',
+    command = shlex.join(['python', '-m', 'lab.reproduce', *sys.argv[1:]])
+    words = [
+        f'`{command}`, seeds 1 to {r.cfg.seeds}. {r.about}',
+        f'Runs of one thread each, {platform.machine()}, torch {torch.__version__}. A word in',
+        'FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of `python train.py`.',
+        'The runs:',
     ]
-    for command in dict.fromkeys(r.commands):
-        lines.append(f'    {command}')
-    return '\n'.join(lines)
+    return '\n'.join([*words, '', *r.commands])
 
 
 def numbers(cfg, name, low):
@@ -517,19 +473,35 @@ def numbers(cfg, name, low):
     return found
 
 
+@dataclass
+class ReproduceConfig:
+    claims: list = option([], 'written without dashes', choices=tuple(CLAIMS))
+    list: bool = option(False, 'print what the claims are and how long each takes')
+    quick: bool = option(False, 'a smaller version of each, in minutes')
+    seeds: int = option(3, 'runs of each model, with the seeds 1, 2, 3, …', low=1, high=100)
+    steps: int = option(0, "of each run; 0: the claim's own number", high=10**9)
+    dataset: str = option('stdlib', 'text of the claims about text: data/<name>')
+    config: str = option('config/claims.py', 'model and steps of the claims about text')
+    windows: str = option('8,16,32,64', 'gate: the newest tokens that its models are trained on')
+    contexts: str = option('256,512,1024', 'headline: tokens of context')
+    models: int = option(0, 'only the first models of a claim; 0: all', high=100)
+    device: str = option('cpu', 'of the runs')
+    workers: int = option(os.cpu_count(), 'runs at a time', low=1)
+    out_dir: str = option('out/reproduce', 'folder of the runs')
+    data_dir: str = option('data', 'where the data sets are, or are made')
+    to: str = option(
+        'RESULTS.md', 'its sections are written here, pictures into results/ beside it'
+    )
+
+
 def main():
     cfg = settings.parse(ReproduceConfig, positional='claims')
     if cfg.list:
-        for claim, minutes in CLAIMS.items():
-            words = ' '.join(claim.__doc__.split())
-            print(f'{claim.__name__:20} {minutes:3} minutes | {words}')
+        for name, claim in CLAIMS.items():
+            print(f'{name:20}', *claim.__doc__.split())
         return
-    claims = {claim.__name__: claim for claim in CLAIMS}
-    for name in cfg.claims:
-        if name not in claims:
-            raise UserError(f'{name} is no claim: {", ".join(claims)}')
     if not cfg.claims:
-        raise UserError(f'which claims? {", ".join(claims)}')
+        raise UserError(f'which claims? {", ".join(CLAIMS)}')
     plot.import_pyplot()  # what can be wrong is known before the work
     signal.signal(signal.SIGTERM, runs.stop)
     if cfg.quick:
@@ -541,15 +513,17 @@ def main():
         cfg.to = os.path.join(cfg.out_dir, 'page')  # is not written, but pictures beside it
     runners = []
     for name in cfg.claims:
-        runners.append(runs.Runner(cfg, name, title(cfg, claims[name])))
+        r = runs.Runner(cfg, name, title(cfg, name))
+        runners.append(r)
         if not cfg.quick:
-            section(read(cfg.to), runners[-1].title, '')
+            section(pathlib.Path(cfg.to).read_text('utf-8'), r.title, '')
     for r in runners:
-        body = '\n\n'.join([*claims[r.claim](r), footer(r)])
+        body = '\n\n'.join([*CLAIMS[r.claim](r), footer(r)])
         if cfg.quick:
             print(body)
         else:
-            plot.write(cfg.to, section(read(cfg.to), r.title, body).encode())
+            page = pathlib.Path(cfg.to).read_text('utf-8')
+            plot.write(cfg.to, section(page, r.title, body).encode())
 
 
 if __name__ == '__main__':

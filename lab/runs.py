@@ -115,7 +115,9 @@ class Runner:
             steps = quick
         steps = self.cfg.steps or steps
         flags = [*flags, f'--max_iters={steps}', f'--warmup_iters={steps // 10}']
-        self.commands.append(f'python train.py {" ".join(flags)} FLAGS --seed=SEED')
+        line = f'    python train.py {" ".join(flags)} FLAGS --seed=SEED'
+        if line not in self.commands:
+            self.commands.append(line)
         arms = {name: Arm(name, own, []) for name, own in models.items()}
         jobs = {}
         places = []
@@ -178,45 +180,30 @@ class Runner:
                 raise
         return found
 
-    def picture(self, lines, **labels):
-        """Draw lines, {name: (x, [y of each seed])}: their mean, with all of them behind.
-
-        labels: of the axes, as matplotlib takes them. Writes results/<title>.png beside the page
-        and returns the link to it.
-        """
-        figure, ax = plot.import_pyplot().subplots(figsize=(5.5, 4), layout='constrained')
-        for n, (name, (x, ys)) in enumerate(lines.items()):
-            colour, line, marker = plot.STYLES[n % len(plot.STYLES)]
-            for y in ys:
-                ax.plot(x, y, color=colour, alpha=0.25, linewidth=1)
-            style = {'color': colour, 'linestyle': line, 'marker': marker}
-            ax.plot(x, np.mean(ys, axis=0), markersize=3, label=name, **style)
-        ax.set(**labels)
-        ax.legend(fontsize=8)
-        ax.grid(alpha=0.3)
+    def picture(self, figure):
+        """Write results/<title>.png beside the page, and return the link to it."""
         name = self.title.replace(' ', '_').replace('/', '_')
         link = f'results/{name}.png'
         plot.save_figure(figure, os.path.join(os.path.dirname(self.cfg.to), link))
         return f'![{self.title}]({link})'
 
-    def curves(self, arms, name='val_loss', ylabel='validation loss, nats per token'):
-        """The picture of a figure of the arms against steps, from an eighth of them on.
+    def curves(self, arms, name='val_loss', y='validation loss, nats per token'):
+        """The picture of a figure of the arms against steps: the mean, and pale each seed.
 
-        What comes before would leave no room for the differences.
+        From an eighth of the steps on: what comes before would leave no room for differences.
         """
-        lines = {}
+        means = {}
+        pale = {}
         for arm in arms.values():
-            ys = []
+            curves = []
             for run in arm.runs:
-                x = []
-                y = []
-                for line in run.evaluations:
-                    if line['iter'] >= run.evaluations[-1]['iter'] / 8:
-                        x.append(line['iter'])
-                        y.append(line[name])
-                ys.append(y)
-            lines[arm.name] = x, ys
-        return self.picture(lines, xlabel='step', ylabel=ylabel, title=self.title)
+                start = run.evaluations[-1]['iter'] / 8
+                shown = [line for line in run.evaluations if line['iter'] >= start]
+                curves += plot.curve(run.folder, shown, 'iter', name)
+            means[arm.name] = curves[0], np.mean(curves[1::2], axis=0)
+            pale[arm.name] = curves
+        plt = plot.import_pyplot()
+        return self.picture(plot.draw(plt, means, pale, self.title, 'step', y))
 
 
 def read_run(folder, rule, steps):
