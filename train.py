@@ -388,10 +388,10 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
             return True
 
         # one step of training
-        lr = schedule(cfg, iter_num)
-        loss, memory = step(cfg, processes, dataset, model, optimizers, scaler, iter_num, lr)
+        scale = schedule(cfg, iter_num)
+        loss, memory = step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale)
 
-        # once in a while: look at the loss, and at signals to any process, which waits for the GPU
+        # once in a while: look at the loss and at signals to any process, which waits for the GPU
         stop = bool(signals) and processes.world == 1
         if iter_num % cfg.log_interval == 0:
             loss, memory, stop = processes.mean(loss, memory, bool(signals))
@@ -400,7 +400,7 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
             rate = (iter_num + 1 - since_iter) * tokens / (now - since)
             since = now
             since_iter = iter_num + 1
-            figures = {'loss': loss, 'lr': lr * cfg.learning_rate, 'tokens_per_s': rate}
+            figures = {'loss': loss, 'lr': cfg.learning_rate * scale, 'tokens_per_s': rate}
             if cfg.memory_loss:
                 figures['memory'] = memory
             if share := devices.mfu(raw_model, rate / processes.world):
@@ -410,31 +410,33 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
             if log:
                 log.write(iter=iter_num, seconds=now - started, **figures)
 
-        # the step is done; a run that is stopped saves first
+        # a run that a signal stops saves first
         iter_num += 1
         if stop and iter_num < cfg.max_iters:
             save()
             return False
 
 
-def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, lr):
-    """One step of training, at a learning rate of lr times its maximum.
+def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale):
+    """One step of training, at a learning rate of scale times its maximum.
 
-    Returns the training loss and the memory requirement of this process, without waiting for the
-    device.
+    Returns the training loss and the memory requirement of this process, as tensors, because a
+    number would have to wait for the GPU.
     """
+    # the learning rate of every group
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = group['initial_lr'] * lr
+            group['lr'] = group['initial_lr'] * scale
+
+    # forward and backward of all micro-steps; every process has batches of its own
     torch.manual_seed((cfg.seed * 1_000_003 + iter_num) * 1009 + processes.rank)  # of dropout
     tau = cfg.memory_tau if cfg.memory_loss else None
     micro_steps = cfg.gradient_accumulation_steps // processes.world
     mean_loss = mean_memory = 0.0
     for micro in range(micro_steps):
-        # every process has batches of its own
         index = (iter_num * micro_steps + micro) * processes.world + processes.rank
         x, y = get_batch(cfg, dataset, 'train', index)
-        if processes.world > 1:  # gradients are added up over processes in the last one only
+        if processes.world > 1:  # gradients are synchronised in the last one only
             model.require_backward_grad_sync = micro == micro_steps - 1
         with devices.autocast(cfg.device, cfg.dtype):
             _, loss, *memory = model(x, y, memory_tau=tau)
@@ -444,7 +446,7 @@ def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, lr):
             loss = loss + cfg.memory_loss * memory[0]
         scaler.scale(loss / micro_steps).backward()
 
-    # clip the gradient, as a whole
+    # clip the gradient, then move the weights
     if cfg.grad_clip:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)

@@ -110,10 +110,8 @@ def check_resume(checkpoint, cfg):
             'or with --resume_changed'
         )
     done = checkpoint['iter_num']
-    if done >= cfg.max_iters:
-        raise UserError(
-            f'{cfg.out_dir} is done, {done} of {cfg.max_iters} steps: raise --max_iters'
-        )
+    if not 0 <= done < cfg.max_iters:
+        raise UserError(f'{cfg.out_dir} has {done} of {cfg.max_iters} steps: raise --max_iters')
     return changes
 
 

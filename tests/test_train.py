@@ -365,7 +365,7 @@ def test_damaged_and_foreign_checkpoints(dataset, tmp_path, run):
     args = [dataset, *SMALL, '--max_iters=2', f'--out_dir={tmp_path}']
     run(train, *args)
     assert 'has a checkpoint: resume it' in run(train, *args)
-    assert 'is done' in run(train, *args, '--init_from=resume')
+    assert 'has 2 of 2 steps: raise' in run(train, *args, '--init_from=resume')
     path = tmp_path / 'ckpt.pt'
     whole = path.read_bytes()
     for damage in b'', b'hello', whole[: len(whole) // 2]:
