@@ -232,21 +232,30 @@ def test_runs_with_ranges_make_what_one_makes(server, prepare, start, tmp_path):
     assert contents(tmp_path / 'many/c4') == one
 
 
-def test_meta_is_right_whoever_writes_last(server, prepare, monkeypatch, tmp_path):
+def test_meta_is_right_whoever_writes_last(server, monkeypatch, tmp_path):
     """Another process finishes a shard and writes meta.json while this one is about to."""
-    real = prepare_c4.write_meta
-    other = tmp_path / 'c4/train_00007.bin'
+    cfg = prepare_c4.C4Config(**settings_of(server, tmp_path))
+    preparation = prepare_c4.Preparation(tmp_path, cfg)
+    write_file = data.files.write_file
+    shard = tmp_path / 'train_00000.bin'
 
     def late(*args):
-        if not other.exists():
-            other.parent.mkdir(exist_ok=True)
-            other.write_bytes(b'bbbb')
-            prepare(shards='7:8')
-        real(*args)
+        if not shard.exists():
+            shard.write_bytes(b'aabb')
+            preparation.update_meta()
+        write_file(*args)
 
-    monkeypatch.setattr(prepare_c4, 'write_meta', late)
+    monkeypatch.setattr(data.files, 'write_file', late)
+    preparation.update_meta()
+    assert data.read_meta(tmp_path)['files'] == {'train_00000.bin': 2}
+
+
+def test_what_was_complete_stays_so(server, prepare, tmp_path):
     prepare()
-    assert data.read_meta(tmp_path / 'c4')['files']['train_00007.bin'] == 2
+    del server.files[prepare_c4.NAMES['train'].format(2)]
+    with pytest.raises(UserError, match='HTTP 404'):
+        prepare(shards='0:3')
+    assert data.load_dataset('c4', tmp_path).meta['complete']
 
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
