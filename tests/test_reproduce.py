@@ -281,7 +281,7 @@ def test_token_losses(run, dataset, tmp_path):
 def test_kinds_of_targets():
     """new, near: among the newest three, and recall: farther back."""
     x = torch.tensor([[1, 2, 1, 3, 4, 5], [7, 7, 7, 7, 7, 8]])
-    y = torch.tensor([[2, 1, 3, 4, 1, 2], [7, 7, 7, 7, 8, 7]])
+    y = torch.tensor([[2, 1, 3, 4, 1, 1], [7, 7, 7, 7, 8, 7]])
     kinds = [['new', 'near', 'new', 'new', 'near', 'recall'], ['near'] * 4 + ['new', 'near']]
     found = runs.kinds_of(x, y, near=3)
     assert [[runs.KINDS[kind] for kind in row] for row in found.tolist()] == kinds
