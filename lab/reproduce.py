@@ -1,7 +1,7 @@
 """The papers' claims at a small scale: train what they compare, and write what came out.
 
     python -m lab.reproduce --list
-    python -m lab.reproduce gate headline               times on two cores: see --list
+    python -m lab.reproduce gate headline               --list says how long, on two cores
     python -m lab.reproduce gate --quick                one seed, few steps, at most 3 minutes
     python -m lab.reproduce gate --dataset=mine --steps=20000       on a text of yours, for longer
 
@@ -91,7 +91,7 @@ def first(r, models):
 def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained
     on token 0 and the newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose
-    0.05 nats at least. 40 minutes."""
+    0.05 nats at least. Takes 40 minutes."""
     Ks = numbers(r.cfg, 'windows', 2)
     models = {'standard': ''}
     for K in Ks:
@@ -116,7 +116,7 @@ def gate(r):
 def headline(r):
     """2410.02703 section 7: 16x, 25x, 47x less memory at contexts of 512, 1,024 and 2,048 for the
     loss of standard attention (theirs: 32, 41, 44 tokens a layer). Here at 256, 512, 1,024, with
-    what simple baselines do. 120 minutes."""
+    what simple baselines do. Takes 120 minutes."""
     models = {
         'standard': '',
         'selective': '--selective',
@@ -216,7 +216,7 @@ def rows_of_seed(r, T, seed, some, kept):
 
 def heads(r):
     """2410.02703 sections 4, 5: selective attention with H heads is as good as standard attention
-    with about twice as many. 15 minutes."""
+    with about twice as many. Takes 15 minutes."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
     arms = r.train(models, 1000, 150, text(r))
     losses = kinds_table(r, 'attention', arms)
@@ -230,7 +230,7 @@ def heads(r):
 
 def rules(r):
     """2410.02703 section 3: which of the rules matter, whose votes, and other methods that are the
-    same recurrence. 30 minutes."""
+    same recurrence. Takes 30 minutes."""
     models = {
         'standard': '',
         'selective': '--selective',
@@ -251,7 +251,7 @@ def rules(r):
 def ssa(r):
     """2411.12892: SSA is better with under 0.5% new parameters; the ablation of q, k, v, position
     and sharing, the authors' code, the scalable softmax, and a sweep of the temperatures' learning
-    rate. 30 minutes."""
+    rate. Takes 30 minutes."""
     models = {
         'standard': '',
         'qv, learning rate x 1': '--ssa=qv --ssa_lr=1',
@@ -298,7 +298,7 @@ def against(arm, base, steps):
 def finetune(r):
     """2411.12892: with SSA added to it, a trained model reaches the loss of continued training in
     1.45x fewer steps (theirs, second-hand). Here one model is trained, and continued with several
-    seeds. 15 minutes."""
+    seeds. Takes 15 minutes."""
     # GPT-2's build, so that the model can be exported as GPT-2
     flags = [*text(r, 128), *SMALL, '--rope=False', '--bias=True', '--gelu=tanh']
     base = r.train({'base': ''}, 600, 150, flags, seeds=[1])['base'].runs[0]
@@ -329,7 +329,7 @@ def finetune(r):
 
 def variable_assignment(r):
     """2410.02703 section 2: selective attention solves variable assignment and generalises;
-    standard does less. 20 minutes."""
+    standard does less. Takes 20 minutes."""
     tests = {}
     for n in 2, 6, 12:
         header = f'{n} variables'
@@ -340,7 +340,7 @@ def variable_assignment(r):
 
 def passkey(r):
     """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA
-    (theirs, of a pre-trained model). 10 minutes."""
+    (theirs, of a pre-trained model). Takes 10 minutes."""
     tests = {}
     for depth in 0.0, 0.5, 1.0:
         tests[f'depth {depth:g}'] = task_data(r, 'passkey', depth=depth, records=2000, seed=1)
@@ -351,7 +351,7 @@ def passkey(r):
 def denoising(r):
     """Selective copying: the signal among noise. 2411.12892 motivates the temperature of the values
     by noise, too, but compares mean squared errors of averages; this is a task in the same spirit,
-    not their table. 8 minutes."""
+    not their table. Takes 8 minutes."""
     return answers(r, 'denoising', 600, 200, ATTENTIONS, {})
 
 
@@ -378,7 +378,7 @@ def answers(r, task, steps, quick, models, tests):
 def memory(r):
     """How much tasks need for 0.01 nats over a model's own loss, and what a model does that is
     trained to see as many tokens only. Nothing may be dropped in copying, everything but two tokens
-    in parity; the others lie between. 30 minutes."""
+    in parity; the others lie between. Takes 30 minutes."""
     parts = [memory_of(r, 'variable_assignment', 1000), memory_of(r, 'passkey', 600)]
     if not r.cfg.quick:
         parts.append(memory_of(r, 'denoising', 600))
@@ -475,7 +475,7 @@ def numbers(cfg, name, low):
 
 @dataclass
 class ReproduceConfig:
-    claims: list = option([], 'written without dashes', choices=tuple(CLAIMS))
+    claims: list = option([], 'which to run, written without dashes', choices=tuple(CLAIMS))
     list: bool = option(False, 'print what the claims are and how long each takes')
     quick: bool = option(False, 'a smaller version of each, in minutes')
     seeds: int = option(3, 'runs of each model, with the seeds 1, 2, 3, …', low=1, high=100)
