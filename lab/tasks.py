@@ -11,6 +11,7 @@ like is in its docstring below.
 """
 
 import dataclasses
+import re
 import string
 from dataclasses import dataclass
 
@@ -73,16 +74,11 @@ def readable(text):
     """A record as people write it: the statements of variable_assignment are spelt out."""
     if text.isascii():
         return text
-    words = []
-    for c in text:
-        if ord(c) >= 128:
-            letter, digit = divmod(ord(c) - 128, 10)
-            words.append(f'{chr(ord("a") + letter)}={digit};')
-        elif c.isdigit():
-            words.append(f'{c};')
-        else:
-            words.append(f'{c}?')
-    return ' '.join(words)
+    text = re.sub('([a-l])([0-9])', r'\1? \2; ', text)
+    for code in range(128, 248):
+        letter, digit = divmod(code - 128, 10)
+        text = text.replace(chr(code), f'{chr(ord("a") + letter)}={digit}; ')
+    return text
 
 
 def parity(rng, cfg):
@@ -184,7 +180,7 @@ def make(task, cfg):
         f'{folder}: {cfg.records:,} records of {length} tokens to train, {len(answers)} of each '
         'an answer; one of them:'
     )
-    print(readable(text.strip()))
+    print(readable(text).strip())
     return folder
 
 

@@ -204,11 +204,14 @@ def test_every_window_can_come(make, bos):
         dataset.batch('val', 0, 2, 3 + bos, bos=bos)
 
 
-def test_records_get_no_bos(make):
-    dataset = make([1, 2, 3] * 9, [1, 2, 3], record_len=3, answers=[2])
-    for bos in False, True:
-        x, y = dataset.batch('train', 0, 1, 8, bos=bos)
-        assert (x.tolist(), y.tolist()) == ([[1, 2]], [[-1, 3]])
+def test_records_are_windows(make):
+    dataset = make([1, 2, 3, 4] * 9, [1, 2, 3, 4], record_len=4, answers=[1, 3])
+    for bos in False, True:  # makes no difference
+        x, y = dataset.batch('train', 0, 9, 8, bos=bos)
+        assert (x.tolist(), y.tolist()) == ([[1, 2, 3]] * 9, [[2, -1, 4]] * 9)
+    assert dataset.window(3) == dataset.window(8) == 4
+    with pytest.raises(UserError, match='block_size of 3'):
+        dataset.batch('train', 0, 1, 2)
 
 
 def test_many_files_are_one(make):
