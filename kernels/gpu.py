@@ -174,8 +174,7 @@ def forward_kernel(
         kh = load(k, bh, j, T, D)
         vh = load(v, bh, j, T, D)
         L = tl.dot(qh, tl.trans(kh)) - F
-        new_top = tl.maximum(top, tl.max(L, 1) * unit)
-        new_top = tl.maximum(new_top, -1e30)  # -inf - -inf is nan
+        new_top = tl.maximum(top, tl.max(L, 1) * unit)  # finite: each row sees the first column
         P = tl.exp2(L * unit - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(P, 1)
