@@ -89,7 +89,10 @@ def load(out_dir, device='cpu'):
         problem = type(e).__name__
     if problem:
         raise UserError(f'{path} is damaged, or not a checkpoint of train.py ({problem})')
-    return {**ABSENT, **{name: x for name, x in checkpoint.items() if x is not None}}
+    for name, value in ABSENT.items():
+        if checkpoint.get(name) is None:
+            checkpoint[name] = value
+    return checkpoint
 
 
 def check_resume(checkpoint, cfg):
@@ -232,7 +235,9 @@ def load_optimizers(optimizers, scaler, model, checkpoint):
             saved = with_names(checkpoint, model)
         for optimizer in optimizers:
             states = saved[type(optimizer).__name__]
-            numbered = {n: states[name] for n, name in enumerate(names_of(optimizer, model))}
+            numbered = {}
+            for name in names_of(optimizer, model):
+                numbered[len(numbered)] = states[name]
             optimizer.load_state_dict({**optimizer.state_dict(), 'state': numbered})
             for p, state in optimizer.state.items():
                 for x in state.values():
@@ -254,15 +259,21 @@ def with_names(checkpoint, model):
     It had a group of matrices, one of vectors, and perhaps one of SSA's temperatures.
     """
     saved = checkpoint['optimizer']
-
-    def group(name):
-        if '.ssa.' in name and len(saved['param_groups']) == 3:
-            return 2
-        return 1 if checkpoint['model'][name].dim() < 2 else 0
-
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    names = sorted((name for name in checkpoint['model'] if name in trained), key=group)
-    return {'AdamW': {name: saved['state'].get(n, {}) for n, name in enumerate(names)}}
+    matrices, vectors, temperatures = [], [], []
+    for name, weight in checkpoint['model'].items():
+        if name not in trained:
+            continue
+        if '.ssa.' in name and len(saved['param_groups']) == 3:
+            temperatures.append(name)
+        elif weight.dim() < 2:
+            vectors.append(name)
+        else:
+            matrices.append(name)
+    states = {}
+    for name in matrices + vectors + temperatures:
+        states[name] = saved['state'].get(len(states), {})
+    return {'AdamW': states}
 
 
 # ---- Budgets -------------------------------------------------------------------------------------

@@ -259,16 +259,6 @@ def test_download(hub, fetch):
     assert not hub.asked  # once is enough
 
 
-@pytest.mark.parametrize('can_resume', [True, False])
-def test_a_cut_is_resumed(hub, fetch, can_resume):
-    hub.ranges = can_resume
-    hub.faults[WEIGHTS] = [fault(send=10_000), fault(send=20_000)]
-    fetch()
-    assert fetch.found() == hub.files
-    place = 30_000 if can_resume else 20_000
-    assert ranges(hub)[-2:] == ['bytes=10000-', f'bytes={place}-']
-
-
 def test_a_run_that_failed_is_continued(hub, fetch):
     hub.faults[WEIGHTS] = [fault(send=10_000), *[fault(status=503, body=b'')] * 2]
     with pytest.raises(UserError, match='3 times in a row'):

@@ -81,11 +81,11 @@ def as_of_old(checkpoint):
 
 @pytest.mark.parametrize('old', [False, True])
 def test_resume(old, dataset, tmp_path, run):
-    args = [dataset, *SMALL, '--selective', '--ssa=qv', '--bos=False', '--lr_decay_iters=20']
-    args.append('--dropout=0.1')
+    """Losses and weights are those of a run that was not stopped; bos is as it began."""
+    args = [dataset, *SMALL, '--selective', '--ssa=qv', '--dropout=0.1', '--lr_decay_iters=20']
     whole, parts = f'--out_dir={tmp_path / "whole"}', f'--out_dir={tmp_path / "parts"}'
-    run(train, *args, '--max_iters=20', whole)
-    run(train, *args, '--max_iters=10', parts)
+    run(train, *args, '--bos=False', '--max_iters=20', whole)
+    run(train, *args, '--bos=False', '--max_iters=10', parts)
     if old:
         ckpt.save(tmp_path / 'parts', as_of_old(ckpt.load(tmp_path / 'parts')))
     run(train, *args, '--max_iters=20', parts, '--init_from=resume')
@@ -134,9 +134,6 @@ def test_moments_go_by_names(dataset, tmp_path, run):
     found = ckpt.optimizer_state(optimizers, gpt)
     torch.testing.assert_close(found, before['optimizer'], rtol=0, atol=0)
     assert found['AdamW'].keys() == {name for name, _ in gpt.named_parameters()}
-    changed = [*args, '--max_iters=4', '--ssa_lr=50', '--init_from=resume']
-    assert 'another run by ssa_lr=50.0 (was 1.0)' in run(train, *changed)
-    assert 'resumed with ssa_lr=50.0' in run(train, *changed, '--resume_changed')
 
 
 def test_states_that_do_not_fit(dataset, tmp_path, run):
@@ -147,7 +144,7 @@ def test_states_that_do_not_fit(dataset, tmp_path, run):
     less = {key: state for key, state in adam.items() if key != name}
     wrong = {'exp_avg': torch.zeros(3), 'exp_avg_sq': torch.zeros(16, 16), 'step': torch.tensor(1)}
     for optimizer, words in [
-        (None, "no state of 'optimizer'"),
+        (None, 'does not fit'),
         ({'Muon': adam}, "no state of 'AdamW'"),
         ({'AdamW': less}, f"no state of '{name}'"),
         ({'AdamW': {**adam, name: wrong}}, 'does not fit'),
@@ -165,9 +162,7 @@ def test_float16_keeps_its_scale(dataset, tmp_path, run):
     assert scaler['scale'] > 1 and scaler['_growth_tracker'] == 2
     run(train, *args, '--max_iters=3', '--init_from=resume')
     assert ckpt.load(tmp_path)['scaler'] == {**scaler, '_growth_tracker': 3}
-    run(train, *args, '--max_iters=4', '--init_from=resume', '--dtype=float32')
-    assert ckpt.load(tmp_path)['scaler'] == {}
-    assert 'step 5/5' in run(train, *args, '--max_iters=5', '--init_from=resume')
+    assert 'step 4/4' in run(train, *args, '--max_iters=4', '--init_from=resume', '--dtype=float32')
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -272,8 +267,11 @@ def test_learning_and_sampling(trained, tmp_path, run, monkeypatch):
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'line 1')))
     assert text(run(sample, *args, '--start=-', '--temperature=0')) == text(greedy)
     assert text(run(sample, *args, '--seed=2')) == text(run(sample, *args, '--seed=2'))
+    three = run(sample, *args, '--start=line 1', '--temperature=0', '--num_samples=3')
+    assert three.startswith((text(greedy) + '-' * 40 + '\n') * 3)
     out = run(sample, *args, '--start=line 1', '--budgets=4,8', '--num_samples=2')
-    assert '2.7x less' in out and out.count('line 1') >= 2
+    texts = out.split('-' * 40)
+    assert '2.7x less' in out and texts[0].startswith('line 1') and texts[0] != texts[1].strip()
 
 
 @pytest.mark.parametrize(
@@ -290,18 +288,6 @@ def test_learning_and_sampling(trained, tmp_path, run, monkeypatch):
 )
 def test_samples_that_cannot_be(trained, run, wrong, words):
     assert words in run(sample, f'--out_dir={trained}', '--device=cpu', wrong)
-
-
-@pytest.mark.parametrize('budgets', ['none', '4'])
-def test_texts_of_one_batch(trained, run, budgets):
-    """num_samples texts are N texts after one prompt; greedy ones are that of a single run."""
-    args = [f'--out_dir={trained}', '--max_new_tokens=40', '--device=cpu', '--start=line 1']
-    args.append(f'--budgets={budgets}')
-    one = text(run(sample, *args, '--temperature=0'))
-    three = run(sample, *args, '--temperature=0', '--num_samples=3').split('-' * 40)
-    assert [part.strip() for part in three[:3]] == [one.strip()] * 3
-    texts = run(sample, *args, '--num_samples=3').split('-' * 40)[:3]
-    assert len(set(texts)) == 3 and all(part.strip().startswith('line 1') for part in texts)
 
 
 @pytest.mark.parametrize('bos', [True, False])
@@ -322,6 +308,7 @@ def test_bos(bos, dataset, tmp_path, run, monkeypatch):
     spy(data.Dataset, 'batch')
     out_dir = f'--out_dir={tmp_path}'
     run(train, dataset, *SMALL, '--max_iters=1', f'--bos={bos}', out_dir)
+    run(train, dataset, *SMALL, '--eval_only', out_dir)
     run(prune, '--tolerance=1', '--windows=4', '--device=cpu', '--policy=oldest', out_dir)
     assert len(seen) > 5
     assert all((x[:, 0] == 256).all() == bos for x, _ in seen)
