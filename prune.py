@@ -24,7 +24,6 @@ import json
 import math
 import operator
 import os
-import time
 from dataclasses import dataclass
 
 from support import settings  # before torch, see support/__init__.py
@@ -39,9 +38,6 @@ from support import checkpoint as ckpt, devices, files, pretrained
 from support.settings import UserError, option
 
 ABOVE = 'is already above the target'  # of a loss without pruning
-# an earlier search with the same values of these found the same losses
-SAME = ('checkpoint', 'code', 'policy', 'dataset', 'data', 'block_size', 'search')
-SEARCH = ('search', 'bite', 'windows', 'seed', 'batch_size', 'dtype')
 
 
 @dataclass
@@ -87,13 +83,13 @@ class Trials:
         x, _ = batches[0]
         self.pos = torch.arange(x.size(1), device=x.device)
         self.budgets = [x.size(1)] * model.config.n_layer
-        self.known = {}  # budgets -> loss
-        # inputs[l][n]: what layer l reads of batch n under self.budgets, as far as it was needed
-        self.inputs = [[model.embed(x, self.pos) for x, _ in batches]]
+        self.known = {}  # budgets as text -> loss
+        # inputs[n][l]: what layer l reads of batch n under self.budgets, as far as it was needed
+        self.inputs = [[model.embed(x, self.pos)] for x, _ in batches]
 
     def loss(self, budgets, first=0):
         """Mean loss in nats per token; first: see `windows`."""
-        key = tuple(budgets)
+        key = str(budgets)
         if key not in self.known:
             self.known[key] = self.windows(budgets, first).mean().item()
         return self.known[key]
@@ -103,22 +99,23 @@ class Trials:
 
         first: a layer below which the budgets are self.budgets; what it reads is kept.
         """
-        for l in range(len(self.inputs) - 1, first):
-            outputs = [self.layer(l, x, self.budgets[l]) for x in self.inputs[l]]
-            self.inputs.append(outputs)
         losses = []
-        for x, (_, y) in zip(self.inputs[first], self.batches):
+        for inputs, (_, y) in zip(self.inputs, self.batches):
+            for l in range(len(inputs) - 1, first):
+                inputs.append(self.layer(l, inputs[l], self.budgets[l]))
+            x = inputs[first]
             for l in range(first, len(budgets)):
                 x = self.layer(l, x, budgets[l])
             logits = self.model.lm_head(self.model.transformer.ln_f(x)).float()
             loss = fn.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction='none')
             losses.append(loss.sum(dim=1) / (y >= 0).sum(dim=1))
-        return torch.cat(losses)
+        return torch.cat(losses).cpu()
 
     def take(self, l, bite):
         """Give layer l a smaller budget; what the layers above it read is then out of date."""
         self.budgets[l] -= bite
-        del self.inputs[l + 1 :]
+        for inputs in self.inputs:
+            del inputs[l + 1 :]
 
     def layer(self, l, x, budget):
         """Layer l on x (B, T, C), with the parallel form of context pruning."""
@@ -146,13 +143,17 @@ class Trial:
     step: int  # how many bites had been taken before
 
 
-def search(trials, target, loss, plain_bite=0):
-    """Yield each Trial that is taken; the caller passes it on to trials.take.
+def search(trials, target, plain_bite=0):
+    """Take bites from trials.budgets. Yields the loss without pruning, then that after each bite.
 
-    loss: without pruning. plain_bite: tokens of a bite in the paper's search; 0: the quick search.
-    See the top of this file for both.
+    plain_bite: tokens of a bite in the paper's search; 0: the quick search. See the top of this
+    file for both. Raises UserError where the loss is above the target from the start.
     """
     budgets = trials.budgets
+    loss = trials.loss(budgets)
+    if loss > target:
+        raise UserError(f'the loss without pruning, {loss:.4f}, {ABOVE}, {target:.4f}')
+    yield loss
     size = plain_bite  # tokens of a bite; 0: a part of what the layer has
     part = 0.5
     tried = {}  # layer -> its last trial
@@ -169,13 +170,13 @@ def search(trials, target, loss, plain_bite=0):
         if best.step < step and best.rise < math.inf:
             del tried[best.layer]  # other layers have lost tokens since: try it again
         elif best.loss - loss <= left:
-            yield best
+            trials.take(best.layer, best.bite)
             loss = best.loss
+            yield loss
             step += 1
+            del tried[best.layer]
             if plain_bite:
                 tried.clear()
-            else:
-                del tried[best.layer]
         elif not size:  # the others cost more for a token: they wait until a bite of this one fits
             part /= 2
             if part * max(budgets) < 2:
@@ -191,29 +192,28 @@ def attempt(trials, l, bite, loss, step):
     """The Trial of a bite from layer l, where the loss has been `loss`; inf: it has too few."""
     budgets = list(trials.budgets)
     budgets[l] -= bite
-    if bite < 1 or budgets[l] < 2:
-        return Trial(l, bite, math.inf, math.inf, step)
-    new = trials.loss(budgets, l)
-    return Trial(l, bite, new, (new - loss) / bite, step)
+    new = math.inf
+    if bite > 0 and budgets[l] > 1:
+        new = trials.loss(budgets, l)
+    return Trial(l, bite, new, (new - loss) / max(bite, 1), step)
 
 
 # ---- How sure the result is ----------------------------------------------------------------------
 
 
-def bootstrap(values, counts=None, samples=10_000):
+def bootstrap(values, counts=None):
     """95% interval of the mean of values, one for each window.
 
     Windows are drawn again with replacement. counts: how many tokens each value is the sum of; the
     mean is then over tokens. Differences of two models on the same windows give the paired
     bootstrap.
     """
-    values = values.double().cpu()
-    counts = torch.ones_like(values) if counts is None else counts.double().cpu()
+    if counts is None:
+        counts = torch.ones_like(values)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
-    means = values[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    drawn = torch.randint(len(values), (10_000, len(values)), generator=generator)
+    means = values.double()[drawn].sum(dim=1) / counts.double()[drawn].sum(dim=1)
+    return means.quantile(0.025).item(), means.quantile(0.975).item()
 
 
 def unseen(trials, curve, target):
@@ -256,47 +256,52 @@ def main():
         raise UserError(f'{cfg.out_dir} has no F to prune by: use --policy=oldest or random')
     reference = model
     if cfg.baseline:
-        reference = load_baseline(cfg, model, checkpoint)
+        reference, other = ckpt.load_model(cfg.baseline, cfg.device)
+        if traits(reference, other) != traits(model, checkpoint):
+            raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos')
     dataset = data.load_dataset(cfg.dataset or checkpoint['dataset'] or '')
     if dataset.tokenizer_name != checkpoint['tokenizer']:
-        raise UserError(
-            f'{cfg.out_dir} was trained on {checkpoint["tokenizer"]}, '
-            f'data set {dataset.name} has {dataset.tokenizer_name}'
-        )
+        raise UserError(f'{dataset.name} has another tokenizer than {cfg.out_dir}')
     kernels.install(model, dtype=dtype)  # for layers that keep everything
     size = dataset.window(model.config.block_size) - 1  # records may be shorter
     searched, held_out = windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint))
 
     with devices.autocast(cfg.device, cfg.dtype):  # as sample.py generates
+        goal = to_keep(reference, searched, cfg).mean().item()
+        goals = to_keep(reference, held_out, cfg)
+        cfg.target_loss = goal
         trials = Trials(model, searched, cfg.policy, dtype)
-        unpruned = trials.loss(trials.budgets)
-        base = Trials(reference, searched)
-        target = cfg.target_loss or base.loss(base.budgets) + cfg.tolerance
-        if unpruned > target:
-            raise UserError(f'the loss without pruning, {unpruned:.4f}, {ABOVE}, {target:.4f}')
         result = {
-            'policy': cfg.policy,
+            **vars(cfg),
             'block_size': size,
-            'target_loss': target,
-            'unpruned_loss': unpruned,
-            'baseline_loss': target if cfg.baseline else None,
-            'dataset': dataset.name,
             'data': dataset.fingerprint(),
             'checkpoint': ckpt.fingerprint(model),
             'code': ckpt.code_fingerprint(),
-            'held_out': {},
-            'search': {name: getattr(cfg, name) for name in SEARCH},
-            'curve': [],
         }
-        run_search(cfg, trials, result, path)
-        base = Trials(reference, held_out)
-        to_keep = base.windows(base.budgets) + cfg.tolerance
-        if cfg.target_loss:
-            to_keep = torch.full_like(to_keep, target)
-        held_out = Trials(model, held_out, cfg.policy, dtype)
-        result['held_out'] = unseen(held_out, result['curve'], to_keep)
+        # The search is deterministic. To continue one, repeat its steps with the losses it found.
+        trials.known.update(known_trials(path, result))
+        curve = []
+        found = {}
+        result.update(budgets=trials.budgets, trials=trials.known, curve=curve, held_out=found)
+        plain_bite = cfg.bite if cfg.search == 'plain' else 0
+        for loss in search(trials, goal, plain_bite):
+            p = point(trials.budgets, size, loss)
+            print(
+                f'{len(curve):4}: budgets {p["budgets"]}, {p["saving"]:.1f}x less memory, '
+                f'loss {loss:.4f}',
+                flush=True,
+            )
+            curve.append(p)
+            write(path, result)
+        others = Trials(model, held_out, cfg.policy, dtype)
+        found.update(unseen(others, curve, goals))
     write(path, result)
-    report(result, path)
+    mean, low, high = found['difference']
+    print(f'on other windows: {mean:+.4f} [{low:+.4f}, {high:+.4f}] from the target')
+    kept = 'nothing'
+    if found['holds']:
+        kept = f'{found["holds"]["saving"]:.1f}x less memory'
+    print(f'what keeps the loss there, too: {kept}')
 
 
 def output_path(cfg):
@@ -312,14 +317,6 @@ def output_path(cfg):
     return path
 
 
-def load_baseline(cfg, model, checkpoint):
-    """The model of --baseline; UserError where its loss is not comparable."""
-    other, its_checkpoint = ckpt.load_model(cfg.baseline, cfg.device)
-    if traits(other, its_checkpoint) != traits(model, checkpoint):
-        raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos than the model')
-    return other
-
-
 def traits(model, checkpoint):
     """What must be the same in two models whose losses are compared."""
     bos = ckpt.starts_with_bos(checkpoint)
@@ -328,83 +325,51 @@ def traits(model, checkpoint):
 
 def windows_of(dataset, cfg, size, bos):
     """Two lists of batches of random validation windows; in a small text they may overlap."""
-    batches = []
-    count = math.ceil(cfg.windows / cfg.batch_size)
-    for n in range(2 * count):
-        B = min(cfg.batch_size, cfg.windows - n % count * cfg.batch_size)
-        x, y = dataset.batch('val', n, B, size, cfg.seed, bos)
-        batches.append((x.to(cfg.device), y.to(cfg.device)))
-    return batches[:count], batches[count:]
+    lists = [], []
+    n = 0
+    for batches in lists:
+        for start in range(0, cfg.windows, cfg.batch_size):
+            B = min(cfg.batch_size, cfg.windows - start)
+            x, y = dataset.batch('val', n, B, size, cfg.seed, bos)
+            batches.append((x.to(cfg.device), y.to(cfg.device)))
+            n += 1
+    return lists
 
 
-def run_search(cfg, trials, result, path):
-    """Search, print the curve, and write it after each step into result and the file."""
-    target = result['target_loss']
-    unpruned = result['unpruned_loss']
-    print(f'{cfg.out_dir}: policy {cfg.policy}, loss {unpruned:.4f}, target {target:.4f}')
-    # The search is deterministic. To continue one, repeat its steps with the losses that it found.
-    known = known_trials(path, result)
-    if known:
-        print(f'continuing with the {len(known)} trials in {path}')
-        trials.known.update(known)
-    started = time.time()
-    add_point(trials, result, unpruned, started)
-    plain_bite = cfg.bite if cfg.search == 'plain' else 0
-    for trial in search(trials, target, unpruned, plain_bite):
-        trials.take(trial.layer, trial.bite)
-        add_point(trials, result, trial.loss, started)
-        write(path, result)
+def to_keep(reference, batches, cfg):
+    """The loss to keep on each window, (windows,)."""
+    trials = Trials(reference, batches)
+    losses = trials.windows(trials.budgets)
+    if cfg.target_loss:
+        return torch.full_like(losses, cfg.target_loss)
+    return losses + cfg.tolerance
 
 
 def known_trials(path, result):
-    """{budgets: loss} of an earlier search of the same thing, stopped or done; {} without one."""
+    """The losses that an earlier search with the same settings found; {} without one."""
     try:
-        earlier = files.read_json(path, '', trials=[[float]])
+        earlier = files.read_json(path, '', trials=dict)
     except UserError:
         return {}
-    for name in SAME:
-        if earlier.get(name) != result[name]:
+    for name, value in result.items():
+        if earlier.get(name) != value:
             return {}
-    return {tuple(budgets): loss for *budgets, loss in earlier['trials']}
+    if not files.is_a(list(earlier['trials'].values()), [float]):
+        return {}
+    return earlier['trials']
 
 
-def add_point(trials, result, loss, started):
-    """Put the present budgets and their loss into result, and print them."""
-    memory = sum(trials.budgets)
-    full = len(trials.budgets) * result['block_size']
-    point = {
-        'budgets': list(trials.budgets),
+def point(budgets, size, loss):
+    """A point of the curve of memory against loss; size: tokens that a layer has at first."""
+    memory = sum(budgets)
+    full = len(budgets) * size
+    return {
+        'budgets': list(budgets),
         'memory': memory,
         'fraction': memory / full,
         'saving': full / memory,
         'val_loss': loss,
     }
-    result['budgets'] = point['budgets']
-    result['curve'].append(point)
-    result['trials'] = [[*budgets, loss] for budgets, loss in trials.known.items()]
-    step = len(result['curve']) - 1
-    budgets = ' '.join(f'{budget:4}' for budget in trials.budgets)
-    spent = time.time() - started
-    print(
-        f'step {step:3} | budgets {budgets} | {full / memory:6.1f}x less memory '
-        f'| loss {loss:.4f} | {spent:.0f}s',
-        flush=True,
-    )
-
-
-def report(result, path):
-    """Print what held-out windows say of the budgets."""
-    found = result['held_out']
-    mean, low, high = found['difference']
-    print(
-        f'on windows that the search has not seen the loss is {mean:+.4f} from the target '
-        f'(95% over windows: {low:+.4f} to {high:+.4f})'
-    )
-    if found['holds']:
-        print(f'what keeps the loss there, too: {found["holds"]["saving"]:.1f}x less memory')
-    else:
-        print('no point of the curve keeps the loss there')
-    print(f'sample.py --budgets={path} generates within the budgets')
 
 
 def write(path, result):

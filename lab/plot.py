@@ -21,18 +21,11 @@ import numpy as np
 from support import checkpoint as ckpt, files, settings
 from support.settings import UserError, option
 
-# Okabe and Ito's colours, for the colour-blind; line styles and markers tell the runs apart in
-# black and white
-STYLES = [
-    ('#0072b2', '-', 'o'),
-    ('#d55e00', '--', 's'),
-    ('#009e73', '-.', '^'),
-    ('#cc79a7', ':', 'D'),
-    ('#56b4e9', '-', 'v'),
-    ('#e69f00', '--', 'P'),
-    ('#000000', '-.', 'X'),
-    ('#999999', ':', '*'),
-]
+# Okabe and Ito's colours, for the colour-blind; lines and markers tell the runs apart in black and
+# white
+COLOURS = '#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999'.split()
+LINES = ['-', '--', '-.', ':']
+MARKERS = 'os^DvPX*'
 
 
 @dataclass
@@ -47,27 +40,19 @@ class PlotConfig:
 
 def curve(path, rows, x, y):
     """The entries x and y of rows, which are from a JSON file; UserError if they lack one."""
-    xs = []
-    ys = []
     for row in rows:
         if problem := files.misfit(row, {x: float, y: float}):
             raise UserError(f'{path} is damaged ({problem}): make it again')
-        xs.append(row[x])
-        ys.append(row[y])
-    return xs, ys
-
-
-def read_losses(run, name):
-    """Steps, and the loss of this name in a run's log.jsonl."""
-    lines = [line for line in ckpt.read_log(run) if name in line]
-    return curve(run, lines, 'iter', name)
+    return [row[x] for row in rows], [row[y] for row in rows]
 
 
 def read_times(path, case):
     """Context lengths in a table of lab.bench, and milliseconds of attention for each sequence."""
     found = files.read_json(path, 'run lab.bench again', rows=[dict])
-    rows = [row for row in found['rows'] if row.get('part') == 'attention']
-    rows = [row for row in rows if row.get('case') == case]
+    rows = []
+    for row in found['rows']:
+        if (row.get('part'), row.get('case')) == ('attention', case):
+            rows.append(row)
     if not rows:
         raise UserError(f'{path} has no times of attention: run lab.bench --what=attention')
     lengths, times = curve(path, rows, 'T', 'value')
@@ -86,11 +71,16 @@ def draw(plt, curves, pale, title, x, y, powers_of_2=''):
     """
     figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
     for n, (label, curve) in enumerate(curves.items()):
-        colour, line, marker = STYLES[n % len(STYLES)]
+        colour = COLOURS[n % 8]
         if label in pale:
             ax.plot(*pale[label], color=colour, alpha=0.3, linewidth=1)
-        name = label.replace('$', r'\$')
-        ax.plot(*curve, color=colour, linestyle=line, marker=marker, markersize=4, label=name)
+        ax.plot(
+            *curve,
+            color=colour,
+            linestyle=LINES[n % 4],
+            marker=MARKERS[n % 8],
+            label=label.replace('$', r'\$'),
+        )
     if powers_of_2:
         ax.set_xscale('log', base=2)
         ax.xaxis.set_major_formatter(powers_of_2)
@@ -122,7 +112,7 @@ def save_figure(figure, path):
 def write(path, content):
     """Write bytes, and say so."""
     files.write_file(path, content)
-    print(f'{path}: {len(content) / 1e3:,.0f} kB', file=sys.stderr)
+    print(path, file=sys.stderr)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -133,55 +123,45 @@ def main():
     if bool(cfg.runs) == bool(cfg.cost):
         raise UserError('which runs? python -m lab.plot out/*; or --cost=FILE alone')
     plt = import_pyplot()
-    if cfg.runs:
-        plot_runs(plt, cfg)
-    else:
-        plot_cost(plt, cfg)
+    figures = plot_cost(plt, cfg.cost.split(',')) if cfg.cost else plot_runs(plt, cfg.runs)
+    for name, figure in figures.items():
+        save_figure(figure, os.path.join(cfg.to, f'{name}.png'))
 
 
-def plot_runs(plt, cfg):
-    """Write loss.png, and memory.png if there are budgets."""
+def plot_runs(plt, runs):
+    """The figures of the runs, {'loss': figure}, and 'memory' if there are budgets."""
     train = {}
     val = {}
     pruned = {}
-    baselines = {}
-    for run in cfg.runs:
+    for run in runs:
         try:
-            train[run] = read_losses(run, 'loss')
-            val[run] = read_losses(run, 'val_loss')
-            for path in sorted(pathlib.Path(run).glob('budgets*.json')):
-                types = dict(curve=[dict], baseline_loss=(float, None))
-                found = files.read_json(path, 'run prune.py again', **types)
-                saved, losses = curve(path, found['curve'], 'saving', 'val_loss')
-                label = f'{run}, {path.stem}'
-                pruned[label] = saved, losses
-                if found.get('baseline_loss'):
-                    baselines[label] = saved, [found['baseline_loss']] * len(saved)
+            log = ckpt.read_log(run)
         except UserError as e:
             print(f'{run} is left out: {e}', file=sys.stderr)
-    if not any(steps for steps, _ in val.values()):
-        raise UserError('none of these folders has a log.jsonl of train.py with a loss in it')
-    title = 'validation loss (pale: training loss)'
-    figure = draw(plt, val, train, title, 'step', 'loss, nats per token')
-    save_figure(figure, os.path.join(cfg.to, 'loss.png'))
+            continue
+        train[run] = curve(run, [line for line in log if 'loss' in line], 'iter', 'loss')
+        val[run] = curve(run, [line for line in log if 'val_loss' in line], 'iter', 'val_loss')
+        for path in sorted(pathlib.Path(run).glob('budgets*.json')):
+            found = files.read_json(path, 'run prune.py again', curve=[dict])
+            pruned[f'{run}, {path.stem}'] = curve(path, found['curve'], 'saving', 'val_loss')
+    if not val:
+        raise UserError('none of these folders has a log.jsonl of train.py')
+    y = 'validation loss, nats per token'
+    figures = {'loss': draw(plt, val, train, 'pale: training loss', 'step', y)}
     if pruned:
-        title = 'what pruning costs (pale: the baseline, which is not pruned)'
         x = 'memory saved: full context / sum of the budgets'
-        figure = draw(plt, pruned, baselines, title, x, 'validation loss, nats per token', '{x:g}x')
-        save_figure(figure, os.path.join(cfg.to, 'memory.png'))
+        figures['memory'] = draw(plt, pruned, {}, 'what pruning costs', x, y, '{x:g}x')
+    return figures
 
 
-def plot_cost(plt, cfg):
-    """Write cost.png."""
-    paths = cfg.cost.split(',')
+def plot_cost(plt, paths):
+    """The figure of tables of lab.bench, {'cost': figure}."""
     curves = {'standard': read_times(paths[0], 'standard')}
     for path in paths:
         curves[pathlib.Path(path).stem] = read_times(path, 'selective')
-    title = 'attention of trained weights, forward and backward'
     x = 'context length T, tokens'
-    figure = draw(plt, curves, {}, title, x, 'ms for each sequence', '{x:,.0f}')
-    figure.axes[0].set_ylim(bottom=0)
-    save_figure(figure, os.path.join(cfg.to, 'cost.png'))
+    y = 'ms for each sequence, forward and backward'
+    return {'cost': draw(plt, curves, {}, 'attention of trained weights', x, y, '{x:,.0f}')}
 
 
 if __name__ == '__main__':

@@ -10,10 +10,7 @@ temperatures.
 
 import base64
 import codecs
-import contextlib
-import functools
 import json
-import math
 import os
 import pathlib
 import zlib
@@ -23,6 +20,7 @@ from support import settings  # before torch, see support/__init__.py
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 import data
 from lab.plot import write
@@ -58,84 +56,57 @@ class Reading:
 
 
 class Recorder(LayerCache):
-    """A layer's memory that reads all rows at once, with context pruning in its parallel form.
+    """A layer's memory that reads all rows at once, with context pruning in its parallel form."""
 
-    For the attention core it also stands for the layer's rule, and so it hears the votes.
-    """
-
-    def __init__(self, budget, policy):
-        self.K = budget
+    def __init__(self, K, policy):
+        self.K = K
         self.policy = policy
 
     def attend(self, q, k, v, i, rule):
         F = q.new_zeros(len(q), len(i), dtype=F_dtype(q.dtype))
-        self.rule = rule
-        self.S = F[:, None].expand(-1, len(i), -1)  # (1, T, T), for a layer without votes
-        listener = None if rule is None else self
-        y, F, hidden = attend(q, k, v, F, i, i[None], listener, self.forget)
-        if (self.S < 0).any() or not torch.allclose(F[:, 1:], self.S.cumsum(dim=1), atol=1e-4):
-            raise UserError(
-                'the page can only draw sums of votes that are never negative: this model has '
-                'votes below 0, or accumulates them in another way'
-            )
+        y, F, hidden = attend(q, k, v, F, i, i[None], rule, self.forget)
         self.F = F[:, :-1]  # (1, T, T)
-        self.votes = self.S.masked_fill(hidden, 0)
-        dropped = hidden & (
-            i[:, None] >= i
-        )  # for good, so the rows that lack a column are the last
-        self.dropped_at = len(i) - dropped.sum(dim=1)  # (1, T)
+        self.votes = F.diff(dim=1).masked_fill(hidden, 0)
+        # A column is dropped for good, so the rows that see it come one after the other.
+        self.dropped_at = i + (~hidden).sum(dim=1)  # (1, T)
         return y
 
-    def vote(self, L0):
-        return self.rule.vote(L0)
 
-    def accumulate(self, F, S):
-        self.S = S
-        return self.rule.accumulate(F, S)
+def record(model, idx, budgets, policy):
+    """What each layer makes of idx (1, T): F, votes (L, T, T) and dropped_at (L, T)."""
+    cache = KVCache(model, 1, budgets, policy)
+    cache.layers = [Recorder(layer.K, layer.policy) for layer in cache.layers]
+    model(idx, cache=cache)
+    found = []
+    for name in 'F', 'votes', 'dropped_at':
+        found.append(torch.cat([getattr(layer, name) for layer in cache.layers]))
+    return found
 
 
 @torch.no_grad()
-def record(model, idx, budgets=None, policy='selective'):
-    """A Recorder of each layer of a model that has read idx (1, T)."""
-    cache = KVCache(model, 1, budgets, policy)
-    cache.layers = [Recorder(budget, cache.policy) for budget in cache.budgets]
-    model(idx, cache=cache)
-    return cache.layers
-
-
 def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
     """The Reading of idx, int64 (1, T).
 
     Raises ValueError where budgets or policy do not fit the model, and UserError for a rule of
     votes that the page cannot draw.
     """
-    temperatures = {name: [] for name in model.config.ssa}
+    outputs = {}  # module -> what it gave
 
-    def keep(name, module, inputs, tau):
-        temperatures[name].append(tau)
+    def keep(module, inputs, output):
+        outputs[module] = output
 
-    with contextlib.ExitStack() as stack:
-        for block in model.transformer.h:
-            for name, module in block.attn.ssa.items():
-                hook = module.register_forward_hook(functools.partial(keep, name))
-                stack.enter_context(hook)
-        layers = record(model, idx, budgets, policy)
-    free = layers
-    if budgets is not None:
-        free = record(model, idx)  # M is defined without budgets
-    i = torch.arange(idx.size(1), device=idx.device)
-    return Reading(
-        F=joined(layer.F for layer in layers),
-        votes=joined(layer.votes for layer in layers),
-        dropped_at=joined(layer.dropped_at for layer in layers),
-        M=joined(memory_requirement(layer.F, i, memory_tau) for layer in free),
-        temperatures={name: joined(taus) for name, taus in temperatures.items()},
-    )
-
-
-def joined(tensors):
-    """Tensors (1, ...), one of each layer, as one array (L, ...)."""
-    return torch.cat(list(tensors)).cpu().numpy()
+    with register_module_forward_hook(keep):
+        F, votes, dropped_at = record(model, idx, budgets, policy)
+    if (votes < -1e-4).any():
+        raise UserError('the page can only draw votes that are never negative and never fade')
+    temperatures = {}
+    for name in model.config.ssa:
+        layers = [outputs[block.attn.ssa[name]] for block in model.transformer.h]
+        temperatures[name] = torch.cat(layers).cpu().numpy()
+    free, _, _ = record(model, idx, None, 'oldest')  # M is defined without budgets
+    M = memory_requirement(free, torch.arange(idx.size(1), device=idx.device), memory_tau)
+    arrays = [x.cpu().numpy() for x in (F, votes, dropped_at, M)]
+    return Reading(*arrays, temperatures)
 
 
 def token_texts(ids, tokenizer):
@@ -160,55 +131,36 @@ def token_texts(ids, tokenizer):
 # ---- The page ------------------------------------------------------------------------------------
 
 
-LEAST_VOTE = 1e-4  # a smaller one is shown as none
-TAU_STEPS = 5000  # temperatures are stored in steps of 1/5000
-
-
 def packed(array):
-    """An array's bytes, deflated, in base64: the page unpacks them with DecompressionStream."""
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()
+    """Numbers as float32, deflated, in base64.
 
-
-def vote_codes(votes):
-    """Votes as bytes, and the step: 0 is none, code n is LEAST_VOTE * exp((n - 1) * step).
-
-    Steps are equal ratios, so a vote, and F as a sum of votes, is off by at most half a step.
+    They are rounded to float16, which is precise enough for a picture and leaves zeros to deflate.
     """
-    ratio = np.maximum(votes / LEAST_VOTE, 1)
-    step = max(math.log(ratio.max()) / 254, 1e-6)
-    codes = 1 + np.round(np.log(ratio) / step)
-    return np.where(votes < LEAST_VOTE, 0, codes).astype(np.uint8), step
+    numbers = array.astype(np.float16).astype('<f4')
+    return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode()
 
 
-def page(reading, tokens, title, facts, config, budgets=None, memory_tau=1.0):
-    """The HTML file as text. tokens as token_texts gives them; title and facts are plain text."""
+def page(reading, tokens, title, config, budgets=None, memory_tau=1.0):
+    """The HTML file as text. tokens as token_texts gives them; title is plain text."""
     T = len(tokens)
-    below = np.tril_indices(T, -1)  # nothing happens on the diagonal or above it
-    masked = reading.F >= memory_tau
-    gone = masked | (np.arange(T)[:, None] >= reading.dropped_at[:, None])  # (L, T, T)
-    codes, step = vote_codes(reading.votes)
-    temperatures = {}
-    for name, layers in reading.temperatures.items():
-        steps = (layers * TAU_STEPS).round().astype('<u2')
-        temperatures[name] = [packed(layer) for layer in steps]
+    i, j = np.tril_indices(T, -1)  # nothing happens on the diagonal or above it
+    # (L, T, T) the last rows do without a column once it is masked or dropped
+    dropped = np.arange(T)[:, None] >= reading.dropped_at[:, None]
+    gone = dropped | (reading.F >= memory_tau)
     content = {
         'title': title,
-        'facts': facts,
         'tokens': tokens,
-        'layers': config.n_layer,
-        'heads': config.n_head,
-        'selective': config.selective,
+        'config': vars(config),
         'budgets': budgets,
         'memoryTau': memory_tau,
-        'leastVote': LEAST_VOTE,
-        'step': step,
-        'votes': [packed(layer[below]) for layer in codes],
+        'votes': packed(reading.votes[:, i, j]),
         'dropped': reading.dropped_at.tolist(),
         'forgotten': (T - gone.sum(axis=1)).tolist(),
-        'M': np.round(reading.M.astype(float), 2).tolist(),
-        'tauSteps': TAU_STEPS,
-        'temperatures': temperatures,
+        'M': reading.M.tolist(),
+        'temperatures': {},
     }
+    for name, taus in reading.temperatures.items():
+        content['temperatures'][name] = packed(taus)
     template = pathlib.Path(__file__).with_suffix('.html').read_text(encoding='utf-8')
     # Inside <script> only '</' and '<!--' are special. No '<' at all is the simple way to have
     # neither.
@@ -227,8 +179,8 @@ def main():
     c = model.config
     if not c.selective and not c.ssa:
         raise UserError(
-            f'{cfg.out_dir} has standard attention, which masks nothing and has no temperatures: '
-            'there is nothing to show; give a run with selective=True or ssa=qv'
+            f'{cfg.out_dir} has standard attention, which has nothing to show: '
+            'give a run with selective=True or ssa=qv'
         )
     budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, cfg.policy)
     if budgets is not None:
@@ -237,34 +189,19 @@ def main():
         except ValueError as e:
             raise UserError(f'--budgets: {e}') from None
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    ids = read_tokens(cfg, tokenizer, c, ckpt.starts_with_bos(checkpoint))
+    text = files.read_text(cfg.start, errors='replace')
+    ids = data.encode_prompt(text, tokenizer, ckpt.starts_with_bos(checkpoint))
+    if cfg.cut:
+        ids = ids[: c.block_size]
+    if not 2 <= len(ids) <= c.block_size:
+        raise UserError(
+            f'--start has {len(ids)} tokens, the page takes 2 to {c.block_size}: '
+            '--cut takes the first of a longer text'
+        )
     idx = torch.tensor([ids], device=device)
     reading = read(model, idx, budgets, cfg.policy, cfg.memory_tau)
-    facts = f'{c.n_layer} layers of {c.n_head} heads, {len(ids)} tokens'
-    if c.ssa:
-        facts = f'SSA ({c.ssa}), {facts}'
-    if c.selective:
-        facts = f'selective attention, {facts}'
     tokens = token_texts(ids, tokenizer)
-    write(path, page(reading, tokens, cfg.out_dir, facts, c, budgets, cfg.memory_tau).encode())
-
-
-def read_tokens(cfg, tokenizer, config, bos):
-    """The tokens of --start, as a list; UserError where the model cannot read them."""
-    text = files.read_text(cfg.start, errors='replace')
-    ids = data.encode_prompt(text, tokenizer, bos)
-    size = config.block_size
-    if cfg.cut:
-        ids = ids[:size]
-    if len(ids) < 2:
-        raise UserError(f'--start has {len(ids)} tokens, a picture needs two')
-    if len(ids) > size:
-        raise UserError(
-            f'--start has {len(ids)} tokens, the model reads {size}: --cut shows as many'
-        )
-    if max(ids) >= config.vocab_size:
-        raise UserError(f'--start has token {max(ids)}, the model knows {config.vocab_size}')
-    return ids
+    write(path, page(reading, tokens, cfg.out_dir, c, budgets, cfg.memory_tau).encode())
 
 
 if __name__ == '__main__':

@@ -21,8 +21,9 @@ def bench(path, ms):
     """A table of lab.bench at two lengths, with sequences in batches of two."""
     rows = [dict(part='step', case='selective', T=64, value=7.0)]
     for T in 64, 128:
-        for case, value in ('standard', T), ('selective', T * ms):
-            rows.append(dict(part='attention', case=case, T=T, value=value, batch=2))
+        attention = dict(part='attention', T=T, batch=2)
+        rows.append(dict(case='standard', value=T, **attention))
+        rows.append(dict(case='selective', value=T * ms, **attention))
     path.write_text(json.dumps({'rows': rows}))
 
 
@@ -48,8 +49,8 @@ def test_runs(tmp_path, run, drawn, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in 'a', 'b_$x', 'no_run':
         (tmp_path / name).mkdir()
-    for name in 'a', 'b_$x':
-        (tmp_path / name / 'log.jsonl').write_text(LOG)
+        if name != 'no_run':
+            (tmp_path / name / 'log.jsonl').write_text(LOG)
     assert 'no_run is left out' in run(plot, 'a', 'b_$x', 'no_run', '--to=figures')
     assert [path.name for path in (tmp_path / 'figures').iterdir()] == ['loss.png']
     loss, val_loss = [[0, 5.1], [20, 4.0]], [[0, 5.0], [40, 3.5]]
@@ -57,13 +58,9 @@ def test_runs(tmp_path, run, drawn, monkeypatch):
     labels = [text.get_text() for text in drawn['loss.png'].get_legend().get_texts()]
     assert labels == ['a', r'b_\$x']
 
-    (tmp_path / 'a/budgets.json').write_text(json.dumps({'baseline_loss': 3.75, 'curve': CURVE}))
-    (tmp_path / 'a/budgets_oldest.json').write_text(json.dumps({'curve': CURVE[:1]}))
-    (tmp_path / 'b_$x/budgets.json').write_text('{"budgets')
-    assert 'budgets.json is damaged' in run(plot, 'a', 'b_$x')
-    curve, baseline = [[1, 3.25], [2, 3.5]], [[1, 3.75], [2, 3.75]]
-    assert points(drawn['memory.png'])[:2] == [baseline, curve]
-    assert points(drawn['memory.png'])[2] == curve[:1]
+    (tmp_path / 'a/budgets.json').write_text(json.dumps({'curve': CURVE}))
+    run(plot, 'a')
+    assert points(drawn['memory.png']) == [[[1, 3.25], [2, 3.5]]]
 
 
 def test_cost(tmp_path, run, drawn):
@@ -71,33 +68,27 @@ def test_cost(tmp_path, run, drawn):
     bench(tmp_path / 'memory.json', 3)
     run(plot, f'--cost={tmp_path}/plain.json,{tmp_path}/memory.json', f'--to={tmp_path}')
     assert (tmp_path / 'cost.png').read_bytes().startswith(b'\x89PNG')
-    lines = dict(zip(['standard', 'plain', 'memory'], points(drawn['cost.png'])))
-    assert lines['standard'] == [[64, 32], [128, 64]]
-    assert lines['plain'] == [[64, 128], [128, 256]] and lines['memory'] == [[64, 96], [128, 192]]
-
-
-def test_runs_without_figures(tmp_path, run):
-    (tmp_path / 'log.jsonl').write_text('{"config": {}}')
-    assert 'none of these' in run(plot, str(tmp_path), f'--to={tmp_path}')
+    standard, plain, memory = points(drawn['cost.png'])
+    assert standard == [[64, 32], [128, 64]]
+    assert plain == [[64, 128], [128, 256]] and memory == [[64, 96], [128, 192]]
 
 
 @pytest.mark.parametrize(
     'rows, words',
     [
-        (None, 'is missing'),
         ({}, 'is damaged'),
         ([], 'no times of attention'),
         ([dict(part='attention', case='standard', T=64)], "'value' is missing"),
     ],
 )
 def test_tables_that_cannot_be_drawn(rows, words, tmp_path, run):
-    if rows is not None:
-        (tmp_path / 'x.json').write_text(json.dumps({'rows': rows}))
+    (tmp_path / 'x.json').write_text(json.dumps({'rows': rows}))
     assert words in run(plot, f'--cost={tmp_path}/x.json', f'--to={tmp_path}')
 
 
-def test_nothing_to_draw(run, monkeypatch):
+def test_nothing_to_draw(tmp_path, run, monkeypatch):
     assert 'which runs' in run(plot)
+    assert 'none of these' in run(plot, str(tmp_path))
     monkeypatch.setitem(plot.sys.modules, 'matplotlib', None)
     with pytest.raises(UserError, match='pip install matplotlib'):
         plot.import_pyplot()

@@ -76,13 +76,11 @@ class Browser:
         gpt = make(dtype=torch.float32, block_size=T, spread=0.2, **config)
         budgets = BUDGETS if gpt.config.selective else None
         self.reading = read(gpt, tokens(1, T), budgets)
-        html = page(self.reading, TOKENS, '<i>title', 'facts', gpt.config, budgets)
-        self.path.write_text(html, encoding='utf-8')
+        self.path.write_text(page(self.reading, TOKENS, '<i>title', gpt.config, budgets))
         media = {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]}
         self.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', media)
         size = dict(width=width, height=1600, deviceScaleFactor=1, mobile=False)
         self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
-        self.driver.get_log('browser')
         self.load('document.body.dataset.ready')
 
     def load(self, condition):
@@ -94,18 +92,15 @@ class Browser:
         return self.driver.execute_script(f'return {expression}', *args)
 
     def each(self, css, expression):
-        """The values of a script's expression of e and j, for each element of a selector."""
-        return self.js(
-            f'[...document.querySelectorAll(arguments[0])].map((e, j) => {expression})', css
-        )
+        """The values of a script's expression of e, for each element of a selector."""
+        return self.js(f'[...document.querySelectorAll(arguments[0])].map(e => {expression})', css)
 
     def texts(self, css):
         return self.each(css, 'e.textContent')
 
     def tokens(self, css_class):
         """The tokens of the text that have this class."""
-        marked = self.each('#text span', f'e.classList.contains("{css_class}")')
-        return np.flatnonzero(marked).tolist()
+        return np.flatnonzero(self.each('#text span', f'e.classList.contains("{css_class}")'))
 
     def style(self, name):
         """A custom property of each token of the text, as numbers."""
@@ -117,19 +112,9 @@ class Browser:
     def actions(self):
         return webdriver.ActionChains(self.driver)
 
-    def point(self, element):
-        self.actions().move_to_element(element).perform()
-
     def choose(self, **values):
         for name, value in values.items():
-            self.js(
-                '[s = document.getElementById(arguments[0]), s.value = arguments[1]]',
-                name,
-                str(value),
-            )
-            self.js(
-                'document.getElementById(arguments[0]).dispatchEvent(new Event("change"))', name
-            )
+            self.each(f'#{name}', f'[e.value = "{value}", e.dispatchEvent(new Event("change"))]')
 
     def shares(self, l):
         """(T, T) what is left of each column's attention, and what each row's votes take of it."""
@@ -137,31 +122,34 @@ class Browser:
         left = np.tril(np.exp(-self.reading.F[l]) * kept)
         return left, np.tril(left * (1 - np.exp(-self.reading.votes[l])), -1)
 
-    def check_view(self, row, l):
-        """The text shows what layer l makes of this row, and the table what each layer does."""
-        dropped_at = self.reading.dropped_at
+    def check_text(self, row, l):
+        """The text shows what layer l makes of this row."""
         left, taken = self.shares(l)
-        assert self.tokens('now') == [row]
-        assert self.tokens('later') == list(range(row + 1, T))
-        assert self.tokens('dropped') == np.flatnonzero(dropped_at[l][: row + 1] <= row).tolist()
-        keep = self.style('--keep')[: row + 1]
-        np.testing.assert_allclose(keep, left[row, : row + 1], atol=0.015)
-        np.testing.assert_allclose(self.style('--taken')[:row] ** 2, taken[row, :row], atol=0.02)
-        for n in range(2):
-            tr = f'#layers tr:nth-child({n + 1}) '
-            gone = (self.reading.F[n] >= 1) | (ROWS[:, None] >= dropped_at[n])
-            assert self.texts(tr + '.seen') == [f'{row - gone[row, :row].sum()} of {row}']
-            when = T - gone[:, row].sum()
-            expected = 'not' if when == T else f'at {when}'
-            if dropped_at[n][row] == when < T:
-                expected += ', dropped'
-            assert self.texts(tr + '.forgotten') == [expected]
-            _, taken = self.shares(n)
-            for name, share in ('takes', taken[row]), ('loses', taken[:, row]):
-                found = re.findall(r'” (\d+):\s(\d+)\s%', self.texts(tr + f'.{name}')[0])
-                assert len(found) == min(3, (share >= 0.005).sum())
-                for j, percent in found:
-                    assert abs(int(percent) - 100 * share[int(j)]) < 2
+        before = ROWS <= row
+        assert self.tokens('now').tolist() == [row]
+        assert self.tokens('later').tolist() == ROWS[~before].tolist()
+        dropped = before & (self.reading.dropped_at[l] <= row)
+        assert self.tokens('dropped').tolist() == ROWS[dropped].tolist()
+        np.testing.assert_allclose(self.style('--keep')[before], left[row, before], atol=0.015)
+        np.testing.assert_allclose(self.style('--taken') ** 2, taken[row], atol=0.02)
+
+    def check_table(self, row, l):
+        """A line of the table shows what layer l does with the token of this row."""
+        tr = f'#layers tr:nth-child({l + 1}) '
+        dropped_at = self.reading.dropped_at[l]
+        gone = (self.reading.F[l] >= 1) | (ROWS[:, None] >= dropped_at)
+        assert self.texts(tr + '.seen') == [f'{row - gone[row, :row].sum()} of {row}']
+        when = T - gone[:, row].sum()
+        expected = 'not' if when == T else f'at {when}'
+        if dropped_at[row] == when < T:
+            expected += ', dropped'
+        assert self.texts(tr + '.forgotten') == [expected]
+        _, taken = self.shares(l)
+        for name, share in ('takes', taken[row]), ('loses', taken[:, row]):
+            found = re.findall(r'” (\d+):\s(\d+)\s%', self.texts(tr + f'.{name}')[0])
+            assert len(found) == min(3, (share >= 0.005).sum())
+            for j, percent in found:
+                assert abs(int(percent) - 100 * share[int(j)]) < 2
 
 
 @pytest.fixture
@@ -193,47 +181,40 @@ def test_hostile_text_shows_as_text(browser):
 def test_where_the_text_is_read_from(browser):
     """Pointing, tapping and the slider choose the row; the layer is chosen for all views."""
     l = browser.reading.M.max(axis=1).argmax()  # the layer that is shown first
-    browser.check_view(T - 1, l)
+    browser.check_text(T - 1, l)
     spans = browser.driver.find_elements('css selector', '#text span')
     tops = set()
     for row in 0, 12, 63:
-        browser.point(spans[row])
-        browser.check_view(row, l)
+        browser.actions().move_to_element(spans[row]).perform()
+        browser.check_text(row, l)
+        browser.check_table(row, 0)
+        browser.check_table(row, 1)
         tops.add(str(browser.each('#map, #needs, #tempered', 'e.getBoundingClientRect().top')))
     assert len(tops) == 1  # nothing moves away from under the pointer
     spans[50].click()
-    browser.point(browser.find('h1'))
-    browser.check_view(50, l)
+    browser.actions().move_to_element(browser.find('h1')).perform()
+    browser.check_text(50, l)
     browser.find('#time').send_keys(Keys.ARROW_LEFT * 7)
-    browser.check_view(43, l)
     assert browser.texts('#now') == [f'43 of {T - 1}']
     browser.choose(layer=1 - l)
-    browser.check_view(43, 1 - l)
+    browser.check_text(43, 1 - l)
     assert set(browser.texts('.layer, tr.chosen td:first-child')) == {str(1 - l)}
 
 
 def test_keyboard(browser):
-    def press(*keys):
-        browser.actions().send_keys(*keys).perform()
-
+    """One stop for all tokens of a text, the table, the map, a button for each layer, selects."""
     browser.find('#layer').send_keys(Keys.TAB)
-    visited = []
-    for _ in range(9):
+    for name in 'time option region map button button which head option'.split():
         focused = browser.driver.switch_to.active_element
-        name = focused.get_attribute('id') or focused.get_attribute('role') or focused.tag_name
-        if name == 'option' and name not in visited:
-            press(Keys.ARROW_LEFT)
-            assert browser.tokens('now') == [T - 2]
-            focused = browser.driver.switch_to.active_element
-            assert focused.get_attribute('aria-label').startswith(f'{T - 2}:')
+        names = [focused.get_attribute('id'), focused.get_attribute('role'), focused.tag_name]
+        assert name in names
         if name == 'map':
-            press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP)
+            browser.actions().send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP).perform()
+            assert browser.texts('#now') == [f'{T - 2} of {T - 1}']
             assert f'column 2, “{TOKENS[2]}”' in browser.texts('#cell')[0]
-        visited.append(name)
-        press(Keys.TAB)
-    # one stop for all tokens of a text, the table, the map, a button for each layer, the selects
-    expected = 'time option region map button button which head option'
-    assert visited == expected.split()
+        browser.actions().send_keys(Keys.TAB).perform()
+    focused.send_keys(Keys.ARROW_LEFT)
+    assert browser.tokens('now').tolist() == [T - 3]
 
 
 @pytest.mark.parametrize('l', [0, 1])
@@ -251,29 +232,25 @@ def test_heat_map(browser, l):
     canvas = browser.find('#map')
 
     def cell(i, j):
-        from_middle = (np.array([j, i]) + 0.5 - T / 2) * canvas.size['width'] / T
-        browser.actions().move_to_element_with_offset(
-            canvas, *from_middle.astype(int).tolist()
-        ).perform()
-        text = browser.texts('#cell')[0]
-        assert text.startswith(f'Row {i}, “{TOKENS[i]}”')
-        return text
+        size = canvas.size['width'] / T
+        x, y = int((j + 0.5 - T / 2) * size), int((i + 0.5 - T / 2) * size)
+        browser.actions().move_to_element_with_offset(canvas, x, y).perform()
+        return browser.texts('#cell')[0]
 
     assert 'looks at itself' in cell(5, 5)
     assert cell(T - 1, dropped_at.argmin()).endswith(f'dropped at row {dropped_at.min()}.')
-    F, S = re.search(r'column 19, .*F = ([\d.]+), .* S = ([\d.]+)\.', cell(20, 19)).groups()
-    assert float(F) == pytest.approx(browser.reading.F[l][20, 19], rel=0.03, abs=0.02)
-    assert float(S) == pytest.approx(browser.reading.votes[l][20, 19], rel=0.03, abs=0.02)
+    shown = re.search(r'column 19, .*F = ([\d.]+), .* S = ([\d.]+)\.', cell(20, 19)).groups()
+    expected = browser.reading.F[l][20, 19], browser.reading.votes[l][20, 19]
+    np.testing.assert_allclose([float(x) for x in shown], expected, atol=0.02)
 
 
 def test_needs(browser):
     captions = browser.texts('#needs figcaption')
-    curves = browser.each('#needs .curve', 'e.getAttribute("points")')
+    curves = browser.each('#needs .curve', '[...e.points].map(p => p.y)')
     for l, M in enumerate(browser.reading.M):
         expected = f'Layer {l}: {M[-1]:.1f} here, {M.max():.1f} at most; budget {BUDGETS[l]}'
         assert captions[l] == expected
-        y = [float(xy.split(',')[1]) for xy in curves[l].split()]
-        assert np.corrcoef(y, M)[0, 1] == pytest.approx(-1, abs=1e-4)  # y points down
+        assert np.corrcoef(curves[l], M)[0, 1] == pytest.approx(-1, abs=1e-4)  # y points down
 
 
 @pytest.mark.parametrize('which, l, head', [('q', 0, 'mean'), ('q', 1, 1), ('v', 1, 0)])
@@ -282,11 +259,12 @@ def test_temperatures(browser, which, l, head):
     every = browser.reading.temperatures[which]
     expected = every[l].mean(axis=1) if head == 'mean' else every[l][:, head]
     shown = browser.each('#tempered span', '+e.dataset.tau')
-    np.testing.assert_allclose(shown, expected, atol=0.001)
+    np.testing.assert_allclose(shown, expected, atol=0.002)
     assert len(set(browser.each('#tempered span', 'e.style.background'))) > 5
     by_head = re.findall(r'\d: (\d\.\d\d)', browser.texts('#heads')[0])
-    np.testing.assert_allclose([float(t) for t in by_head], every[l][-1], atol=0.006)
-    assert browser.texts('#low, #high') == [f'{every.min():.2f}', f'{every.max():.2f}']
+    ends = browser.texts('#low, #high')
+    shown = [float(t) for t in by_head + ends]
+    np.testing.assert_allclose(shown, [*every[l][-1], every.min(), every.max()], atol=0.01)
 
 
 @pytest.mark.parametrize('config', [dict(selective=True), dict(ssa='qv')])
@@ -300,14 +278,10 @@ def test_a_model_of_one_method_has_one_part(empty, config):
 def test_dark_and_narrow(empty, scheme, width):
     empty.open(scheme, width, selective=True, ssa='qv')
     assert empty.js('document.documentElement.scrollWidth') <= width
-    ink = brightness(empty, 'color')
-    back = brightness(empty, 'backgroundColor')
-    assert abs(ink - back) > 180 and (back < 128) == (scheme == 'dark')
-
-
-def brightness(browser, name):
-    colour = browser.js(f'getComputedStyle(document.body).{name}')
-    return np.mean([int(n) for n in re.findall(r'\d+', colour)[:3]])
+    style = 'getComputedStyle(document.body)'
+    ink, back = empty.js(f'[{style}.color, {style}.backgroundColor].map(c => c.match(/[0-9]+/)[0])')
+    contrast = int(ink) - int(back)  # of red, as all of them are nearly grey
+    assert contrast > 180 if scheme == 'dark' else contrast < -180
 
 
 def test_says_when_it_cannot_be_drawn(empty):
