@@ -428,16 +428,23 @@ class GPT(nn.Module):
         most = torch.stack([M.max(dim=1).values for M in Ms])  # (n_layer, B)
         return logits, loss, most.mean() / T
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+    def generate(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        budgets=None,
+        policy='selective',
+        num_samples=1,
+    ):
         """idx (B, T) and max_new_tokens more: (B * num_samples, T + max_new_tokens).
 
-        options: see `stream` below.
+        budgets, policy: see KVCache below; the others: see `stream`.
         """
-        new = list(stream(self, idx, max_new_tokens, temperature, top_k, **options))
-        if not new:
-            return idx
-        samples = len(new[0]) // len(idx)
-        return torch.cat([idx.repeat_interleave(samples, dim=0), *new], dim=1)
+        cache = KVCache(self, len(idx), budgets, policy)
+        new = stream(self, idx, max_new_tokens, temperature, top_k, cache, num_samples)
+        return torch.cat([idx.repeat_interleave(num_samples, dim=0), *new], dim=1)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, ssa_lr=1.0):
         """A list of optimizers: AdamW, which decays matrices and embeddings, not vectors.
@@ -445,24 +452,19 @@ class GPT(nn.Module):
         A group's 'initial_lr' is the top of its schedule. ssa_lr: if it is not 1, SSA's
         temperatures get their own group, at ssa_lr * learning_rate and without decay.
         """
-        matrices, vectors, temperatures = [], [], []
+        params = {}  # (weight decay, learning rate) -> parameters
         for name, p in self.named_parameters():
             if not p.requires_grad:
                 continue
+            kind = weight_decay, learning_rate
             if '.ssa.' in name and ssa_lr != 1:
-                temperatures.append(p)
+                kind = 0.0, learning_rate * ssa_lr
             elif p.dim() < 2:
-                vectors.append(p)
-            else:
-                matrices.append(p)
+                kind = 0.0, learning_rate
+            params.setdefault(kind, []).append(p)
         groups = []
-        for params, decay, lr in [
-            (matrices, weight_decay, learning_rate),
-            (vectors, 0.0, learning_rate),
-            (temperatures, 0.0, learning_rate * ssa_lr),
-        ]:
-            if params:
-                groups.append(dict(params=params, weight_decay=decay, lr=lr, initial_lr=lr))
+        for (decay, lr), some in params.items():
+            groups.append(dict(params=some, weight_decay=decay, lr=lr, initial_lr=lr))
         return [torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')]
 
     def num_params(self, non_embedding=True):
@@ -551,17 +553,15 @@ class LayerCache:
         B, _, R, _ = q.shape
         n = min(int(i[0]), self.K)
         age = self.j[:, :n].argsort(dim=1)  # decoding fills slots in any order
-        old_k = self.k.take_along_dim(age[:, None, :, None], 2)
-        old_v = self.v.take_along_dim(age[:, None, :, None], 2)
-        k = torch.cat([old_k, k.to(self.k.dtype)], dim=2)  # (B, H, n+R, D)
-        v = torch.cat([old_v, v.to(self.v.dtype)], dim=2)
+        k = torch.cat([take(self.k, age), k.to(self.k.dtype)], dim=2)  # (B, H, n+R, D)
+        v = torch.cat([take(self.v, age), v.to(self.v.dtype)], dim=2)
         j = torch.cat([self.j.gather(1, age), i.expand(B, R)], dim=1)  # (B, n+R)
         F = fn.pad(self.F.gather(1, age), (0, R))  # (B, n+R)
         y, F, hidden = attend(q, k, v, F, i, j, rule, self.forget)
         m = min(n + R, self.K)  # the same number is left in every sequence
         left = hidden[:, -1].int().argsort(dim=1, stable=True)[:, :m]  # (B, m) in the order of age
-        self.k[:, :, :m] = k.take_along_dim(left[:, None, :, None], 2)
-        self.v[:, :, :m] = v.take_along_dim(left[:, None, :, None], 2)
+        self.k[:, :, :m] = take(k, left)
+        self.v[:, :, :m] = take(v, left)
         self.j[:, :m] = j.gather(1, left)
         self.F[:, :m] = F[:, -1].gather(1, left)
         return y
@@ -597,6 +597,11 @@ class LayerCache:
         return dropped_at[:, None] <= torch.arange(R, device=F.device)[:, None]
 
 
+def take(x, columns):
+    """x (B, H, N, D), columns (B, M) -> (B, H, M, D)."""
+    return x.take_along_dim(columns[:, None, :, None], 2)
+
+
 class KVCache:
     """The memory of one generation: for each layer l at most budgets[l] tokens.
 
@@ -621,10 +626,8 @@ class KVCache:
     def repeat(self, n):
         """Repeat each sequence n times: a prompt that was read once then serves n texts."""
         for layer in self.layers:
-            layer.k = layer.k.repeat_interleave(n, dim=0)
-            layer.v = layer.v.repeat_interleave(n, dim=0)
-            layer.F = layer.F.repeat_interleave(n, dim=0)
-            layer.j = layer.j.repeat_interleave(n, dim=0)
+            for name in 'k', 'v', 'F', 'j':
+                setattr(layer, name, getattr(layer, name).repeat_interleave(n, dim=0))
 
     def bytes(self):
         """Bytes of keys and values, and of F and positions, over all layers."""
@@ -665,30 +668,20 @@ def prefill(model, idx, cache, rows=64):
 
 
 @torch.no_grad()
-def stream(
-    model,
-    idx,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    budgets=None,
-    policy='selective',
-    cache=None,
-    num_samples=1,
-):
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, cache=None, num_samples=1):
     """Yield the next tokens (B * num_samples, 1), max_new_tokens times, after reading idx (B, T).
 
-    temperature 0 takes the most likely token; top_k keeps the k most likely; budgets, policy: see
-    KVCache. With rope, positions count on past block_size, and the cache may hold text already.
-    Learned positions end there and cannot be shifted: a longer prompt is cut to its newest
-    block_size tokens, and later the newest half is read anew.
+    temperature 0 takes the most likely token; top_k keeps the k most likely; cache: a KVCache,
+    None: one that keeps block_size tokens. With rope, positions count on past block_size, and the
+    cache may hold text already. Learned positions end there and cannot be shifted: a longer prompt
+    is cut to its newest block_size tokens, and later the newest half is read anew.
     """
     size = model.config.block_size
     ends = model.config.learned_positions
     if ends:
         idx = idx[:, -size:]
     if cache is None:
-        cache = KVCache(model, len(idx), budgets, policy)
+        cache = KVCache(model, len(idx))
     new = idx
     seen = int(cache.position)
     for n in range(max_new_tokens):

@@ -171,7 +171,7 @@ def described(limits):
     if 'choices' in limits:
         return ', '.join(map(repr, limits['choices']))
     if 'low' in limits or 'high' in limits:
-        return f'{limits.get("low", 0)} to {limits.get("high", 1e9):,}'
+        return f'{limits.get("low", 0)} to {limits.get("high", 10**9):,}'
     return ''
 
 
@@ -233,7 +233,7 @@ def misfit(value, limits):
         return f'{reprlib.repr(value)} is not one of {described(limits)}'
     if type(value) in (int, float):
         low = limits.get('low', 0)
-        high = limits.get('high', 1e9)
+        high = limits.get('high', 10**9)
         if not low <= value <= high:
             return f'{reprlib.repr(value)} is not in the range {low} to {high:,}'
     return ''
