@@ -280,27 +280,20 @@ def main():
         }
         # The search is deterministic. To continue one, repeat its steps with the losses it found.
         trials.known.update(known_trials(path, result))
-        curve = []
-        found = {}
-        result.update(budgets=trials.budgets, trials=trials.known, curve=curve, held_out=found)
+        result |= {'budgets': trials.budgets, 'trials': trials.known, 'curve': [], 'held_out': {}}
         plain_bite = cfg.bite if cfg.search == 'plain' else 0
         for loss in search(trials, goal, plain_bite):
-            p = point(trials.budgets, size, loss)
-            print(
-                f'{len(curve):4}: budgets {p["budgets"]}, {p["saving"]:.1f}x less memory, '
-                f'loss {loss:.4f}',
-                flush=True,
-            )
-            curve.append(p)
-            write(path, result)
+            add_point(result, loss)
+            files.write_file(path, json.dumps(result))
         others = Trials(model, held_out, cfg.policy, dtype)
-        found.update(unseen(others, curve, goals))
-    write(path, result)
-    mean, low, high = found['difference']
-    print(f'on other windows: {mean:+.4f} [{low:+.4f}, {high:+.4f}] from the target')
+        found = unseen(others, result['curve'], goals)
+    result['held_out'] = found
+    files.write_file(path, json.dumps(result))
     kept = 'nothing'
     if found['holds']:
         kept = f'{found["holds"]["saving"]:.1f}x less memory'
+    mean, low, high = found['difference']
+    print(f'on other windows: {mean:+.4f} [{low:+.4f}, {high:+.4f}] from the target')
     print(f'what keeps the loss there, too: {kept}')
 
 
@@ -359,21 +352,23 @@ def known_trials(path, result):
     return earlier['trials']
 
 
-def point(budgets, size, loss):
-    """A point of the curve of memory against loss; size: tokens that a layer has at first."""
+def add_point(result, loss):
+    """Put the present budgets and their loss on the curve, and print them."""
+    budgets = list(result['budgets'])
     memory = sum(budgets)
-    full = len(budgets) * size
-    return {
-        'budgets': list(budgets),
-        'memory': memory,
-        'fraction': memory / full,
-        'saving': full / memory,
-        'val_loss': loss,
-    }
-
-
-def write(path, result):
-    files.write_file(path, json.dumps(result))
+    full = len(budgets) * result['block_size']
+    saving = full / memory
+    step = len(result['curve'])
+    print(f'step {step}: {budgets}, {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
+    result['curve'].append(
+        {
+            'budgets': budgets,
+            'memory': memory,
+            'fraction': memory / full,
+            'saving': saving,
+            'val_loss': loss,
+        }
+    )
 
 
 if __name__ == '__main__':

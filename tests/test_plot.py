@@ -17,16 +17,6 @@ LOG = """{"config": {"selective": true}}
 CURVE = [{'saving': 1.0, 'val_loss': 3.25}, {'saving': 2.0, 'val_loss': 3.5}]
 
 
-def bench(path, ms):
-    """A table of lab.bench at two lengths, with sequences in batches of two."""
-    rows = [dict(part='step', case='selective', T=64, value=7.0)]
-    for T in 64, 128:
-        attention = dict(part='attention', T=T, batch=2)
-        rows.append(dict(case='standard', value=T, **attention))
-        rows.append(dict(case='selective', value=T * ms, **attention))
-    path.write_text(json.dumps({'rows': rows}))
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """{file name: the figure's axes} of what lab.plot has written."""
@@ -64,13 +54,16 @@ def test_runs(tmp_path, run, drawn, monkeypatch):
 
 
 def test_cost(tmp_path, run, drawn):
-    bench(tmp_path / 'plain.json', 4)
-    bench(tmp_path / 'memory.json', 3)
-    run(plot, f'--cost={tmp_path}/plain.json,{tmp_path}/memory.json', f'--to={tmp_path}')
+    rows = [dict(part='step', case='selective', T=64, value=7.0)]
+    for T in 64, 128:
+        for case, ms in ('standard', T), ('selective', 3 * T):
+            rows.append(dict(part='attention', case=case, T=T, value=ms, batch=2))
+    for name in 'x.json', 'y.json':
+        (tmp_path / name).write_text(json.dumps({'rows': rows}))
+    run(plot, f'--cost={tmp_path}/x.json,{tmp_path}/y.json', f'--to={tmp_path}')
     assert (tmp_path / 'cost.png').read_bytes().startswith(b'\x89PNG')
-    standard, plain, memory = points(drawn['cost.png'])
-    assert standard == [[64, 32], [128, 64]]
-    assert plain == [[64, 128], [128, 256]] and memory == [[64, 96], [128, 192]]
+    selective = [[64, 96], [128, 192]]
+    assert points(drawn['cost.png']) == [[[64, 32], [128, 64]], selective, selective]
 
 
 @pytest.mark.parametrize(
