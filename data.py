@@ -12,14 +12,12 @@ entries. "record_len" is this number. "answers" are the places in a record, coun
 tokens that are learned and scored; the rest is only read.
 """
 
-import concurrent.futures
 import contextlib
 import glob
 import hashlib
 import json
 import os
 import re
-import threading
 
 import numpy as np
 import tiktoken
@@ -55,7 +53,7 @@ def get_tokenizer(name):
     table lists the single bytes and then the merges in the order in which they were learned, so
     every beginning of it is a vocabulary. 'bytes' needs no download. tiktoken downloads GPT-2's
     table once and keeps it, in the folder named by TIKTOKEN_CACHE_DIR if that is set. Raises
-    UserError, within 8 seconds, if it is out of reach.
+    UserError if it is out of reach.
     """
     end = vocabulary(name) - 1
     if name == 'bytes':
@@ -64,7 +62,7 @@ def get_tokenizer(name):
         ranks = {bytes([i]): i for i in range(end)}
     else:
         try:
-            gpt2 = within(8, tiktoken.get_encoding, 'gpt2')
+            gpt2 = tiktoken.get_encoding('gpt2')
         except Exception as e:  # of requests, of hashes, of files: there is no vocabulary
             raise UserError(
                 f'the gpt2 vocabulary could not be downloaded ({type(e).__name__}): check the '
@@ -88,24 +86,6 @@ def encode_prompt(text, tokenizer, bos):
     if bos or not ids:
         ids.insert(0, tokenizer.eot_token)
     return ids
-
-
-def within(seconds, function, *args):
-    """function(*args), or TimeoutError after so many seconds.
-
-    tiktoken downloads without a timeout, and no timeout of requests limits the lookup of a host
-    name. So the call runs in a daemon thread, which does not delay the exit if it hangs.
-    """
-    future = concurrent.futures.Future()
-
-    def call():
-        try:
-            future.set_result(function(*args))
-        except Exception as e:
-            future.set_exception(e)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future.result(timeout=seconds)
 
 
 # ---- Reading -------------------------------------------------------------------------------------

@@ -34,17 +34,6 @@ from support import checkpoint as ckpt
 from support import devices, files, pretrained
 from support.settings import UserError, one_line, option
 
-# how figures are shown
-FORMATS = {
-    'val_loss': 'validation loss {:.4f}',
-    'loss': 'loss {:.4f}',
-    'lr': 'lr {:.2e}',
-    'tokens_per_s': '{:,.0f} tok/s',
-    'memory': 'memory {:.1%}',
-    'accuracy': 'accuracy {:.1%}',
-    'live': 'live {:.1%}',
-    'mfu': 'mfu {:.1%}',
-}
 MODEL = [field.name for field in dataclasses.fields(GPTConfig)]
 
 
@@ -183,8 +172,6 @@ def open_data(cfg, processes, start):
 
 def make_model(cfg, start, say):
     """The model of the run on its device, with the kernel that the settings ask for."""
-    if not cfg.eval_only:
-        devices.check_memory(cfg, cfg.batch_size * cfg.block_size, cfg.device)
     torch.manual_seed(cfg.seed)
     args = {name: getattr(cfg, name) for name in MODEL}
     if cfg.init_from == 'scratch':
@@ -270,10 +257,7 @@ def evaluate(cfg, model, dataset, processes):
 
 def shown(figures):
     """Figures for a line of progress."""
-    text = ''
-    for name, value in figures.items():
-        text += ' | ' + FORMATS.get(name, name + ' {:.4g}').format(value)
-    return text
+    return ''.join(f' | {name} {value:.5g}' for name, value in figures.items())
 
 
 def check_finite(iter_num, what, value):

@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support import settings
 from support.settings import UserError
 
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
@@ -96,28 +95,6 @@ def catch_signals(say):
     return caught
 
 
-def check_memory(config, tokens, device):
-    """Raise UserError if training takes more memory than the machine has.
-
-    config: a GPTConfig; tokens: of a micro-step. Counts the least that it takes, which is weights,
-    gradients, two moments, the input of each layer, and logits.
-    """
-    c = config
-    parameters = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
-    need = 16 * parameters + 4 * tokens * (c.n_layer * c.n_embd + c.vocab_size)
-    if 'cuda' in device:
-        _, have = torch.cuda.mem_get_info(device)
-    elif hasattr(os, 'sysconf'):
-        have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    else:
-        return
-    if need > have:
-        raise UserError(
-            f'training takes at least {need / 1e9:,.0f} GB of memory, there are {have / 1e9:,.0f}: '
-            'use a smaller model, batch_size or block_size'
-        )
-
-
 class Processes:
     """The processes that train together: those that torchrun started, or this one alone.
 
@@ -150,7 +127,7 @@ class Processes:
     def say(self, *words):
         """Print, in the master alone."""
         if self.master:
-            settings.say(*words)
+            print(*words, flush=True)
 
     def after_master(self, function, *args):
         """function(*args) in each process, in the others once the master has finished its own."""

@@ -2,7 +2,6 @@
 
     python train.py config/finetune_gpt2_ssa.py     init_from = 'gpt2', with SSA put in
     python sample.py --init_from=gpt2-xl --start="The answer is"
-    python -m support.pretrained gpt2-xl            download now, for a run without a network
 
 A folder has config.json and model.safetensors. Downloads are checked by size and by the hash that
 the hub gives, and kept in cache_dir; one process at a time may download a model. The logits equal
@@ -13,7 +12,7 @@ import os
 from dataclasses import dataclass
 
 from support import checkpoint as ckpt
-from support import files, settings
+from support import files
 from support.download import download
 from support.settings import UserError, option
 
@@ -35,11 +34,6 @@ GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 class PretrainedConfig:
     base_url: str = option('https://huggingface.co', 'where GPT-2 comes from: the hub, or a mirror')
     cache_dir: str = option('data/pretrained', 'where GPT-2 is kept')
-
-
-@dataclass
-class FetchConfig(PretrainedConfig):
-    models: list = option(['gpt2'], 'any of ' + ', '.join(MODELS), choices=MODELS)
 
 
 def load_model(init_from, out_dir, cfg, device='cpu'):
@@ -141,14 +135,3 @@ def fetch(name, cfg):
             with files.locked(folder):
                 download(f'{base}/{file}', path)
     return folder
-
-
-def main():
-    cfg = settings.parse(FetchConfig, positional='models')
-    for name in cfg.models:
-        ckpt.build(load(name, cfg))  # checks what is there already, too
-        print(os.path.join(cfg.cache_dir, name))
-
-
-if __name__ == '__main__':
-    settings.run(main)

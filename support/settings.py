@@ -69,7 +69,7 @@ def run(main):
     except KeyboardInterrupt:
         fail('interrupted', 130)
     except BrokenPipeError:  # the reader has gone, as in `| head`: a shell reports 141 for that
-        discard_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain at the end
         sys.exit(128 + signal.SIGPIPE)
     except UserError as e:
         fail(str(e))
@@ -105,19 +105,6 @@ def one_line(text, length=600):
     if len(shown) > length:
         return shown[:length] + '…'
     return shown
-
-
-def say(*words):
-    """print, for work that continues if nobody reads it: the disk with the output may be full."""
-    try:
-        print(*words, flush=True)
-    except OSError:
-        discard_output()
-
-
-def discard_output():
-    """Send what is printed from now on nowhere, or the interpreter complains when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- Reading them --------------------------------------------------------------------------------

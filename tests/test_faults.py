@@ -15,7 +15,7 @@ import prepare_text
 import train
 from lab import export_hf
 from support import checkpoint as ckpt
-from support import download, files
+from support import download, files, settings
 from support.settings import UserError
 from test_train import start, wait_for
 
@@ -170,10 +170,11 @@ def test_data_that_cannot_be_meant(lines, tmp_path, run):
     assert 'is not complete' in run(train, *args)
 
 
-def test_too_large_for_the_machine(dataset, tmp_path, run):
-    args = [dataset, *SMALL, f'--out_dir={tmp_path / "x"}']
-    assert 'GB of memory' in run(train, *args, '--n_layer=1000', '--n_embd=65536')
-    assert not (tmp_path / 'x').exists()
+@pytest.mark.parametrize('make', [lambda: torch.empty(2**50), lambda: bytes(2**50)])
+def test_too_large_for_the_machine(make, capfd):
+    with pytest.raises(SystemExit):
+        settings.run(make)
+    assert 'not enough memory' in capfd.readouterr().err
 
 
 def test_own_output_is_no_text(tmp_path, monkeypatch):

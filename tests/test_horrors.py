@@ -191,15 +191,7 @@ def fault(module, args, folder):
 
 
 def test_scripts_are_found():
-    assert {
-        'train',
-        'sample',
-        'prune',
-        'prepare_text',
-        'prepare_c4',
-        'lab.tasks',
-        'support.pretrained',
-    } <= set(SCRIPTS)
+    assert {'train', 'sample', 'prune', 'prepare_text', 'prepare_c4', 'lab.tasks'} <= set(SCRIPTS)
     assert {module for module, text in SOURCES.items() if 'settings.run(' in text} - set(
         SCRIPTS
     ) <= {'lab.ablate'}
@@ -278,7 +270,6 @@ COMMANDS = {
     ],
     'prepare_text': ['text.txt', '--name=lines', '--tokenizer=bytes'],
     'prepare_c4': [NOWHERE, '--tokenizer=bytes', '--retries=0', '--processes=1'],
-    'support.pretrained': ['gpt2', NOWHERE],
     'lab.tasks': ['parity', '--records=20', '--length=4'],
     'lab.plot': ['out/a'],
     'lab.visualize': ['--out_dir=out/a', '--start=line 1', '--device=cpu'],

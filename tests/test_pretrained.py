@@ -18,7 +18,7 @@ import sample
 import train
 from model import is_gpt2
 from support import checkpoint as ckpt
-from support import download, pretrained, settings
+from support import download, pretrained
 from support.settings import UserError
 from test_prepare_c4 import Handler, Server, fault
 
@@ -320,13 +320,6 @@ def test_a_busy_hub_is_asked_again_an_absent_one_is_not(hub, fetch):
         fetch('gpt2-large')
 
 
-def test_fetch_as_a_command(hub, tmp_path, run):
-    where = [f'--base_url={hub.url}', f'--cache_dir={tmp_path}']
-    assert run(pretrained, 'gpt2', *where).strip() == str(tmp_path / 'gpt2')
-    assert "'gpt4' is not one of 'gpt2'" in run(pretrained, 'gpt4', *where)
-    assert settings.parse(pretrained.FetchConfig, [], 'models').models == ['gpt2']
-
-
 # ---- The scripts ---------------------------------------------------------------------------------
 
 TINY = (
@@ -348,7 +341,7 @@ def test_recipe_resume_sample(folder, dataset, tmp_path, run, recipe, flags):
     args.append(f'--init_from={folder}')
     out = run(train, *args)
     assert ('does not have them: transformer.h.0.attn.' in out) == (recipe != 'standard')
-    losses = [float(x) for x in re.findall(r'validation loss ([\d.]+)', out)]
+    losses = [float(x) for x in re.findall(r'val_loss ([\d.]+)', out)]
     assert len(losses) == 3 and losses[-1] < losses[0]
     start = load(folder, block_size=32, **flags)
     saved = ckpt.load(tmp_path)
@@ -356,7 +349,7 @@ def test_recipe_resume_sample(folder, dataset, tmp_path, run, recipe, flags):
     for name, p in start.named_parameters():
         assert not torch.equal(p, saved['model'][name]), f'{name} was not trained'
     out = run(train, *args, '--max_iters=7', '--init_from=resume')
-    assert 'validation loss' in out and 'does not have' not in out
+    assert 'val_loss' in out and 'does not have' not in out
     assert ckpt.load(tmp_path)['pretrained'] == str(folder)
     out = run(sample, f'--out_dir={tmp_path}', '--max_new_tokens=3', '--device=cpu')
     assert 'KV cache' in out

@@ -322,8 +322,8 @@ def test_eval_only(trained, run, dataset, tmp_path):
     args = [*SMALL, f'--out_dir={trained}', '--eval_only']
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     logged = ckpt.read_log(trained)[-1]
-    line = f'step 150 | validation loss {logged["val_loss"]:.4f} | memory {logged["memory"]:.1%}'
-    assert f'{line} | live {logged["live"]:.1%}' in run(train, *args)
+    line = f'step 150 | val_loss {logged["val_loss"]:.5g} | memory {logged["memory"]:.5g}'
+    assert f'{line} | live {logged["live"]:.5g}' in run(train, *args)
     out = run(train, *args, '--rope', '--n_layer=5', '--init_from=resume', '--kernel=none')
     assert 'as the checkpoint has it: n_layer=2' in out and 'has it: rope=False' in out
     assert line in out and 'live' not in out
