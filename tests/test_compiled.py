@@ -53,23 +53,18 @@ def test_compiles_for_gpus(capability, D, names):
 
 
 def compile_kernel(kernel, D, capability, tile):
-    """A kernel as it is launched for a T and strides that are multiples of 16."""
+    """A kernel as it is launched for a T that is a multiple of 16."""
     options = {name: tile[name] for name in ('num_warps', 'num_stages')}
-    constants = {**tile, 'D': D, 'G': gpu.G, 'PRECISION': 'tf32', 'MEMORY': True}
+    constants = {**tile, 'D': D, 'G': gpu.G, 'MEMORY': True}
     signature, constexprs, attributes = {}, {}, {}
     for n, name in enumerate(kernel.arg_names):
-        aligned = [(n,)]
         if name in constants:
             signature[name] = 'constexpr'
             constexprs[n,] = constants[name]
             continue
-        if name.endswith('strides'):
-            signature[name] = ('i32', 'i32', 'i32')
-            aligned = [(n, 0), (n, 1), (n, 2)]
-        else:
-            signature[name] = TYPES.get(name, '*fp32')
+        signature[name] = TYPES.get(name, '*fp32')
         if name not in ('H', 'tau'):
-            attributes |= dict.fromkeys(aligned, [['tt.divisibility', 16]])
+            attributes[n,] = [['tt.divisibility', 16]]
     source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 

@@ -37,7 +37,6 @@ def masks_at_once(layer, F, S):
         ('vote', lambda layer, L0: fn.softplus(layer.c_proj.weight[0, 0] * L0), True),
         ('vote', compares_columns, False),
         ('accumulate', masks_at_once, False),
-        ('accumulate', lambda layer, F, S: F[:, None] + fn.pad(S, (0, 0, 1, 0)), False),
     ],
 )
 def test_a_kernel_follows_the_rule_or_steps_aside(monkeypatch, name, rule, follows):
