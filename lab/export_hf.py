@@ -12,7 +12,6 @@ so does a standard model with budgets, which GPT-2 does not have.
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
 
 from support import settings  # before torch, see support/__init__.py
 from support.settings import UserError, option
@@ -25,12 +24,12 @@ from support import checkpoint as ckpt, files
 
 # what README.md of an export begins with
 SIGN = 'library_name: transformers\npipeline_tag: text-generation\n---\n# '
-CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'hf', 'modeling_selective_gpt.py')
+CODE = os.path.join(os.path.dirname(m.__file__), 'lab/hf/modeling_selective_gpt.py')
 # the fields of GPTConfig that GPT-2 has, too
 GPT2 = 'block_size vocab_size n_layer n_head n_embd dropout bias gelu'.split()
 
 
-@dataclass
+@dataclasses.dataclass
 class ExportConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
     folder: str = option('', "where the files go; '': <out_dir>/hf")
@@ -38,78 +37,82 @@ class ExportConfig:
     policy: str = option('selective', 'what is dropped at the budget', choices=m.POLICIES)
 
 
+# config.json of an export that takes our code along
+OURS = {
+    'architectures': ['SelectiveGPTForCausalLM'],
+    'model_type': 'selective_gpt',
+    'auto_map': {
+        'AutoConfig': 'modeling_selective_gpt.SelectiveGPTConfig',
+        'AutoModelForCausalLM': 'modeling_selective_gpt.SelectiveGPTForCausalLM',
+    },
+}
+
+
 def export(model, checkpoint, folder, budgets=None, policy='selective'):
-    """Write the files; returns their names. Raises UserError where that is impossible."""
-    try:
-        import safetensors.torch
-        import tokenizers  # noqa: F401
-    except ImportError:
-        raise UserError('this needs safetensors and tokenizers: pip install transformers') from None
-    check_folder(folder)
+    """Write the files. Raises UserError where the folder does not take them.
+
+    budgets, policy: as for KVCache; what the model remembers, unless its user says otherwise.
+    """
+    import safetensors.torch
+
+    readme = os.path.join(folder, 'README.md')
+    files.check_output(readme, '.md', SIGN)
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(readme):
+        raise UserError(f'{folder} has files that are not an export: choose another --folder')
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    if budgets is None and is_plain(model):
-        config, tensors = gpt2(model)
-        code = []
+    c = model.config
+    fields = dataclasses.asdict(c)
+    state = model.state_dict()
+    del state['lm_head.weight']  # tied
+    code = []
+    if budgets is None and is_plain(c, state):
+        config, tensors = gpt2(c, state)
     else:
-        config, tensors = ours(model)
+        fields.update(budgets=budgets, policy=policy)
+        config = {**OURS, **fields}
+        tensors = {f'gpt.{name}': x for name, x in state.items()}
         code = [m.__file__, CODE]
-    if budgets is not None:
-        config.update(budgets=budgets, policy=policy)
-    eot = min(tokenizer.eot_token, model.config.vocab_size - 1)  # a foreign GPT-2 may have fewer
-    special = dict.fromkeys(['bos_token_id', 'eos_token_id', 'pad_token_id'], eot)
-    config.update(special, dtype='float32')
-    tokenizer_config = dict.fromkeys(['bos_token', 'eos_token', 'pad_token'], data.END_OF_TEXT)
-    tokenizer_config['tokenizer_class'] = 'PreTrainedTokenizerFast'
-    tokenizer_config['model_max_length'] = model.config.block_size
-    tokenizer_config['padding_side'] = 'left'
+    ends = 'bos_token', 'eos_token', 'pad_token'
+    for end in ends:
+        config[f'{end}_id'] = tokenizer.eot_token
+    tokenizer_config = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'model_max_length': c.block_size,
+        'padding_side': 'left',
+        **dict.fromkeys(ends, data.END_OF_TEXT),
+    }
     # README.md first, so that an export which was stopped can be repeated
-    content = {'README.md': card(model, checkpoint, os.path.abspath(folder), config)}
-    content['model.safetensors'] = safetensors.torch.save(tensors, {'format': 'pt'})
-    content['tokenizer.json'] = tokenizer_json(tokenizer, ckpt.starts_with_bos(checkpoint))
-    content['tokenizer_config.json'] = json.dumps(tokenizer_config, indent=1)
+    content = {
+        'README.md': card(os.path.basename(os.path.abspath(folder)), checkpoint, fields),
+        'model.safetensors': safetensors.torch.save(tensors, {'format': 'pt'}),
+        'tokenizer.json': tokenizer_json(tokenizer, ckpt.starts_with_bos(checkpoint)),
+        'tokenizer_config.json': json.dumps(tokenizer_config, indent=1),
+    }
     for path in code:
-        with open(path, encoding='utf-8') as f:
+        with open(path, 'rb') as f:
             content[os.path.basename(path)] = f.read()
     # last, because without it the folder is not a model
     content['config.json'] = json.dumps(config, indent=1)
-    if os.path.isfile(os.path.join(folder, 'config.json')):
-        os.remove(os.path.join(folder, 'config.json'))
-    for name, text in content.items():
-        files.write_file(os.path.join(folder, name), text)
-    return sorted(content)
+    for file, text in content.items():
+        files.write_file(os.path.join(folder, file), text)
 
 
-def check_folder(folder):
-    """Raise UserError if the folder has files that are not an export."""
-    if not os.path.isdir(folder) or not os.listdir(folder):
-        return
-    readme = os.path.join(folder, 'README.md')
-    files.check_output(readme, '.md', SIGN)
-    if not os.path.isfile(readme):
-        raise UserError(f'{folder} has files that are not an export: choose another --folder')
-
-
-def is_plain(model):
+def is_plain(c, state):
     """Whether GPT-2 computes the same: each field that it does not know has its default value."""
-    for field in dataclasses.fields(model.config):
-        if field.name not in GPT2 and getattr(model.config, field.name) != field.default:
-            return False
-    return model.config.learned_positions and all(map(m.is_gpt2, model.state_dict()))
+    known = {name: getattr(c, name) for name in GPT2}
+    return c.learned_positions and c == type(c)(**known) and all(map(m.is_gpt2, state))
 
 
-def gpt2(model):
+def gpt2(c, state):
     """(config, tensors) of a standard model in the layout of transformers' GPT-2."""
-    c = model.config
     tensors = {}
-    for name, x in model.state_dict().items():
-        if name == 'lm_head.weight':  # tied
-            continue
+    for name, x in state.items():
         linear = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
         if not c.bias and (linear or '.ln_' in name):  # GPT-2 has biases everywhere
-            tensors[name.removesuffix('weight') + 'bias'] = torch.zeros(len(x))
+            tensors[name.replace('weight', 'bias')] = torch.zeros(len(x))
         if linear:  # their Conv1D keeps matrices (in, out)
-            x = x.t()
-        tensors[name] = x.float().contiguous()
+            x = x.t().contiguous()
+        tensors[name] = x
     config = {
         'architectures': ['GPT2LMHeadModel'],
         'model_type': 'gpt2',
@@ -119,7 +122,6 @@ def gpt2(model):
         'n_head': c.n_head,
         'n_embd': c.n_embd,
         'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu',
-        'layer_norm_epsilon': 1e-5,
         'embd_pdrop': c.dropout,
         'resid_pdrop': c.dropout,
         'attn_pdrop': c.dropout,
@@ -127,28 +129,10 @@ def gpt2(model):
     return config, tensors
 
 
-def ours(model):
-    """(config, tensors) for the classes of modeling_selective_gpt.py."""
-    tensors = {f'gpt.{name}': x.contiguous() for name, x in model.state_dict().items()}
-    del tensors['gpt.lm_head.weight']  # tied
-    config = {
-        'architectures': ['SelectiveGPTForCausalLM'],
-        'model_type': 'selective_gpt',
-        'auto_map': {
-            'AutoConfig': 'modeling_selective_gpt.SelectiveGPTConfig',
-            'AutoModelForCausalLM': 'modeling_selective_gpt.SelectiveGPTForCausalLM',
-        },
-        **dataclasses.asdict(model.config),
-    }
-    return config, tensors
-
-
 # ---- The tokenizer -------------------------------------------------------------------------------
 
 # The file spells the bytes of a token as GPT-2 does. Those that are not printable are letters, too.
-LETTERS = {}
-for byte in [*range(33), *range(127, 161), 173]:
-    LETTERS[byte] = 256 + len(LETTERS)
+LETTERS = dict(zip([*range(33), *range(127, 161), 173], range(256, 324)))
 
 
 def tokenizer_json(tokenizer, bos):
@@ -162,8 +146,8 @@ def tokenizer_json(tokenizer, bos):
     ranks = tokenizer._mergeable_ranks
     vocab = {}
     merges = []
-    for token in sorted(ranks, key=ranks.get):
-        vocab[spell(token)] = ranks[token]
+    for token, rank in ranks.items():
+        vocab[spell(token)] = rank
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ranks and right in ranks:
@@ -176,7 +160,6 @@ def tokenizer_json(tokenizer, bos):
     if bos:
         fast.post_processor = processors.TemplateProcessing(
             single=f'{data.END_OF_TEXT} $A',
-            pair=f'{data.END_OF_TEXT} $A $B',
             special_tokens=[(data.END_OF_TEXT, tokenizer.eot_token)],
         )
     return fast.to_str()
@@ -188,17 +171,18 @@ def spell(token):
 
 # ---- The model card ------------------------------------------------------------------------------
 
-# settings of train.py that the card names
-RUN = 'batch_size gradient_accumulation_steps learning_rate min_lr weight_decay memory_loss seed'
 CARD = """---
 {sign}{name}
 
 | | |
 |---|---|
-{facts}
+| data | {run[dataset]} |
+| tokenizer | {run[tokenizer]} |
+| steps | {run[iter_num]} |
+| validation loss, nats a token | {run[val_loss]!s:.6} |
+{rows}
 `selective` is selective attention ([arXiv 2410.02703](https://arxiv.org/abs/2410.02703)), `ssa`
-names what has temperatures ([arXiv 2411.12892](https://arxiv.org/abs/2411.12892)). Where `bos` is
-True, `<|endoftext|>` stands in front of each text; the tokenizer adds it.
+names what has temperatures ([arXiv 2411.12892](https://arxiv.org/abs/2411.12892)).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -214,33 +198,16 @@ for each layer, `budgets='none'` keeps all.
 """
 
 
-def card(model, checkpoint, folder, config):
-    """README.md of the folder: what the checkpoint knows about itself, and how to load it."""
-    run = checkpoint['config']
-    facts = {
-        'data': checkpoint['dataset'],
-        'tokenizer': checkpoint['tokenizer'],
-        'parameters': model.num_params(non_embedding=False),
-        'steps': checkpoint['iter_num'],
-        'validation loss, nats a token': checkpoint['val_loss'],
-        'weights at the start': checkpoint['pretrained'],
-        'bos': ckpt.starts_with_bos(checkpoint),
-        **dataclasses.asdict(model.config),
-        **{key: run[key] for key in RUN.split() if key in run},
-        'budgets': config.get('budgets'),
-        'policy': config.get('policy'),
-    }
+def card(name, run, fields):
+    """README.md of the folder: what the model is, and how to load it."""
     rows = ''
-    for key, value in facts.items():
-        if isinstance(value, float):
-            value = f'{value:.5g}'
-        if value is not None:
-            rows += f'| {key} | {value} |\n'
-    name = os.path.basename(folder)
-    plain = 'auto_map' not in config
-    trust = '' if plain else ', trust_remote_code=True'
-    text = CARD.format(sign=SIGN, name=name, facts=rows, trust=trust)
-    return text if plain else text + BUDGETS
+    for key, value in fields.items():
+        rows += f'| {key} | {value} |\n'
+    end = trust = ''
+    if 'budgets' in fields:
+        end = BUDGETS
+        trust = ', trust_remote_code=True'
+    return CARD.format(sign=SIGN, name=name, run=run, rows=rows, trust=trust) + end
 
 
 def main():
@@ -253,8 +220,11 @@ def main():
             budgets = m.check_budgets(model.config, budgets, cfg.policy)
         except ValueError as e:
             raise UserError(f'--budgets, --policy: {e}') from None
-    names = export(model, checkpoint, folder, budgets, cfg.policy)
-    print(f'{folder}: {", ".join(names)}')
+    try:
+        export(model, checkpoint, folder, budgets, cfg.policy)
+    except ImportError:
+        raise UserError('this needs safetensors and tokenizers: pip install transformers') from None
+    print(f'{folder} is a model for transformers: its README.md says how to load it')
 
 
 if __name__ == '__main__':

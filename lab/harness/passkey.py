@@ -18,21 +18,23 @@ FILLER = (
 )
 KEY = '\nThe pass key is {0}. Remember it. {0} is the pass key.\n'
 QUESTION = '\nWhat is the pass key? The pass key is'
-DEPTHS = 0, 25, 50, 75, 100  # percent of the filler that comes before the number
 
 
-def docs(length=1000, keys=20, seed=1337, **_):
-    """The data set: `keys` numbers at each depth, in prompts of exactly `length` characters."""
-    rng = random.Random(seed)
+def docs(length=1000, keys=20, **_):
+    """The data set: prompts of exactly `length` characters, with `keys` numbers at each depth.
+
+    The depth is how many percent of the filler come before the number: 0, 25, 50, 75 or 100.
+    """
+    rng = random.Random(1337)
+    filler = FILLER * length
     items = []
-    for depth in DEPTHS:
+    for depth in range(0, 101, 25):
         for _ in range(keys):
-            number = str(rng.randint(10_000, 50_000))
+            number = rng.randint(10_000, 50_000)
             key = KEY.format(number)
             room = length - len(INTRO + key + QUESTION)
             if room < 0:
-                raise ValueError(f'length {length}: the prompt alone has {length - room}')
-            filler = FILLER * (room // len(FILLER) + 1)
+                raise ValueError(f'length {length} is too short for the prompt')
             before = room * depth // 100
             text = INTRO + filler[:before] + key + filler[: room - before] + QUESTION
             items.append({'text': text, 'key': number, 'depth': depth})
