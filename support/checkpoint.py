@@ -231,13 +231,15 @@ def load_optimizers(optimizers, scaler, model, checkpoint):
     """
     try:
         saved = checkpoint['optimizer']
-        if 'param_groups' in saved:
-            saved = with_names(checkpoint, model)
         for optimizer in optimizers:
-            states = saved[type(optimizer).__name__]
-            numbered = {}
-            for name in names_of(optimizer, model):
-                numbered[len(numbered)] = states[name]
+            groups = saved.get('param_groups', ())
+            if len(groups) == len(optimizer.param_groups):
+                numbered = saved['state']  # an earlier version numbered them, in the same order
+            else:
+                states = saved[type(optimizer).__name__]
+                numbered = {}
+                for name in names_of(optimizer, model):
+                    numbered[len(numbered)] = states[name]
             optimizer.load_state_dict({**optimizer.state_dict(), 'state': numbered})
             for p, state in optimizer.state.items():
                 for x in state.values():
@@ -246,34 +248,14 @@ def load_optimizers(optimizers, scaler, model, checkpoint):
         if checkpoint['scaler']:  # which is empty unless the run was in float16
             scaler.load_state_dict(checkpoint['scaler'])
     except KeyError as e:
-        raise UserError(f'the checkpoint has no state of {e}: it cannot be resumed') from None
+        raise UserError(
+            f'the checkpoint has no state of {e}, as of another optimizer or an earlier version: '
+            'it can be read, not resumed'
+        ) from None
     except (ValueError, RuntimeError, TypeError, AttributeError) as e:
         raise UserError(
             f"the checkpoint's optimizer does not fit, it cannot be resumed ({one_line(e, 300)})"
         ) from None
-
-
-def with_names(checkpoint, model):
-    """The optimizer's state in a checkpoint of the time when parameters had numbers.
-
-    It had a group of matrices, one of vectors, and perhaps one of SSA's temperatures.
-    """
-    saved = checkpoint['optimizer']
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    matrices, vectors, temperatures = [], [], []
-    for name, weight in checkpoint['model'].items():
-        if name not in trained:
-            continue
-        if '.ssa.' in name and len(saved['param_groups']) == 3:
-            temperatures.append(name)
-        elif weight.dim() < 2:
-            vectors.append(name)
-        else:
-            matrices.append(name)
-    states = {}
-    for name in matrices + vectors + temperatures:
-        states[name] = saved['state'].get(len(states), {})
-    return {'AdamW': states}
 
 
 # ---- Budgets -------------------------------------------------------------------------------------
