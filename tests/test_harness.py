@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,15 +13,10 @@ import torch
 import model as m
 from conftest import ROOT
 from lab import export_hf
+from test_export_hf import EOT, checkpoint, gpt
 
 pytestmark = pytest.mark.slow
-EOT = 256
 SIZE = 64
-METHODS = {
-    'selective': dict(selective=True, rope=True),
-    'both': dict(selective=True, ssa='qv'),
-    'standard': dict(),
-}
 
 
 @pytest.fixture(scope='module')
@@ -32,164 +29,139 @@ def HFLM():
     return HFLM
 
 
-@pytest.fixture(scope='module')
-def exported(tmp_path_factory):
-    """exported(method, bos): a model, and the folder of its export, which keeps [5, 9] tokens."""
+@pytest.fixture
+def exported(tmp_path):
+    """exported(): a model, and the folder of its export."""
 
-    def export(method, bos=False, **sizes):
-        torch.manual_seed(0)
-        sizes = {'block_size': SIZE, 'n_embd': 16, **sizes}
-        config = m.GPTConfig(vocab_size=257, n_layer=2, n_head=2, **sizes, **METHODS[method])
-        model = m.GPT(config).eval()
-        for p in model.parameters():
-            p.data += torch.randn_like(p) * 0.3
-        folder = tmp_path_factory.mktemp(method)
-        checkpoint = {
-            'config': {'bos': bos},
-            'dataset': 'x',
-            'tokenizer': 'bytes',
-            'iter_num': 9,
-            'val_loss': 2.0,
-            'pretrained': None,
-        }
-        export_hf.export(model, checkpoint, str(folder), [5, 9], policy(model))
-        return model, str(folder)
+    def export(bos=False, block_size=SIZE, **changes):
+        model = gpt(block_size, selective=True, **changes)
+        export_hf.export(model, checkpoint(model, bos), str(tmp_path / 'hf'))
+        return model, str(tmp_path / 'hf')
 
     return export
 
 
-def policy(model):
-    return 'selective' if model.config.selective else 'oldest'
+@pytest.fixture
+def adapter(HFLM, exported):
+    """adapter(bos): a model, and the harness's own adapter of its export."""
+
+    def make(bos=False, **options):
+        model, folder = exported(bos, ssa='qv')
+        return model, HFLM(folder, trust_remote_code=True, device='cpu', batch_size=3, **options)
+
+    return make
 
 
-class Request:
-    task_name = 'mine'
+def asked(method, *requests):
+    """The answers of a method of the adapter to requests, each a tuple."""
+    made = [SimpleNamespace(args=request, task_name='mine') for request in requests]
+    return method(made, disable_tqdm=True)
 
-    def __init__(self, *args):
-        self.args = args
 
-
-def summed(model, tokens, n, budgets):
+@torch.no_grad()
+def summed(model, tokens, n, budgets=None):
     """The log-probability of the last n tokens, and whether all are the most likely."""
     x = torch.tensor([tokens[:-1]])
     y = torch.tensor(tokens[-n:])
-    with torch.no_grad():
-        if budgets == 'none':
-            logits = model(x, x)[0]
-        else:  # token by token, as in generation
-            cache = m.KVCache(model, 1, budgets, policy(model))
-            logits = torch.cat([model(token, cache=cache)[0] for token in x.split(1, 1)], dim=1)
-    logits = logits[0, -n:].log_softmax(dim=-1)
-    return logits[range(n), y].sum().item(), torch.equal(logits.argmax(dim=-1), y)
-
-
-@pytest.mark.parametrize('budgets', ['none', None, 7])
-@pytest.mark.parametrize('bos', [False, True])
-@pytest.mark.parametrize('method', METHODS)
-def test_texts(HFLM, exported, method, bos, budgets):
-    """Log-probabilities of ends of texts and of whole texts, and texts that the model writes.
-
-    In batches of unequal lengths, as one by one. budgets None: those of the export. Long texts lose
-    their beginning, and with keep_bos begin with <|endoftext|> all the same.
-    """
-    model, folder = exported(method, bos)
-    options = dict(pretrained=folder, trust_remote_code=True, device='cpu', batch_size=3)
+    cache = None
     if budgets:
-        options['budgets'] = budgets
-    lm = HFLM(**options, keep_bos=bos)
-    budgets = budgets or [5, 9]
+        cache = m.KVCache(model, 1, budgets)
+    logits = model(x, x, cache)[0][0, -n:].log_softmax(dim=-1)
+    total = logits[range(n), y].sum().item()
+    return pytest.approx(total, abs=1e-3), torch.equal(logits.argmax(dim=-1), y)
 
-    pairs = [
-        ('', 'cd'),
-        ('the', ' old man'),
-        ('x' * 70, 'y' * 9),
-        ('over the hill', ' to'),
-        ('a', 'b'),
-    ]
-    answers = lm.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
-    for (context, end), answer in zip(pairs, answers):
-        text = [EOT] * (bos or not context) + list((context + end).encode())
-        if len(text) > SIZE + 1:
-            text = text[-SIZE - 1 :]
-            text[0] = EOT if bos else text[0]
-        log_p, likely = summed(model, text, len(end), budgets)
-        assert answer == (pytest.approx(log_p, abs=1e-3), likely), (context, end)
 
-    text = list(b'over the hill and far away. ' * 6)
-    windows = [[EOT] + text[:64], text[63:128], text[103:]]
-    expected = 0
-    for window, n in zip(windows, (64, 64, 40)):
-        assert len(window) == SIZE + 1
+@pytest.mark.parametrize('budgets', [None, [5, 9]])
+@pytest.mark.parametrize('bos', [False, True])
+def test_ends_of_texts(adapter, bos, budgets):
+    """In a batch of unequal lengths, as one by one.
+
+    A long text loses its beginning, and with keep_bos begins with <|endoftext|> all the same.
+    """
+    model, lm = adapter(bos, keep_bos=bos, budgets=budgets or 'none')
+    pairs = [('', 'cd'), ('the', ' old man'), ('x' * 70, 'y' * 9), ('over the hill', ' to')]
+    for (context, end), answer in zip(pairs, asked(lm.loglikelihood, *pairs)):
+        text = list((context + end).encode())
+        if bos or not context:
+            text.insert(0, EOT)
+        text = text[-SIZE - 1 :]
         if bos:
-            window[0] = EOT
-        expected += summed(model, window, n, budgets)[0]
-    rolling = HFLM(**options, keep_bos=True, add_bos_token=False) if bos else lm
-    answers = rolling.loglikelihood_rolling([Request(bytes(text).decode())], disable_tqdm=True)
-    assert answers == [pytest.approx(expected, abs=1e-3)]
+            text[0] = EOT
+        assert answer == summed(model, text, len(end), budgets), (context, end)
 
-    contexts = ['the old', 'x', 'sea ' * 30]
+
+def test_whole_texts(adapter):
+    """As docs/harness.md says for a model with BOS."""
+    model, lm = adapter(bos=True, budgets='none', keep_bos=True, add_bos_token=False)
+    text = 'over the hill and far away. ' * 6
+    expected = 0
+    for begin, end, n in (0, 64, 64), (64, 128, 64), (104, 168, 40):
+        window = [EOT] + list(text[begin:end].encode())
+        expected += summed(model, window, n)[0].expected
+    assert asked(lm.loglikelihood_rolling, (text,)) == [pytest.approx(expected, abs=1e-3)]
+
+
+def test_new_texts(adapter):
+    model, lm = adapter(budgets=9)
     settings = {'until': [], 'max_gen_toks': 20}
-    texts = lm.generate_until([Request(text, settings) for text in contexts], disable_tqdm=True)
-    for context, found in zip(contexts, texts):
-        ids = ([EOT] * bos + list(context.encode()))[-SIZE + 20 :]
-        limits = dict(budgets=None if budgets == 'none' else budgets, policy=policy(model))
-        new = model.generate(torch.tensor([ids]), 20, temperature=0, **limits)[
-            0, len(ids) :
-        ].tolist()
-        new = new[: new.index(EOT)] if EOT in new else new
-        assert found == bytes(new).decode('utf-8', 'replace'), context
+    contexts = ['the old', 'x', 'sea ' * 30]
+    found = asked(lm.generate_until, *[(context, settings) for context in contexts])
+    for context, text in zip(contexts, found):
+        ids = list(context.encode())[-SIZE + 20 :]
+        new = model.generate(torch.tensor([ids]), 20, temperature=0, budgets=9)[0, len(ids) :]
+        assert text == lm.tokenizer.decode(new).split('<|endoftext|>')[0]
 
 
 def test_command(HFLM, exported, tmp_path):
     """The command of docs/harness.md, with passkey and budgets that are read from text."""
-    model, folder = exported('selective', block_size=1100, n_embd=8)
-    command = [sys.executable, '-m', 'lm_eval', 'run', '--model', 'hf', '--tasks', 'passkey']
-    command += ['--include_path', f'{ROOT}/lab/harness', '--limit', '2', '--device', 'cpu']
-    arguments = f'pretrained={folder},trust_remote_code=True,budgets=[64,32]'
-    command += ['--model_args', arguments, '--output_path', str(tmp_path), '--log_samples']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and '|passkey|' in done.stdout, done.stderr
+    model, folder = exported(block_size=1100, n_embd=8, rope=True)
+    options = [
+        '--model=hf',
+        f'--model_args=pretrained={folder},trust_remote_code=True,budgets=[64,32]',
+        '--tasks=passkey',
+        f'--include_path={ROOT}/lab/harness',
+        '--limit=2',
+        '--device=cpu',
+        '--output_path=.',
+        '--log_samples',
+    ]
+    command = [sys.executable, '-m', 'lm_eval', 'run', *options]
+    assert '|passkey|' in subprocess.check_output(command, text=True, cwd=tmp_path)
     (path,) = tmp_path.glob('**/samples_passkey_*.jsonl')
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(samples) == 2
     for sample in samples:
         text, key = sample['arguments']['gen_args_0'].values()
-        log_p, likely = summed(model, list((text + key).encode()), len(key), [64, 32])
-        assert float(sample['filtered_resps'][0][0]) == pytest.approx(log_p, abs=1e-3)
-        assert sample['acc'] == likely
+        expected = summed(model, list((text + key).encode()), len(key), [64, 32])
+        assert (float(sample['filtered_resps'][0][0]), sample['depth_0']) == expected
 
 
-def test_own_task(HFLM, exported, tmp_path, monkeypatch):
+def test_own_task(adapter, tmp_path, monkeypatch):
     """The task file that docs/harness.md shows."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    with open(os.path.join(ROOT, 'docs', 'harness.md'), encoding='utf-8') as f:
-        shown = f.read().split('```yaml\n')[1].split('```')[0]
+    shown = Path(ROOT, 'docs', 'harness.md').read_text().split('```yaml\n')[1].split('```')[0]
     row = shown.split('# ')[1].splitlines()[0]
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'mine.yaml').write_text(shown)
     (tmp_path / 'mine' / 'mine.jsonl').write_text(f'{row}\n' * 3)
     monkeypatch.chdir(tmp_path)
     manager = TaskManager(include_path=['mine'], include_defaults=False)
-    lm = HFLM(pretrained=exported('both')[1], trust_remote_code=True, device='cpu')
-    found = lm_eval.simple_evaluate(lm, tasks=['mine'], task_manager=manager)
+    found = lm_eval.simple_evaluate(adapter()[1], tasks=['mine'], task_manager=manager)
     assert found['n-samples']['mine']['effective'] == 3
-    assert found['results']['mine']['acc,none'] in (0, 1)
 
 
-def test_passkey():
-    pytest.importorskip('datasets')
+def test_passkey(HFLM):
     from lab.harness import passkey
 
     items = passkey.docs(length=700, keys=3)['test']
     assert len(items) == 15
     for item in items:
-        text, key = item['text'], item['key']
-        room = 700 - len(passkey.INTRO + passkey.KEY.format(key) + passkey.QUESTION)
-        before = text.index('\nThe pass') - len(passkey.INTRO)
-        assert before == room * item['depth'] // 100
-        assert len(text) == 700 and text.count(key) == 2 and text.endswith('The pass key is')
-    with pytest.raises(ValueError, match='length 240: the prompt alone has 247'):
+        intro, _, question = item['text'].partition(passkey.KEY.format(item['key']))
+        before = len(intro) - len(passkey.INTRO)
+        after = len(question) - len(passkey.QUESTION)
+        assert before == (before + after) * item['depth'] // 100
+        assert len(item['text']) == 700 and question.endswith('The pass key is')
+    with pytest.raises(ValueError, match='length 240 is too short'):
         passkey.docs(length=240)
-    assert passkey.results({'depth': 25}, [(-1.5, True)]) == {'acc': True, 'depth_25': True}
