@@ -41,7 +41,7 @@ ABOVE = 'is already above the target'  # of a loss without pruning
 
 
 @dataclass
-class PruneConfig(pretrained.PretrainedConfig):
+class PruneConfig:
     # what to prune
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt and of the budgets')
     init_from: str = option(
@@ -251,7 +251,7 @@ def main():
     cfg.device = devices.pick_device(cfg.device)
     cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
     dtype = getattr(torch, cfg.dtype)
-    model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, cfg.device)
+    model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg.device)
     if cfg.policy == 'selective' and not model.config.selective:
         raise UserError(f'{cfg.out_dir} has no F to prune by: use --policy=oldest or random')
     reference = model

@@ -29,7 +29,7 @@ from support.settings import UserError, option
 
 
 @dataclass
-class SampleConfig(pretrained.PretrainedConfig):
+class SampleConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
     init_from: str = option('resume', "'resume': ckpt.pt; or 'gpt2', 'gpt2-xl', … or a folder")
     start: str = option('', "text, FILE:path, or - for standard input; '': the start of a text")
@@ -59,7 +59,7 @@ def main():
     cfg = settings.parse(SampleConfig)
     device = devices.pick_device(cfg.device)
     dtype = devices.pick_dtype(cfg.dtype, device)
-    model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg, device)
+    model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, device)
     kernels.fast_rows(model)
     devices.threads_for_generation(model)
 

@@ -38,7 +38,7 @@ MODEL = [field.name for field in dataclasses.fields(GPTConfig)]
 
 
 @dataclass
-class TrainConfig(GPTConfig, pretrained.PretrainedConfig):
+class TrainConfig(GPTConfig):
     # run
     out_dir: str = option('out/run', 'folder of ckpt.pt and log.jsonl')
     init_from: str = option('scratch', "'scratch', 'resume', 'gpt2', 'gpt2-xl', … or a folder")
@@ -124,7 +124,7 @@ def find_start(cfg, processes):
         )
     if cfg.init_from == 'scratch':
         return dict(ckpt.ABSENT)
-    return processes.after_master(pretrained.load, cfg.init_from, cfg)  # the master downloads it
+    return processes.after_master(pretrained.load, cfg.init_from)  # the master downloads it
 
 
 def take_settings(cfg, start, say):

@@ -52,9 +52,7 @@ ABSENT = {
     'config': {},
 }
 # settings that a resumed run may change: in silence those of the machine, with a word those of pace
-MACHINE = (
-    'out_dir init_from eval_only resume_changed dataset device compile kernel base_url cache_dir'
-).split()
+MACHINE = ('out_dir init_from eval_only resume_changed dataset device compile kernel').split()
 PACE = 'max_iters lr_decay_iters eval_interval eval_iters log_interval dtype'.split()
 
 

@@ -3,18 +3,16 @@
     python train.py config/finetune_gpt2_ssa.py     init_from = 'gpt2', with SSA put in
     python sample.py --init_from=gpt2-xl --start="The answer is"
 
-A folder has config.json and model.safetensors. Downloads are checked by size and by the hash that
-the hub gives, and kept in cache_dir; one process at a time may download a model. The logits equal
-those of Hugging Face's transformers.
+A folder has config.json and model.safetensors. The hub's own library downloads and keeps them; its
+variables HF_ENDPOINT and HF_HOME say from where, and where. The logits equal those of Hugging
+Face's transformers.
 """
 
 import os
-from dataclasses import dataclass
 
 from support import checkpoint as ckpt
 from support import files
-from support.download import download
-from support.settings import UserError, option
+from support.settings import UserError
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # given by the weights, not by the settings
@@ -30,20 +28,14 @@ ONLY = {
 GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 
-@dataclass
-class PretrainedConfig:
-    base_url: str = option('https://huggingface.co', 'where GPT-2 comes from: the hub, or a mirror')
-    cache_dir: str = option('data/pretrained', 'where GPT-2 is kept')
-
-
-def load_model(init_from, out_dir, cfg, device='cpu'):
+def load_model(init_from, out_dir, device='cpu'):
     """A model, ready to use on the device, and its checkpoint.
 
     That is <out_dir>/ckpt.pt for 'resume', else what `load` gives.
     """
     if init_from == 'resume':
         return ckpt.load_model(out_dir, device)
-    checkpoint = load(init_from, cfg)
+    checkpoint = load(init_from)
     return ckpt.build(checkpoint).to(device).eval(), checkpoint
 
 
@@ -53,11 +45,11 @@ def check(name):
         raise UserError(f'init_from {name!r}: no such folder, and none of {", ".join(MODELS)}')
 
 
-def load(name, cfg):
+def load(name):
     """The weights of a GPT-2 as a checkpoint for `checkpoint.build`.
 
-    name: one of MODELS, or a folder. cfg: a PretrainedConfig. Raises UserError if there is no GPT-2
-    to be had. Assumes GPT-2's tokenizer, or bytes where the vocabulary is too small for it.
+    name: one of MODELS, or a folder. Raises UserError if there is no GPT-2 to be had. Assumes
+    GPT-2's tokenizer, or bytes where the vocabulary is too small for it.
     """
     try:
         import safetensors.torch
@@ -66,7 +58,7 @@ def load(name, cfg):
             f'init_from {name!r} needs the package safetensors: pip install safetensors'
         ) from None
     check(name)
-    folder = fetch(name, cfg) if name in MODELS else name
+    folder = fetch(name) if name in MODELS else name
     args = read_config(os.path.join(folder, 'config.json'))
     path = os.path.join(folder, 'model.safetensors')
     try:
@@ -125,13 +117,18 @@ def convert(tensors):
     return state
 
 
-def fetch(name, cfg):
-    """The folder of one of MODELS in the cache, after downloading what is missing of it."""
-    folder = os.path.join(cfg.cache_dir, name)
-    base = f'{cfg.base_url.rstrip("/")}/openai-community/{name}/resolve/main'
-    for file in 'config.json', 'model.safetensors':
-        path = os.path.join(folder, file)
-        if not os.path.exists(path):
-            with files.locked(folder):
-                download(f'{base}/{file}', path)
-    return folder
+def fetch(name):
+    """The folder of one of MODELS, where the library of the hub keeps it. It is downloaded once."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            f'init_from {name!r} needs the package huggingface_hub: pip install huggingface_hub'
+        ) from None
+    files = ['config.json', 'model.safetensors']
+    try:
+        return huggingface_hub.snapshot_download(f'openai-community/{name}', allow_patterns=files)
+    except Exception as e:  # whatever a network may do
+        raise UserError(
+            f'{name} cannot be downloaded ({type(e).__name__}): check the network, or give a folder'
+        ) from None

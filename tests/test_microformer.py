@@ -40,7 +40,7 @@ def load(theirs, tmp_path_factory):
     """load(**flags): the model by init_from, with what the flags put in."""
     folder = str(tmp_path_factory.mktemp('mgm'))
     theirs.save_pretrained(folder)  # the package has pytorch_model.bin, which is a pickle
-    checkpoint = pretrained.load(folder, pretrained.PretrainedConfig())
+    checkpoint = pretrained.load(folder)
     return lambda **flags: ckpt.build(checkpoint, add_new=True, **flags).eval()
 
 

@@ -1,15 +1,14 @@
-"""support/pretrained.py against transformers, and downloads from a hub that misbehaves."""
+"""support/pretrained.py against transformers."""
 
 import functools
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -18,9 +17,8 @@ import sample
 import train
 from model import is_gpt2
 from support import checkpoint as ckpt
-from support import download, pretrained
+from support import pretrained
 from support.settings import UserError
-from test_prepare_c4 import Handler, Server, fault
 
 if os.environ.get('CI'):  # there all of these tests must run
     import safetensors.torch
@@ -64,7 +62,7 @@ def copied(folder, tmp_path):
 
 
 def load(folder, **changes):
-    checkpoint = pretrained.load(str(folder), pretrained.PretrainedConfig())
+    checkpoint = pretrained.load(str(folder))
     return ckpt.build(checkpoint, add_new=True, **changes).eval()
 
 
@@ -117,7 +115,7 @@ def test_what_a_method_adds(folder):
     assert abs(loss(folder, selective=True) - standard) > 0.01
     added = [name for name, _ in load(folder, **NEW).named_parameters() if not is_gpt2(name)]
     assert len(added) == 2 * (1 + 3)  # each layer: the scale; w of q and v, alpha of q
-    checkpoint = pretrained.load(str(folder), None)
+    checkpoint = pretrained.load(str(folder))
     with pytest.raises(UserError, match='has no transformer.h.0.attn.vote_scale, .*ssa.q.alpha'):
         ckpt.build(checkpoint, **NEW)
     del checkpoint['model']['transformer.h.1.ln_1.bias']
@@ -184,140 +182,31 @@ def test_no_such_name_and_no_package(folder, monkeypatch):
 # ---- Downloads -----------------------------------------------------------------------------------
 
 
-class Hub(Handler):
-    """Answers as the Hugging Face hub does.
-
-    Weights come by a redirect to another host that says what their sha256 is, small files by one to
-    another path, with git's hash. server.lies: headers of the first to send instead.
-    """
-
-    def do_GET(self):
-        name = self.path.split('/')[-1]
-        body = self.server.files.get(name)
-        if body is None or '/resolve/' not in self.path:
-            return super().do_GET()
-        self.server.asked.append(self.path)
-        headers = {'X-Repo-Commit': '1', 'Content-Length': '0'}
-        if name == 'config.json':
-            blob = hashlib.sha1(b'blob %d\0' % len(body) + body).hexdigest()
-            headers |= {'Location': f'/api/resolve-cache/{name}', 'ETag': f'"{blob}"'}
-        else:
-            host = self.server.url.replace('127.0.0.1', 'localhost')
-            digest = hashlib.sha256(body).hexdigest()
-            headers |= {'Location': f'{host}/cdn/{name}', 'X-Linked-Etag': f'"{digest}"'}
-            headers |= {'X-Linked-Size': len(body)} | self.server.lies
-        self.send_response(self.server.statuses.pop(0) if self.server.statuses else 302)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub(folder, monkeypatch):
-    quick = functools.partial(download.Server, backoff=0.01, retries=2, timeout=5)
-    monkeypatch.setattr(download, 'Server', quick)
-    with Server(('127.0.0.1', 0), Hub) as s:
-        s.files = {name: (folder / name).read_bytes() for name in BOTH}
-        s.faults, s.lies = {}, {}
-        s.requests, s.asked, s.statuses = [], [], []
-        s.ranges = True
-        s.delay = s.sent = 0
-        s.url = f'http://127.0.0.1:{s.server_port}'
-        threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
-        yield s
-        s.shutdown()
+    """The library of the hub, which gives this folder. hub: the calls that it got."""
+    calls = []
+
+    def snapshot_download(name, allow_patterns):
+        calls.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+    return calls
 
 
-@pytest.fixture
-def fetch(hub, tmp_path):
-    """fetch(): downloads; fetch.cache is the folder, fetch.found() what is in it."""
-
-    def fetch(name='gpt2-medium'):
-        cfg = pretrained.PretrainedConfig(base_url=hub.url + '/', cache_dir=str(tmp_path))
-        return pretrained.fetch(name, cfg)
-
-    fetch.cache = tmp_path / 'gpt2-medium'
-    fetch.cache.mkdir()
-    fetch.found = lambda: {path.name: path.read_bytes() for path in fetch.cache.iterdir()}
-    return fetch
+def test_download(hub):
+    close(logits(load('gpt2-medium')), logits(make()))
+    assert hub == [('openai-community/gpt2-medium', list(BOTH))]
 
 
-def ranges(hub):
-    """The parts of the weights that were asked for, '' for all of them."""
-    return [asked or '' for name, asked in hub.requests if name == WEIGHTS]
+def test_no_network(monkeypatch):
+    def refused(*_, **__):
+        raise ConnectionError('long\nstory')
 
-
-def test_download(hub, fetch):
-    close(logits(load(fetch())), logits(make()))
-    assert fetch.found() == hub.files
-    for name, path in zip(BOTH, dict.fromkeys(hub.asked)):
-        assert path == f'/openai-community/gpt2-medium/resolve/main/{name}'
-    hub.asked.clear()
-    fetch()
-    assert not hub.asked  # once is enough
-
-
-def test_a_run_that_failed_is_continued(hub, fetch):
-    hub.faults[WEIGHTS] = [fault(send=10_000), *[fault(status=503, body=b'')] * 2]
-    with pytest.raises(UserError, match='3 times in a row'):
-        fetch()
-    assert fetch.found()[WEIGHTS + '.part'] == hub.files[WEIGHTS][:10_000]
-    hub.requests.clear()
-    fetch()
-    assert fetch.found() == hub.files and ranges(hub) == ['bytes=10000-']
-
-
-def test_a_part_that_is_whole_or_of_something_else(hub, fetch):
-    part = fetch.cache / (WEIGHTS + '.part')
-    part.write_bytes(hub.files[WEIGHTS])
-    fetch()
-    assert fetch.found() == hub.files and '' not in ranges(hub)
-    (fetch.cache / WEIGHTS).unlink()
-    part.write_bytes(b'x' * 1000)
-    with pytest.raises(UserError, match='its hash is wrong: it was deleted, run it again'):
-        fetch()
-    assert list(fetch.found()) == ['config.json']
-    fetch()
-    assert fetch.found() == hub.files
-
-
-@pytest.mark.parametrize(
-    'lies, answer, message',
-    [
-        ({'X-Linked-Etag': '"' + '0' * 64 + '"'}, {}, 'its hash is wrong'),
-        ({}, {'body': b'x' * 5000, 'headers': {'Content-Length': 5000}}, 'its hash is wrong'),
-        ({}, {'headers': {'Content-Length': 10**6}}, ''),
-        ({}, {'status': 404}, 'HTTP 404'),
-    ],
-)
-def test_what_was_not_announced_is_not_kept(hub, fetch, lies, answer, message):
-    hub.lies = lies
-    hub.faults[WEIGHTS] = [fault(**answer)] * 5
-    with pytest.raises(UserError, match=f'{WEIGHTS}.*{message}'):
-        fetch()
-    assert WEIGHTS not in fetch.found()
-    hub.lies, hub.faults = {}, {}
-    for _ in range(2):  # whatever was left behind, the next runs get it right
-        try:
-            fetch()
-        except UserError:
-            pass
-    assert fetch.found() == hub.files
-
-
-def test_a_busy_hub_is_asked_again_an_absent_one_is_not(hub, fetch):
-    hub.statuses = [503, 302]
-    fetch()
-    assert fetch.found() == hub.files
-    hub.statuses = [404]
-    with pytest.raises(UserError, match='HTTP 404: check --base_url'):
-        fetch('gpt2-xl')
-    hub.shutdown()
-    hub.server_close()
-    with pytest.raises(UserError, match='cannot be reached .* check the network and --base_url'):
-        fetch('gpt2-large')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', refused)
+    with pytest.raises(UserError, match='gpt2-xl cannot be downloaded .ConnectionError.'):
+        load('gpt2-xl')
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
