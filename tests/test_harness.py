@@ -87,7 +87,7 @@ def test_ends_of_texts(adapter, bos, budgets):
         text = text[-SIZE - 1 :]
         if bos:
             text[0] = EOT
-        assert answer == summed(model, text, len(end), budgets), (context, end)
+        assert answer == summed(model, text, len(end), budgets)
 
 
 def test_whole_texts(adapter):
@@ -126,7 +126,7 @@ def test_command(HFLM, exported, tmp_path):
         '--log_samples',
     ]
     command = [sys.executable, '-m', 'lm_eval', 'run', *options]
-    assert '|passkey|' in subprocess.check_output(command, text=True, cwd=tmp_path)
+    subprocess.check_call(command, cwd=tmp_path)
     (path,) = tmp_path.glob('**/samples_passkey_*.jsonl')
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(samples) == 2
