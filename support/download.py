@@ -1,8 +1,6 @@
 """Downloads that survive failures: they wait, continue where they were cut, and show progress."""
 
 import datetime
-import hashlib
-import os
 import random
 import sys
 import time
@@ -33,12 +31,10 @@ class Server:
         self.timeout = timeout
         self.session = requests.Session()
         self.answered = False  # whether the server ever answered
-        self.digest = ''  # the hash that the server gives of the current file
-        self.received = 0  # bytes of the current file
-        self.place = 0.0  # how far it is, 0 to 1
+        self.received = 0  # bytes of the current file so far
 
-    def read(self, name, got=0):
-        """The bytes of the file <base_url>/<name>, in chunks, without the first `got`.
+    def read(self, name):
+        """The bytes of the file <base_url>/<name>, in chunks.
 
         Continues a cut connection where it ended, and asks a busy server again. Each attempt waits
         longer than the one before, and at least as long as the server says. Raises UserError for
@@ -50,8 +46,8 @@ class Server:
         self.received = 0
         while True:
             try:
-                for chunk in self.attempt(url, got):
-                    got += len(chunk)
+                for chunk in self.attempt(url):
+                    self.received += len(chunk)
                     failures = 0
                     yield chunk
                 return
@@ -68,7 +64,7 @@ class Server:
             if wait > LONGEST_WAIT:
                 raise UserError(f'{url}: busy for {wait / 60:,.0f} minutes, it says: run it later')
             failures += 1
-            where = f'{name}: {problem} at byte {got:,}'
+            where = f'{name}: {problem} at byte {self.received:,}'
             if failures > self.retries:
                 raise UserError(
                     f'{where}, {failures} times in a row: run it again later, it continues'
@@ -78,15 +74,15 @@ class Server:
             print(f'{where}, trying again in {wait:.1f} s', file=sys.stderr)
             time.sleep(wait)
 
-    def attempt(self, url, got):
-        """The same in one attempt. Raises one of ERRORS where another one is worth it."""
+    def attempt(self, url):
+        """The rest of the file in one attempt. Raises one of ERRORS where another is worth it."""
+        got = self.received
         headers = {'Accept-Encoding': 'identity'}
         if got:
             headers['Range'] = f'bytes={got}-'
         timeout = (5, self.timeout)  # to connect, to read
         with self.session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             self.answered = True
-            self.digest = digest_in(answer)
             status = answer.status_code
             if status == 416:  # there is nothing from this place on
                 return
@@ -106,67 +102,14 @@ class Server:
             for chunk in answer.raw.stream(CHUNK, decode_content=False):
                 fresh = chunk[skip:]
                 skip = max(0, skip - len(chunk))
-                if not fresh:
-                    continue
-                got += len(fresh)
-                self.received += len(fresh)
-                left = answer.raw.length_remaining
-                if left is not None:
-                    self.place = self.received / (self.received + left)
-                yield fresh
+                if fresh:
+                    yield fresh
 
 
 def wanted_wait(answer):
     """Seconds that a busy server asks to wait, 0 where it does not say."""
     text = answer.headers.get('Retry-After', '')
     return float(text) if text.isdecimal() else 0.0
-
-
-def digest_in(answer):
-    """The hash that the Hugging Face hub gives of a file, '' where there is none.
-
-    The hub answers for a large file with a redirect to another host, and gives its sha256 with
-    that. A small file has git's hash as its ETag, perhaps after a redirect to another path.
-    """
-    digest = ''
-    for step in reversed([*answer.history, answer]):  # the first one that has a hash wins
-        digest = step.headers.get('X-Linked-Etag') or step.headers.get('ETag') or digest
-    return digest.removeprefix('W/').strip('"')
-
-
-def download(url, path):
-    """Download url to path, which appears once it is whole, by the hash that the server gives.
-
-    The folder must be there. After a cut, a kill or a failure, what has arrived stays in
-    <path>.part, and the next call continues it. Raises UserError also if there is no hash, or the
-    file does not have it.
-    """
-    base, name = url.rsplit('/', 1)
-    server = Server(base)
-    part = f'{path}.part'
-    got = os.path.getsize(part) if os.path.exists(part) else 0
-    with Progress() as progress:
-        for chunk in server.read(name, got):
-            if not server.digest:
-                raise UserError(f'{url}: the server gives no hash to check it by: check --base_url')
-            with open(part, 'ab') as f:
-                f.write(chunk)
-            progress.show(f'{name}: ', server.received, server.place)
-    with open(part, 'ab') as f:
-        os.fsync(f.fileno())
-    if digest_of(part, server.digest) != server.digest:
-        os.remove(part)
-        raise UserError(f'{url}: its hash is wrong: it was deleted, run it again')
-    os.replace(part, path)
-
-
-def digest_of(path, like):
-    """The hash of a file, of the same kind as `like`: sha256, or git's sha1 of a blob."""
-    digest = hashlib.sha256()
-    if len(like) != 64:
-        digest = hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, lambda: digest).hexdigest()
 
 
 class Progress:
