@@ -1,6 +1,5 @@
 """prepare_c4.py and support/download.py against a real server, which misbehaves when told to."""
 
-import contextlib
 import gzip
 import http.server
 import json
@@ -89,11 +88,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-@contextlib.contextmanager
-def serving(files, handler=Handler):
-    """A server of {name: content}, in threads of this process."""
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        server.files = dict(files)
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of FILES, in threads of this process; scripts run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        server.files = dict(FILES)
         server.faults = {}
         server.requests = []
         server.ranges = True
@@ -102,13 +102,6 @@ def serving(files, handler=Handler):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with serving(FILES) as server:
-        yield server
 
 
 def arguments(server, *more):
