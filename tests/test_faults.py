@@ -1,11 +1,10 @@
-"""What no setting causes: closed terminals, full disks, flipped bits, servers that lie."""
+"""What no setting causes: closed terminals, full disks, flipped bits, another process."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import prepare_text
 import train
 from lab import export_hf
 from support import checkpoint as ckpt
-from support import download, files, settings
+from support import files, settings
 from support.settings import UserError
 from test_train import start, wait_for
 
@@ -138,36 +137,27 @@ def test_a_resumed_run_stays_the_same_run(dataset, tmp_path, run):
         out = run(train, *args, f'--{setting}')
         assert f'another run by {setting} (was' in out and 'resume_changed' in out
     (tmp_path / 'other.txt').write_text('other text\n' * 900)
-    paths = [str(tmp_path / 'other.txt')]
-    cfg = prepare_text.TextConfig(paths=paths, tokenizer='bytes', data_dir=str(tmp_path))
-    prepare_text.prepare(cfg)
+    text = str(tmp_path / 'other.txt')
+    run(prepare_text, text, '--tokenizer=bytes', f'--data_dir={tmp_path}')
     other = f'--dataset={tmp_path / "other"}'
     assert 'is not what' in run(train, *args, other)
     out = run(train, *args, '--eval_iters=2')
     assert 'resumed with max_iters=8 (was 4)' in out and 'with eval_iters=2 (was 1)' in out
     out = run(train, *args, '--max_iters=9', '--seed=5', other, '--resume_changed')
     assert 'resumed with seed=5 (was 1337)' in out and 'done' in out
-    begun = []
-    steps = []
-    for line in ckpt.read_lines(tmp_path / 'out' / 'log.jsonl'):
-        if 'config' in line:
-            begun.append((line['from'], line['config']['seed']))
-        elif 'loss' in line:
-            steps.append(line['iter'])
-    assert begun == [(0, 1337), (4, 1337), (8, 5)] and steps == list(range(9))
+    log = ckpt.read_lines(tmp_path / 'out' / 'log.jsonl')
+    begun = [(line['from'], line['config']['seed']) for line in log if 'config' in line]
+    assert begun == [(0, 1337), (4, 1337), (8, 5)]
+    assert [line['iter'] for line in log if 'loss' in line] == list(range(9))
 
 
-def test_data_that_cannot_be_meant(lines, tmp_path, run):
-    meta = data.read_meta(lines)
+def test_data_that_is_not_complete(lines, tmp_path, run):
     copy = tmp_path / 'copy'
-    copy.mkdir()
-    for name in 'train.bin', 'val.bin':
-        (copy / name).write_bytes((lines / name).read_bytes())
-    args = [f'--dataset={copy}', *SMALL, '--max_iters=1', f'--out_dir={tmp_path / "out"}']
-    (copy / 'meta.json').write_text(json.dumps({**meta, 'tokenizer': 'klingon'}))
-    assert 'klingon' in run(train, *args) and not (tmp_path / 'out').exists()
+    shutil.copytree(lines, copy)
+    meta = data.read_meta(lines)
     (copy / 'meta.json').write_text(json.dumps({**meta, 'complete': False}))
-    assert 'is not complete' in run(train, *args)
+    out_dir = f'--out_dir={tmp_path / "out"}'
+    assert 'is not complete' in run(train, f'--dataset={copy}', *SMALL, '--max_iters=1', out_dir)
 
 
 @pytest.mark.parametrize('make', [lambda: torch.empty(2**50), lambda: bytes(2**50)])
@@ -175,19 +165,6 @@ def test_too_large_for_the_machine(make, capfd):
     with pytest.raises(SystemExit):
         settings.run(make)
     assert 'not enough memory' in capfd.readouterr().err
-
-
-def test_own_output_is_no_text(tmp_path, monkeypatch):
-    """prepare_text.py twice over the folder of its data set; a file with two names counts once."""
-    monkeypatch.chdir(tmp_path)
-    for n in range(9):
-        (tmp_path / f'{n}.txt').write_text(f'text {n}\n' * 9)
-    cfg = prepare_text.TextConfig(paths=['.', './.', '0.txt'], name='x', tokenizer='bytes')
-    prepare_text.prepare(cfg)
-    first = data.load_dataset('x')
-    assert first.tokens('train') + first.tokens('val') == 9 * (9 * 7 + 1)
-    prepare_text.prepare(cfg)
-    assert data.load_dataset('x').fingerprint() == first.fingerprint()
 
 
 def test_files_of_others_are_left_alone(dataset, tmp_path, run):
@@ -199,55 +176,3 @@ def test_files_of_others_are_left_alone(dataset, tmp_path, run):
     assert 'choose another' in out
     assert os.listdir(tmp_path / 'own') == ['README.md']
     assert (tmp_path / 'own' / 'README.md').read_text() == 'mine'
-
-
-# ---- Servers -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def liar():
-    """liar(status, headers, body): the URL of a server that answers so."""
-    answer = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, headers, body = answer
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def serve(*new):
-        answer[:] = new
-        return f'http://127.0.0.1:{server.server_port}'
-
-    yield serve
-    server.shutdown()
-
-
-@pytest.mark.parametrize(
-    'status, headers, words',
-    [
-        (429, {'Retry-After': '9' * 30}, 'busy for'),
-        (503, {'Retry-After': '86400'}, 'busy for 1,440 minutes'),
-        (206, {'Content-Range': 'bytes ²-1/9'}, 'asked for bytes'),
-    ],
-)
-def test_headers_that_lie(liar, status, headers, words):
-    server = download.Server(liar(status, headers, b''), retries=1, backoff=0.0, timeout=2)
-    with pytest.raises(UserError, match=words):
-        list(server.read('x'))
-
-
-@pytest.mark.parametrize('size', ['x', '²', '9' * 5000])
-def test_sizes_that_are_none(liar, size):
-    """What comes counts; whether it is whole is then for the caller to see."""
-    server = download.Server(liar(200, {'Content-Length': size}, b'abc'), retries=0)
-    assert b''.join(server.read('x')) == b'abc'
