@@ -19,7 +19,7 @@ import sample
 import train
 from conftest import ROOT
 from support import checkpoint as ckpt
-from support import devices, settings
+from support import settings
 from support.settings import UserError
 
 SMALL = (
@@ -56,66 +56,38 @@ def log(out_dir):
 def assert_same_run(a, b):
     """Losses and weights are equal to the last bit."""
     assert log(a) == log(b)
-    a, b = ckpt.load(a), ckpt.load(b)
-    assert a['iter_num'] == b['iter_num']
-    for name, weight in a['model'].items():
-        assert torch.equal(weight, b['model'][name]), name
+    a, b = ckpt.load(a)['model'], ckpt.load(b)['model']
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 # ---- Resuming ------------------------------------------------------------------------------------
 
-
-def as_of_old(checkpoint):
-    """A checkpoint as the first version had it: parameters have numbers, newer settings lack."""
-    for part in checkpoint['model_args'], checkpoint['config']:
-        part['kernel'] = 'rows'
-        for name in 'rope', 'qk_norm', 'bos', 'ssa_lr', 'eval_only':
-            part.pop(name, None)
-    names = list(checkpoint['optimizer']['AdamW'])
-    names.sort(key=lambda name: checkpoint['model'][name].dim() < 2)
-    states = checkpoint['optimizer']['AdamW']
-    numbered = {n: states[name] for n, name in enumerate(names)}
-    checkpoint['optimizer'] = {'state': numbered, 'param_groups': [{}, {}]}
-    return checkpoint
+HARD = ['--selective', '--ssa=qv', '--dropout=0.1']
 
 
-@pytest.mark.parametrize('old', [False, True])
-def test_resume(old, dataset, tmp_path, run):
+def test_resume(dataset, tmp_path, run):
     """Losses and weights are those of a run that was not stopped; bos is as it began."""
-    args = [dataset, *SMALL, '--selective', '--ssa=qv', '--dropout=0.1', '--lr_decay_iters=20']
+    args = [dataset, *SMALL, *HARD, '--lr_decay_iters=20', '--max_iters=20']
     whole, parts = f'--out_dir={tmp_path / "whole"}', f'--out_dir={tmp_path / "parts"}'
-    run(train, *args, '--bos=False', '--max_iters=20', whole)
-    run(train, *args, '--bos=False', '--max_iters=10', parts)
-    if old:
-        ckpt.save(tmp_path / 'parts', as_of_old(ckpt.load(tmp_path / 'parts')))
-    run(train, *args, '--max_iters=20', parts, '--init_from=resume')
+    run(train, *args, '--bos=False', whole)
+    run(train, *args, '--bos=False', parts, '--max_iters=10')
+    run(train, *args, parts, '--init_from=resume')
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    assert 'has 20 of 20 steps: raise' in run(train, *args, parts, '--init_from=resume')
     out = run(train, *args, parts, '--init_from=resume', '--rope', '--max_iters=30')
     assert 'another run by rope=True (was False)' in out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_is_stopped_resumes(how, dataset, tmp_path, run):
-    args = [
-        dataset,
-        *SMALL,
-        '--max_iters=300',
-        '--eval_interval=20',
-        '--selective',
-        '--ssa=qv',
-        '--dropout=0.1',
-    ]
+@pytest.mark.parametrize('how, code, least', [(signal.SIGKILL, -9, 20), (signal.SIGTERM, 130, 24)])
+def test_a_process_that_is_stopped_resumes(how, code, least, dataset, tmp_path, run):
+    args = [dataset, *SMALL, *HARD, '--max_iters=100', '--eval_interval=20']
     stopped = start('train.py', *args, f'--out_dir={tmp_path / "stopped"}')
     wait_for(stopped, 'step 23/')
     stopped.send_signal(how)
-    out = stopped.stdout.read()
-    code = stopped.wait(timeout=60)
-    first = ckpt.load(tmp_path / 'stopped')['iter_num']
-    if how == signal.SIGKILL:
-        assert code == -9 and first == 20
-    else:
-        assert code == 130 and first >= 24 and 'init_from=resume' in out
+    stopped.communicate(timeout=60)
+    assert stopped.returncode == code
+    assert ckpt.load(tmp_path / 'stopped')['iter_num'] >= least
     run(train, *args, f'--out_dir={tmp_path / "stopped"}', '--init_from=resume')
     run(train, *args, f'--out_dir={tmp_path / "whole"}')
     assert_same_run(tmp_path / 'whole', tmp_path / 'stopped')
@@ -123,35 +95,31 @@ def test_a_process_that_is_stopped_resumes(how, dataset, tmp_path, run):
 
 def test_moments_go_by_names(dataset, tmp_path, run):
     """A resumed run may have other groups: SSA's learning rate is a group of its own."""
-    args = [dataset, *SMALL, '--ssa=qv', f'--out_dir={tmp_path}']
-    run(train, *args, '--max_iters=3')
+    run(train, dataset, *SMALL, '--ssa=qv', f'--out_dir={tmp_path}', '--max_iters=3')
     before = ckpt.load(tmp_path)
     gpt = ckpt.build(before)
     optimizers = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
-    groups = optimizers[0].param_groups
-    assert [group['initial_lr'] for group in groups] == [1e-3, 1e-3, 5e-2]
-    ckpt.load_optimizers(optimizers, torch.amp.GradScaler('cpu', enabled=False), gpt, before)
+    assert len(optimizers[0].param_groups) == 3
+    ckpt.load_optimizers(optimizers, None, gpt, before)
     found = ckpt.optimizer_state(optimizers, gpt)
     torch.testing.assert_close(found, before['optimizer'], rtol=0, atol=0)
-    assert found['AdamW'].keys() == {name for name, _ in gpt.named_parameters()}
+    assert found['AdamW'].keys() == dict(gpt.named_parameters()).keys()
 
 
 def test_states_that_do_not_fit(dataset, tmp_path, run):
     args = [dataset, *SMALL, f'--out_dir={tmp_path}']
     run(train, *args, '--max_iters=1')
-    name = 'transformer.h.1.attn.c_proj.weight'
-    adam = ckpt.load(tmp_path)['optimizer']['AdamW']
-    less = {key: state for key, state in adam.items() if key != name}
-    wrong = {'exp_avg': torch.zeros(3), 'exp_avg_sq': torch.zeros(16, 16), 'step': torch.tensor(1)}
+    assert 'has a checkpoint: resume it' in run(train, *args)
+    saved = ckpt.load(tmp_path)
+    adam = saved['optimizer']['AdamW']
+    name, state = adam.popitem()
     for optimizer, words in [
         (None, 'does not fit'),
-        ({'Muon': adam}, "no state of 'AdamW'"),
-        ({'AdamW': less}, f"no state of '{name}'"),
-        ({'AdamW': {**adam, name: wrong}}, 'does not fit'),
+        ({'AdamW': adam}, f"no state of '{name}'"),
+        ({'AdamW': {**adam, name: {**state, 'exp_avg': torch.zeros(3)}}}, 'does not fit'),
         ({'AdamW': {**adam, name: 5}}, 'does not fit'),
-        ({'AdamW': 5}, 'does not fit'),
     ]:
-        ckpt.save(tmp_path, {**ckpt.load(tmp_path), 'optimizer': optimizer})
+        ckpt.save(tmp_path, {**saved, 'optimizer': optimizer})
         assert words in run(train, *args, '--max_iters=2', '--init_from=resume')
 
 
@@ -159,10 +127,9 @@ def test_float16_keeps_its_scale(dataset, tmp_path, run):
     args = [dataset, *SMALL, f'--out_dir={tmp_path}', '--dtype=float16']
     run(train, *args, '--max_iters=2')
     scaler = ckpt.load(tmp_path)['scaler']
-    assert scaler['scale'] > 1 and scaler['_growth_tracker'] == 2
+    assert scaler['_growth_tracker'] == 2
     run(train, *args, '--max_iters=3', '--init_from=resume')
     assert ckpt.load(tmp_path)['scaler'] == {**scaler, '_growth_tracker': 3}
-    assert 'step 4/4' in run(train, *args, '--max_iters=4', '--init_from=resume', '--dtype=float32')
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -182,20 +149,19 @@ def test_two_processes_train_as_one(dataset, tmp_path, run):
 @pytest.mark.slow
 def test_a_signal_to_all_waits_for_the_save(dataset, tmp_path, tree):
     """The second process does not end before the first has saved; torchrun would end that, too."""
-    tree('support/checkpoint.py', 'def save(', 'import time\n\n\ndef save(')
     tree(
-        'support/checkpoint.py',
-        '            torch.save(',
-        '            time.sleep(8 * bool(checkpoint["iter_num"]))\n            torch.save(',
+        'train.py',
+        '            ckpt.save(',
+        '            time.sleep(checkpoint["iter_num"] and 4)\n            ckpt.save(',
     )
     args = ['train.py', dataset, *SMALL, '--max_iters=1_000_000', '--eval_interval=1_000_000']
+    args.append(f'--out_dir={tmp_path / "x"}')
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
     env = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     both = []
     for rank in '0', '1':
-        env['RANK'] = rank
-        both.append(start(*args, f'--out_dir={tmp_path / "x"}', cwd=tree.path, env=env))
+        both.append(start(*args, cwd=tree.path, env={**env, 'RANK': rank}))
     wait_for(both[0], 'step 12/')
     for process in both:
         process.terminate()
@@ -211,24 +177,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, run):
     wild = ['--learning_rate=1000', '--weight_decay=1000']
     out = run(train, dataset, *SMALL, *wild, '--max_iters=30', f'--out_dir={tmp_path}')
     assert 'is not finite; what was saved before is kept' in out
-    saved = ckpt.load(tmp_path)
-    assert saved['iter_num'] == 0
-    assert all(p.isfinite().all() for p in saved['model'].values())
+    assert ckpt.load(tmp_path)['iter_num'] == 0
 
 
 def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, run, monkeypatch):
     """A signal comes before anybody has looked at the loss."""
-    signals = []
     step = train.step
 
     def poisoned(cfg, processes, dataset, model, *rest):
         result = step(cfg, processes, dataset, model, *rest)
         model.lm_head.weight.data[0, 0] = torch.nan
-        signals.append(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return result
 
     monkeypatch.setattr(train, 'step', poisoned)
-    monkeypatch.setattr(devices, 'catch_signals', lambda say: signals)
     args = [dataset, *SMALL, '--max_iters=9', '--log_interval=100', f'--out_dir={tmp_path}']
     assert 'transformer.wte.weight is not finite' in run(train, *args)
     assert ckpt.load(tmp_path)['iter_num'] == 0
@@ -241,8 +203,8 @@ def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, run, monke
 def trained(lines, tmp_path_factory):
     """The folder of a model that has learned what digits follow."""
     out_dir = tmp_path_factory.mktemp('trained')
-    args = [f'--dataset={lines}', *SMALL, '--max_iters=150', f'--out_dir={out_dir}', '--selective']
-    process = start('train.py', *args)
+    args = [f'--dataset={lines}', *SMALL, '--selective', '--max_iters=150', '--eval_interval=50']
+    process = start('train.py', *args, f'--out_dir={out_dir}')
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and '| memory ' in out, out
     return out_dir
@@ -256,22 +218,20 @@ def text(out):
 def test_learning_and_sampling(trained, tmp_path, run, monkeypatch):
     """The text comes from the command line, a file and standard input."""
     losses = log(trained)
-    assert losses['val_loss', 0] > 5 and losses['val_loss', 150] < 2.5
-    assert losses['loss', 149] < 2.5
-    args = [f'--out_dir={trained}', '--max_new_tokens=30', '--device=cpu']
-    greedy = run(sample, *args, '--start=line 1', '--temperature=0')
+    assert losses['val_loss', 150] < 2.5 < 5 < losses['val_loss', 0]
+    args = [f'--out_dir={trained}', '--max_new_tokens=30', '--device=cpu', '--start=line 1']
+    greedy = run(sample, *args, '--temperature=0')
     assert greedy.startswith('line 1') and 'tokens/s; KV cache' in greedy
     (tmp_path / 'prompt.txt').write_text('line 1')
-    prompt = f'--start=FILE:{tmp_path / "prompt.txt"}'
-    assert text(run(sample, *args, prompt, '--temperature=0')) == text(greedy)
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'line 1')))
-    assert text(run(sample, *args, '--start=-', '--temperature=0')) == text(greedy)
+    for prompt in f'FILE:{tmp_path / "prompt.txt"}', '-':
+        assert text(run(sample, *args, '--temperature=0', f'--start={prompt}')) == text(greedy)
     assert text(run(sample, *args, '--seed=2')) == text(run(sample, *args, '--seed=2'))
-    three = run(sample, *args, '--start=line 1', '--temperature=0', '--num_samples=3')
+    three = run(sample, *args, '--temperature=0', '--num_samples=3')
     assert three.startswith((text(greedy) + '-' * 40 + '\n') * 3)
-    out = run(sample, *args, '--start=line 1', '--budgets=4,8', '--num_samples=2')
-    texts = out.split('-' * 40)
-    assert '2.7x less' in out and texts[0].startswith('line 1') and texts[0] != texts[1].strip()
+    out = run(sample, *args, '--budgets=4,8', '--num_samples=2')
+    first, second, memory = out.split('-' * 40 + '\n')
+    assert first.startswith('line 1') and first != second and '2.7x less' in memory
 
 
 @pytest.mark.parametrize(
@@ -283,7 +243,6 @@ def test_learning_and_sampling(trained, tmp_path, run, monkeypatch):
         ('--budgets=nowhere.json', 'nowhere.json'),
         ('--start=FILE:nowhere', 'nowhere'),
         ('--out_dir=nowhere', 'nowhere/ckpt.pt does not exist'),
-        ('--top_k=-1', 'top_k'),
     ],
 )
 def test_samples_that_cannot_be(trained, run, wrong, words):
@@ -294,42 +253,32 @@ def test_samples_that_cannot_be(trained, run, wrong, words):
 def test_bos(bos, dataset, tmp_path, run, monkeypatch):
     """<|endoftext|> stands in front of what a model reads exactly if it was trained so."""
     seen = []
+    forward = model.GPT.forward
 
-    def spy(owner, name):
-        function = getattr(owner, name)
+    def spy(gpt, idx, *args, **more):
+        seen.append(idx[:, 0])
+        return forward(gpt, idx, *args, **more)
 
-        def call(*args, **more):
-            seen.append(function(*args, **more))
-            return seen[-1]
-
-        monkeypatch.setattr(owner, name, call)
-
-    spy(data, 'encode_prompt')
-    spy(data.Dataset, 'batch')
+    monkeypatch.setattr(model.GPT, 'forward', spy)
     out_dir = f'--out_dir={tmp_path}'
     run(train, dataset, *SMALL, '--max_iters=1', f'--bos={bos}', out_dir)
     run(train, dataset, *SMALL, '--eval_only', out_dir)
     run(prune, '--tolerance=1', '--windows=4', '--device=cpu', '--policy=oldest', out_dir)
-    assert len(seen) > 5
-    assert all((x[:, 0] == 256).all() == bos for x, _ in seen)
-    seen.clear()
-    run(sample, '--start=li', '--max_new_tokens=2', '--device=cpu', out_dir)
-    assert seen == [[256] * bos + list(b'li')]
+    run(sample, '--start=li', '--max_new_tokens=1', '--device=cpu', out_dir)
+    assert len(seen) > 6 and all((first == 256).all() == bos for first in seen)
 
 
-def test_eval_only(trained, run, dataset, tmp_path):
+def test_eval_only(trained, run):
     """It prints what the run logged at its end, with the checkpoint's model, and writes nothing."""
-    args = [*SMALL, f'--out_dir={trained}', '--eval_only']
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    args = [*SMALL, '--eval_only', f'--out_dir={trained}']
+    before = {path: path.read_bytes() for path in trained.iterdir()}
     logged = ckpt.read_log(trained)[-1]
     line = f'step 150 | val_loss {logged["val_loss"]:.5g} | memory {logged["memory"]:.5g}'
     assert f'{line} | live {logged["live"]:.5g}' in run(train, *args)
     out = run(train, *args, '--rope', '--n_layer=5', '--init_from=resume', '--kernel=none')
     assert 'as the checkpoint has it: n_layer=2' in out and 'has it: rope=False' in out
     assert line in out and 'live' not in out
-    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
-    out = run(train, dataset, *SMALL, '--eval_only', f'--out_dir={tmp_path / "x"}')
-    assert 'does not exist' in out and not (tmp_path / 'x').exists()
+    assert {path: path.read_bytes() for path in trained.iterdir()} == before
 
 
 @pytest.mark.slow
@@ -343,37 +292,26 @@ def test_the_first_command_needs_no_network(tmp_path, tree):
     out = tree.run('train.py', *args)
     assert 'data stdlib (' in out and 'step 1/1' in out
     assert os.listdir(tree.path / 'data') == ['stdlib']
+    assert 5e6 < data.load_dataset('stdlib', tree.path / 'data').tokens('train') < 40e6
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def test_damaged_and_foreign_checkpoints(dataset, tmp_path, run):
-    args = [dataset, *SMALL, '--max_iters=2', f'--out_dir={tmp_path}']
-    run(train, *args)
-    assert 'has a checkpoint: resume it' in run(train, *args)
-    assert 'has 2 of 2 steps: raise' in run(train, *args, '--init_from=resume')
-    path = tmp_path / 'ckpt.pt'
-    whole = path.read_bytes()
-    for damage in b'', b'hello', whole[: len(whole) // 2]:
-        path.write_bytes(damage)
-        assert 'is damaged' in run(sample, f'--out_dir={tmp_path}')
-    for foreign in {'weights': 1}, [], {'model': {}, 'model_args': 1, 'tokenizer': 'bytes'}:
-        torch.save(foreign, path)
-        assert 'not a checkpoint' in run(sample, f'--out_dir={tmp_path}')
+@pytest.mark.parametrize(
+    'foreign', [{'weights': 1}, [], {'model': {}, 'model_args': 1, 'tokenizer': 'bytes'}]
+)
+def test_foreign_checkpoints(foreign, tmp_path, run):
+    torch.save(foreign, tmp_path / 'ckpt.pt')
+    assert 'not a checkpoint' in run(sample, f'--out_dir={tmp_path}')
 
 
-def test_a_kill_while_saving_leaves_the_old_checkpoint(trained, monkeypatch):
-    names = sorted(os.listdir(trained))
-
-    def killed(checkpoint, file):
-        file.write(b'half of it')
-        raise SystemExit
-
-    monkeypatch.setattr(torch, 'save', killed)
-    with pytest.raises(SystemExit):
-        ckpt.save(trained, {})
-    assert ckpt.load(trained)['iter_num'] == 150 and sorted(os.listdir(trained)) == names
+def test_checkpoints_of_the_first_version_are_read(trained, tmp_path, run):
+    checkpoint = ckpt.load(trained)
+    args = {**checkpoint['model_args'], 'kernel': 'rows'}
+    del args['rope'], args['gelu']
+    ckpt.save(tmp_path, {'model': checkpoint['model'], 'model_args': args, 'tokenizer': 'bytes'})
+    assert 'KV cache' in run(sample, '--max_new_tokens=2', '--device=cpu', f'--out_dir={tmp_path}')
 
 
 def test_a_log_has_numbers_of_any_name(tmp_path):
@@ -390,29 +328,31 @@ def test_a_log_has_numbers_of_any_name(tmp_path):
 @pytest.mark.parametrize('path', sorted(Path(ROOT, 'config').glob('*.py')), ids=lambda p: p.stem)
 def test_configs(path):
     """Every config can be run; the small ones differ in flags and out_dir only."""
-    cfg = settings.parse(train.TrainConfig, [str(path)])
+    cfg = settings.parse(train.TrainConfig, [str(path), '--vocab_size=257'])
     train.check(cfg, world=1)
-    cfg.vocab_size = cfg.vocab_size or 257
     with torch.device('meta'):
         model.GPT(cfg)
     if path.stem.endswith('_small'):
-        base = settings.parse(
-            train.TrainConfig, [f'{ROOT}/config/base_small.py', '--vocab_size=257']
-        )
+        base = settings.parse(train.TrainConfig, ['config/base_small.py', '--vocab_size=257'])
         differs = {name for name, value in vars(cfg).items() if value != getattr(base, name)}
         assert differs <= {'selective', 'ssa', 'out_dir'}
 
 
 @pytest.mark.parametrize(
-    'line, words',
+    'wrong, words',
     [
         ('--selectve=True', "did you mean 'selective'"),
         ('--n_layer=two', "'two' is not a whole number"),
         ('--selective=maybe', 'not True or False'),
-        ('--n_layer=1.5', 'not a whole number'),
         ('nowhere.py', 'nowhere.py'),
         ('--max_iters', 'needs a value'),
-        ('--out_dir', 'needs a value, --out_dir='),
+        ('--n_head=3', 'n_embd 16 is not divisible by n_head 3'),
+        ('--dataset=nowhere', 'nowhere'),
+        ('--device=cuda:9', 'cuda:9'),
+        ('--dtype=float8', 'float8'),
+        ('--vocab_size=9', 'vocab_size 9'),
+        ('--init_from=nothing', 'init_from'),
+        ('--memory_loss=0.1', 'memory_loss needs selective'),
         ('n_layr = 2', "n_layr: unknown setting; did you mean 'n_layer'"),
         ('n_layer = (', 'SyntaxError'),
         ("n_layer = '2x'", 'not a whole number'),
@@ -420,13 +360,19 @@ def test_configs(path):
         ('import nowhere', 'nowhere'),
     ],
 )
-def test_wrong_settings(line, words, tmp_path):
+def test_one_line_for_the_user(wrong, words, dataset, tmp_path, run):
     """On the command line, and in a config file."""
-    if ' ' in line:
-        (tmp_path / 'c.py').write_text(line)
-        line = str(tmp_path / 'c.py')
-    with pytest.raises(UserError, match=words):
-        settings.parse(train.TrainConfig, [line])
+    if ' ' in wrong:
+        (tmp_path / 'c.py').write_text(wrong)
+        wrong = str(tmp_path / 'c.py')
+    assert words in run(train, *SMALL, dataset, f'--out_dir={tmp_path / "x"}', wrong)
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('wrong', ['gradient_accumulation_steps', 'eval_iters'])
+def test_work_that_two_processes_cannot_share(wrong):
+    with pytest.raises(UserError, match=wrong):
+        train.check(train.TrainConfig(**{wrong: 1}), world=2)
 
 
 def test_settings_that_count(tmp_path):
@@ -437,21 +383,6 @@ def test_settings_that_count(tmp_path):
     assert (cfg.n_layer, cfg.n_embd, cfg.max_iters, cfg.selective) == (5, 128, 10000, True)
 
 
-@pytest.mark.parametrize(
-    'wrong, words',
-    [
-        ({'init_from': 'nothing'}, 'init_from'),
-        ({'memory_loss': 0.1}, 'memory_loss needs selective'),
-        ({'n_embd': 10}, 'n_embd 10 is not divisible'),
-        ({'gradient_accumulation_steps': 3}, '3 cannot be shared out among 2 processes'),
-        ({'eval_iters': 1}, 'eval_iters 1'),
-    ],
-)
-def test_impossible_runs(wrong, words):
-    with pytest.raises(UserError, match=words):
-        train.check(train.TrainConfig(**wrong), world=2)
-
-
 @pytest.mark.parametrize('script', ['train', 'sample', 'prune'])
 def test_threads_wait_without_spinning(script):
     """OpenMP reads its variables once, when torch is imported; by then they must be set."""
@@ -460,24 +391,9 @@ def test_threads_wait_without_spinning(script):
     assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'
 
 
-@pytest.mark.parametrize(
-    'wrong, words',
-    [
-        ('--n_head=3', 'n_embd 16 is not divisible by n_head 3'),
-        ('--dataset=nowhere', 'nowhere'),
-        ('--device=cuda:9', 'cuda:9'),
-        ('--dtype=float8', 'float8'),
-        ('--vocab_size=9', 'vocab_size 9'),
-    ],
-)
-def test_one_line_for_the_user(wrong, words, dataset, tmp_path, run):
-    assert words in run(train, *SMALL, dataset, f'--out_dir={tmp_path / "x"}', wrong)
-    assert not (tmp_path / 'x').exists()
-
-
 def test_schedule():
     cfg = train.TrainConfig(learning_rate=2.0, min_lr=0.2, warmup_iters=10, max_iters=110)
     rates = [train.schedule(cfg, n) for n in range(111)]
-    assert rates[0] == 1 / 11 and rates[10] == 1.0 and rates[110] == 0.1
-    assert abs(rates[60] - 0.55) < 1e-9
+    assert (rates[0], rates[10], rates[110]) == (1 / 11, 1.0, 0.1)
+    assert rates[60] == pytest.approx(0.55)
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
