@@ -14,22 +14,19 @@ They differ in who votes, on what, and how much:
                         tokens alike
     selective           S[i,j] = max(0, L[0,i,j]): reader and token decide together
 
-These rules change the votes, or how they add up. They need --selective (2410.02703 section 3):
+These rules change the votes. They need --selective (2410.02703 section 3):
 
-    as_published        nothing is changed: the others are compared with this
     no_relu             negative votes count: S = L[0], so a masked token can be unmasked
     fox                 S[i,j] = softplus(-L[0,i,0] - 4), after the Forgetting Transformer (arXiv
                         2503.02130). The gate of row i is its logit of token 0, q.k of a key that is
                         the same in all texts, so a linear function of the row at no new parameters.
                         Theirs has a gate of its own for each head, and acts at once.
-    at_once             a row's vote acts on that row already, not on later rows only
 
 These rules change what is masked. They need --selective, too, and build T x T tensors:
 
     first_too           token 0 may be masked, too
     self_too            a token may mask itself for later rows
     last_head           the last head selects instead of head 0
-    groups              every two heads have a selector, which masks for these two alone
     window=K            no votes: token 0 and the newest K - 1 tokens, which a budget of K tokens
                         keeps under oldest-first eviction
     alibi               no votes: logits fall with distance by 2^(-8h/H) a token in head h = 1 ... H
@@ -50,11 +47,12 @@ Last, double_heads is standard attention with twice the heads, of the same size,
 its parameters.
 
 The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or
-refuse it. To resume, give the same rule again.
+refuse it. To resume or evaluate, give the rule and its flags again.
 """
 
 import contextlib
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 
@@ -66,7 +64,6 @@ import torch.nn.functional as fn
 
 import model as m
 import train
-from support import checkpoint as ckpt
 from support.settings import UserError
 
 # ---- Votes ---------------------------------------------------------------------------------------
@@ -83,17 +80,11 @@ class Fox(m.CausalSelfAttention):
         return gate.expand_as(L0)
 
 
-class AtOnce(m.CausalSelfAttention):
-    def accumulate(self, F, S):
-        F = F[:, None] + S.cumsum(dim=1)  # (B, R, N)
-        return torch.cat([F, F[:, -1:]], dim=1)  # the row after the block has no other votes
-
-
 # ---- What is masked ------------------------------------------------------------------------------
 
 
-def unbiased(H, i, j):
-    return torch.zeros(j.size(1), j.size(1), device=j.device)
+def nothing(H, i, j):
+    return 0.0
 
 
 def by_distance(H, i, j):
@@ -102,56 +93,46 @@ def by_distance(H, i, j):
     return slopes[:, None, None] * (j - i)
 
 
+def places(q):
+    """Rows i (T, 1) and columns j (1, T)."""
+    i = torch.arange(q.size(2), device=q.device)[:, None]
+    return i, i.T
+
+
 class Listing(m.CausalSelfAttention):
-    """`model.selective_attention_listing` in parts, each of which a rule can change."""
+    """`model.selective_attention_listing` with what a rule can change."""
 
-    bias = staticmethod(unbiased)  # what is added to the logits
-
-    def voters(self, H):
-        """For each head, the head whose votes it subtracts."""
-        return [0] * H
-
-    def counts(self, i, j):
-        """Whether the vote of row i (T, 1) on column j (1, T) counts: (T, T)."""
-        return (0 < j) & (j < i)
+    voter = 0  # the head that selects
+    first = 1  # the first token that can be masked
+    own = 0  # 1: the row's own vote on itself counts
+    bias = staticmethod(nothing)  # what is added to the logits
 
     @staticmethod
     def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
-        H, T = q.shape[1:3]
-        i = torch.arange(T, device=q.device)[:, None]  # (T, 1)
-        j = i.T  # (1, T)
+        i, j = places(q)
         L = m.logits(q, k)  # (B, H, T, T)
-        S = rule.vote(L[:, rule.voters(H)].flatten(0, 1))  # (B * H, T, T)
-        S = torch.where(rule.counts(i, j), S, 0.0)
-        F = rule.accumulate(S.new_zeros(len(S), T), S)[:, :-1]  # (B * H, T, T)
-        L = L - F.view_as(L) + rule.bias(H, i, j)
-        P = L.masked_fill(j > i, float('-inf')).softmax(dim=-1)
+        counts = (rule.first <= j) & (j < i + rule.own)
+        S = torch.where(counts, rule.vote(L[:, rule.voter]), 0.0)  # (B, T, T)
+        F = rule.accumulate(torch.zeros_like(S[:, 0]), S)[:, :-1]  # (B, T, T)
+        L = L - F[:, None] + rule.bias(q.size(1), i, j)
+        P = L.masked_fill(j > i, -math.inf).softmax(dim=-1)
         P = fn.dropout(P, dropout, training=dropout > 0)
         M = None
         if memory_tau is not None:
-            M = m.memory_requirement(F, i[:, 0], memory_tau)  # (B * H, T)
-            M = M.view(-1, H, T).mean(dim=1)
+            M = m.memory_requirement(F, i[:, 0], memory_tau)  # (B, T)
         return P.to(v.dtype) @ v, M
 
 
 class FirstToo(Listing):
-    def counts(self, i, j):
-        return j < i
+    first = 0
 
 
 class SelfToo(Listing):
-    def counts(self, i, j):
-        return (0 < j) & (j <= i)
+    own = 1
 
 
 class LastHead(Listing):
-    def voters(self, H):
-        return [H - 1] * H
-
-
-class Groups(Listing):
-    def voters(self, H):
-        return [h - h % 2 for h in range(H)]
+    voter = -1
 
 
 class VotesAndAlibi(Listing):
@@ -159,24 +140,19 @@ class VotesAndAlibi(Listing):
 
 
 class Window(m.CausalSelfAttention):
-    """Token 0 and the newest K - 1 tokens, the row's own among them; all of them if K is None."""
+    """Token 0 and the newest K - 1 tokens, the row's own among them."""
 
-    K = None
-    bias = staticmethod(unbiased)
+    bias = staticmethod(nothing)
 
     @staticmethod
     def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
-        B, H, T, _ = q.shape
-        i = torch.arange(T, device=q.device)[:, None]  # (T, 1)
-        j = i.T  # (1, T)
-        seen = j <= i  # (T, T)
-        if rule.K is not None:
-            seen = seen & ((j > i - rule.K + 1) | (j == 0))
-        bias = rule.bias(H, i, j).masked_fill(~seen, float('-inf'))
-        y = fn.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=dropout)
+        i, j = places(q)
+        seen = (j <= i) & ((j > i - rule.K + 1) | (j == 0))  # (T, T)
+        bias = torch.where(seen, rule.bias(q.size(1), i, j), -math.inf).to(q.dtype)
+        y = fn.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
         M = None
         if memory_tau is not None:
-            M = (seen.sum(dim=1) - 1.0).expand(B, T)  # the tokens before a row that it sees
+            M = (seen.sum(dim=1) - 1.0).expand(len(q), -1)  # the tokens before a row that it sees
         return y, M
 
 
@@ -202,12 +178,12 @@ class DoubleHeads(m.CausalSelfAttention):
 
 class NoPosition(m.Temperature):
     def __init__(self, config, position_aware):
-        super().__init__(config, position_aware=False)
+        super().__init__(config, False)
 
 
 class PositionOnValues(m.Temperature):
     def __init__(self, config, position_aware):
-        super().__init__(config, position_aware=True)
+        super().__init__(config, True)
 
 
 class PositionOnly(nn.Module):
@@ -231,27 +207,25 @@ class ScalableSoftmax(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 
-VOTES = {
-    'as_published': m.CausalSelfAttention,
-    'no_relu': NoReLU,
-    'fox': Fox,
-    'at_once': AtOnce,
-    'first_too': FirstToo,
-    'self_too': SelfToo,
-    'last_head': LastHead,
-    'groups': Groups,
-    'window=K': Window,
-    'alibi': Alibi,
-    'alibi=K': Alibi,
-    'votes_and_alibi': VotesAndAlibi,
-}
 TEMPERATURES = {
     'no_position': NoPosition,
     'position_on_values': PositionOnValues,
     'position_only': PositionOnly,
     'ssmax': ScalableSoftmax,
 }
-RULES = {**VOTES, **TEMPERATURES, 'double_heads': DoubleHeads}
+RULES = {
+    'no_relu': NoReLU,
+    'fox': Fox,
+    'first_too': FirstToo,
+    'self_too': SelfToo,
+    'last_head': LastHead,
+    'window=K': Window,
+    'alibi': Alibi,
+    'alibi=K': Alibi,
+    'votes_and_alibi': VotesAndAlibi,
+    'double_heads': DoubleHeads,
+    **TEMPERATURES,
+}
 
 
 @dataclass
@@ -260,14 +234,14 @@ class Limit:
 
 
 def parse(rule):
-    """(name of the rule, its K or None); UserError if there is no such rule."""
+    """(name of the rule, its K, which may be infinite); UserError if there is no such rule."""
     name, equals, K = rule.partition('=')
     if equals:
         name += '=K'
     if name not in RULES:
         raise UserError(f'the rule comes first, one of {", ".join(RULES)}')
     if not equals:
-        return name, None
+        return name, math.inf
     return name, settings.checked(Limit, 'K', K, rule)
 
 
@@ -287,37 +261,27 @@ def changed(rule):
 
 
 def check(rule, config):
-    """UserError if the rule changes nothing in a model of these settings, or does not fit it."""
-    if rule == 'no_position':
-        fits = 'q' in config.ssa
-    elif rule == 'position_on_values':
-        fits = 'v' in config.ssa
-    elif rule in TEMPERATURES:
-        fits = config.ssa == 'q'
-    elif rule == 'double_heads':
+    """UserError if the rule does not fit a model of these settings."""
+    if rule == 'double_heads':
         fits = not config.selective and not config.ssa
+    elif rule in TEMPERATURES:
+        fits = 'q' in config.ssa
     else:
         fits = config.selective
     if not fits:
         raise UserError(
             f'{rule} does not fit selective={config.selective} and ssa={config.ssa!r}: see --help'
         )
-    if rule in ('no_relu', 'fox') and config.vote_scale:
-        raise UserError(f'{rule} has no vote_scale')
 
 
 def main():
-    if '--help' in sys.argv or '-h' in sys.argv:
+    if '--help' in sys.argv:
         print(__doc__)
         return
     rule = ''.join(sys.argv[1:2])
     parse(rule)
     del sys.argv[1]
-    cfg = settings.parse(train.TrainConfig)
-    config = cfg
-    if cfg.eval_only and cfg.init_from in ('scratch', 'resume'):
-        config = m.GPTConfig(**ckpt.model_args(ckpt.load(cfg.out_dir)))
-    check(rule, config)
+    check(rule, settings.parse(train.TrainConfig))
     with changed(rule):
         train.main()
 

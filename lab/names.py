@@ -12,7 +12,6 @@ ones. So all that one can know of a name comes from the text before it, and each
 another text.
 """
 
-import io
 import keyword
 import token
 import tokenize
@@ -39,13 +38,13 @@ class NamesConfig:
     seed: int = option(0, 'same seed, same data')
 
 
-def lexemes(source):
-    """The tokens of Python source: the text of a name, number or string, else a number below 96.
+def lexemes(file):
+    """The tokens of an open Python file: the text of a name, number or string, else a number < 96.
 
     Raises SyntaxError or tokenize.TokenError where it is not Python.
     """
     found = []
-    for kind, text, *_ in tokenize.generate_tokens(io.StringIO(source).readline):
+    for kind, text, *_ in tokenize.tokenize(file.readline):
         if kind in LAYOUT:
             found.append(LAYOUT.index(kind))
         elif text in FIXED:
@@ -56,30 +55,27 @@ def lexemes(source):
 
 
 def named(found, rng):
-    """uint8 tokens of the lexemes of a file, with names drawn by rng.
+    """The tokens of the lexemes of a file, a list of bytes, with names drawn by rng.
 
     When all bytes are in use, the one that was not seen for longest gets another name.
     """
-    byte_of = {}
-    free = list(rng.permutation(np.arange(FIRST_NAME, 256)))
+    free = rng.permutation(range(FIRST_NAME, 256))[::-1]
+    byte_of = dict(enumerate(free))  # numbers are in the place of names that are to come
     tokens = []
     for lexeme in found:
         if isinstance(lexeme, int):
             tokens.append(lexeme)
             continue
-        if lexeme in byte_of:
-            byte = byte_of.pop(lexeme)
-        elif free:
-            byte = free.pop()
-        else:
-            byte = byte_of.pop(next(iter(byte_of)))
-        byte_of[lexeme] = byte  # at the end: the newest
-        tokens.append(byte)
-    return np.array(tokens, np.uint8)
+        key = lexeme
+        if lexeme not in byte_of:
+            key = next(iter(byte_of))
+        byte_of[lexeme] = byte_of.pop(key)  # at the end: the newest
+        tokens.append(byte_of[lexeme])
+    return tokens
 
 
-def prepare(cfg):
-    """Write <data_dir>/<name>: train.bin, val.bin and meta.json. Returns the folder."""
+def main():
+    cfg = settings.parse(NamesConfig)
     folder = data.output_folder(cfg.data_dir, cfg.name, source='lab.names')
     documents, _ = prepare_text.stdlib_documents()
     pieces = prepare_text.split_documents(documents, 'stdlib')
@@ -88,21 +84,15 @@ def prepare(cfg):
     with data.new_dataset(folder, tokenizer, source) as (train, val):
         for number, (file, _, _, is_val) in enumerate(pieces):
             try:
-                with tokenize.open(file) as f:
-                    found = lexemes(f.read())
-            except (OSError, SyntaxError, tokenize.TokenError, UnicodeDecodeError):
+                with open(file, 'rb') as f:
+                    found = lexemes(f)
+            except (OSError, SyntaxError, ValueError, tokenize.TokenError):
                 continue
             out = val if is_val else train
             for copy in range(cfg.copies):
                 rng = np.random.default_rng([cfg.seed, number, copy])
-                data.write_tokens(out, named(found, rng))
-                data.write_tokens(out, [tokenizer.eot_token])
+                data.write_tokens(out, [*named(found, rng), tokenizer.eot_token])
     print(data.summary(folder))
-    return folder
-
-
-def main():
-    prepare(settings.parse(NamesConfig))
 
 
 if __name__ == '__main__':

@@ -6,17 +6,15 @@
     python -m lab.reproduce gate --dataset=mine --steps=20000       on a text of yours, for longer
 
 Runs are python train.py, or python -m lab.ablate, in processes of one thread each. Finished runs
-are kept, and stopped ones are resumed. A claim writes its section of RESULTS.md, between two
-markers, and a picture into results/; the words around the markers stay. A quick version is printed
-and not written. Begin with the gate, which says whether text and runs can show anything about long
-context.
+are kept, and stopped ones are resumed. A claim prints its section of RESULTS.md and writes it
+there, between two markers, with a picture in results/; the words around the markers stay. A quick
+version goes into <out_dir>/quick instead. Begin with the gate, which says whether text and runs can
+show anything about long context.
 """
 
 import math
 import os
 import pathlib
-import platform
-import re
 import shlex
 import signal
 import sys
@@ -31,9 +29,9 @@ import data
 import model as m
 import prepare_text
 import train
-from lab import plot, runs, tasks
+from lab import ablate, plot, runs, tasks
 from lab.runs import LEGEND, holds, kinds_table, spread, table
-from support import checkpoint as ckpt
+from support import files
 from support.settings import UserError, option
 
 
@@ -42,15 +40,13 @@ from support.settings import UserError, option
 
 def task_data(r, task, **changed):
     """The folder of a synthetic data set, made where it is missing. changed: settings of tasks."""
-    name = task
+    name = f'claims_{task}'
     for key, value in changed.items():
         name += f'_{key}_{value}'
-    cfg = tasks.TaskConfig(tasks=[task], name=name, data_dir=r.cfg.data_dir, **changed)
-    folder = os.path.join(cfg.data_dir, cfg.name)
-    if not os.path.isfile(os.path.join(folder, 'meta.json')):
+    cfg = tasks.TaskConfig(name=name, data_dir=r.cfg.data_dir, **changed)
+    folder = os.path.join(cfg.data_dir, name)
+    if data.known_meta(folder).get('source') != tasks.described(task, cfg):
         tasks.make(task, cfg)
-    elif data.read_meta(folder)['source'] != tasks.described(task, cfg):
-        raise UserError(f'{folder} has other settings: delete it, or give another --data_dir')
     return folder
 
 
@@ -61,10 +57,7 @@ def text(r, T=256):
     if name == 'stdlib' and not os.path.isfile(meta):
         prepare_text.prepare(prepare_text.TextConfig(data_dir=r.cfg.data_dir))
     dataset = data.load_dataset(name, r.cfg.data_dir)
-    r.about = (
-        f'Text: {dataset.name}, {dataset.tokens("train"):,} tokens of the tokenizer '
-        f'{dataset.tokenizer_name} ({dataset.tokens("val"):,} for validation).'
-    )
+    r.about = f'Text: {data.summary(dataset.path)}.'
     size = settings.parse(train.TrainConfig, [r.cfg.config])
     batch_size = max(1, size.batch_size * size.block_size // T)
     flags = [f'--dataset={dataset.path}', f'--block_size={T}', f'--batch_size={batch_size}']
@@ -82,97 +75,74 @@ ATTENTIONS = {
 }
 
 
-def first(r, models):
-    """As many of the models as --models asks for."""
-    count = r.cfg.models or len(models)
-    return dict(list(models.items())[:count])
-
-
 def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained
     on token 0 and the newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose
     0.05 nats at least. Takes 40 minutes."""
-    Ks = numbers(r.cfg, 'windows', 2)
+    Ks = numbers(r.cfg.windows, '--windows')
     models = {'standard': ''}
     for K in Ks:
         models[f'newest {K}'] = f'window={K} --selective'
     models['ALiBi'] = 'alibi --selective'
     models['selective'] = '--selective'
     models['selective and ALiBi'] = 'votes_and_alibi --selective'
-    arms = r.train(first(r, models), 1000, 100, text(r))
+    arms = r.train(models, 1000, text(r))
     losses = kinds_table(r, 'attention', arms)
     standard = mean(arms['standard'].losses.means())
-    verdict = 'passes'
-    gaps = []
-    for K in Ks[: len(arms) - 1]:
+    verdict = '**The gate passes.**'
+    for K in Ks:
         gap = mean(arms[f'newest {K}'].losses.means()) - standard
-        gaps.append(f'newest {K} {gap:+.3f}')
         if gap <= 0 or K <= 32 and gap < 0.05:
-            verdict = 'fails'
-    verdict = f'**The gate {verdict}**: against standard {", ".join(gaps)}.'
+            verdict = '**The gate fails.**'
     return verdict, LEGEND, losses, r.curves(arms)
 
 
 def headline(r):
     """2410.02703 section 7: 16x, 25x, 47x less memory at contexts of 512, 1,024 and 2,048 for the
     loss of standard attention (theirs: 32, 41, 44 tokens a layer). Here at 256, 512, 1,024, with
-    what simple baselines do. Takes 120 minutes."""
+    what simple baselines do. Takes 160 minutes."""
     models = {
         'standard': '',
+        'ALiBi': 'alibi --selective',
         'selective': '--selective',
         'memory loss 0.1': '--selective --memory_loss=0.1',
         'memory loss 0.02': '--selective --memory_loss=0.02',
     }
     parts = [LEGEND]
-    kept = {}  # {name: {context: [tokens kept a layer, of each seed]}}
-    for T in numbers(r.cfg, 'contexts', 32):
-        arms = r.train(first(r, models), 1000, 100, text(r, T))
+    for T in numbers(r.cfg.contexts, '--contexts'):
+        arms = r.train(models, 1000, text(r, T))
         parts.append(f'**Context {T}**')
         parts.append(kinds_table(r, 'attention', arms))
-        parts.append(equal_memory(r, T, arms, kept))
-    kept["the paper's"] = {512: [32], 1024: [41], 2048: [44]}
-    lines = {}
-    for name, points in kept.items():
-        lines[name] = list(points), list(map(mean, points.values()))
-    title = "at standard attention's loss"
-    labels = title, 'context', 'tokens kept a layer', '{x:,.0f}'
-    parts.append(r.picture(plot.draw(plot.import_pyplot(), lines, {}, *labels)))
+        parts.append(equal_memory(r, T, arms))
     return parts
 
 
 MEMORY = """Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows;
 and the loss of all / of recall tokens, with all of its context and with as many tokens:"""
-WHOLE = 'all of its context'
-COLUMNS = ['model', 'kept by F', 'saving by F', 'saving by age', WHOLE, 'by F']
-COLUMNS += ['newest', 'random', 'standard, newest', 'trained on as many', 'ALiBi, newest']
+COLUMNS = ['model', 'kept by F', 'saving by F', 'saving by age', 'all of its context', 'by F']
+COLUMNS += ['newest', 'random', 'standard, newest', 'ALiBi, newest', 'trained on as many']
 
 
-def equal_memory(r, T, arms, kept):
-    """What each arm keeps of T tokens for standard attention's loss, and what others do with it.
-
-    Adds the tokens kept a layer to kept.
-    """
+def equal_memory(r, T, arms):
+    """What each arm keeps of T tokens for standard attention's loss, and what others do with it."""
+    standard = arms['standard'].runs
     jobs = []
     for arm in arms.values():
-        if arm.name == 'standard':
-            continue
-        for run, base in zip(arm.runs, arms['standard'].runs):
-            for policy in 'selective', 'oldest':
-                jobs.append((run, policy, f'--baseline={base.folder}'))
-    runs.search(r, jobs, 'baseline', r.windows(max(32, 16384 // T)))
+        if arm.name not in ('standard', 'ALiBi'):
+            for run, base in zip(arm.runs, standard):
+                jobs.append((run, 'selective', f'--baseline={base.folder}'))
+                jobs.append((run, 'oldest', f'--baseline={base.folder}'))
+    runs.search(r, jobs, r.windows(max(32, 16384 // T)))
     rows = []
-    for n in range(r.cfg.seeds):
-        some = {name: arm.runs[n] for name, arm in arms.items()}
-        for row in rows_of_seed(r, T, n + 1, some, kept):
-            row['model'] += f', seed {n + 1}'
-            rows.append(row)
+    for n in range(len(standard)):
+        rows += rows_of_seed(r, T, n + 1, {name: arm.runs[n] for name, arm in arms.items()})
     return f'{MEMORY}\n\n{runs.markdown(COLUMNS, rows)}'
 
 
-def rows_of_seed(r, T, seed, some, kept):
-    """Rows of the table of `equal_memory` for some, {name: Run}.
+def rows_of_seed(r, T, seed, run_of):
+    """Rows of the table of `equal_memory`. run_of: {name of a model: Run}.
 
-    The controls are trained on as many tokens as the model keeps that keeps the fewest.
+    For each model that can be pruned another one is trained on as many of the newest tokens.
     """
     windows = r.windows(max(64, 32768 // T))
 
@@ -180,52 +150,41 @@ def rows_of_seed(r, T, seed, some, kept):
         found = runs.token_losses(*args, windows=windows, **options)
         return f'{found.means()[0]:.3f} / {found.means("recall")[0]:.3f}'
 
-    base = some.pop('standard')
-    rows = [{'model': 'standard', WHOLE: losses(base)}]
-    fewest = math.inf  # tokens a layer
-    for name, run in some.items():
-        row = {'model': name, 'kept by F': 'above the loss of standard', WHOLE: losses(run)}
+    rows = []
+    for name, run in run_of.items():
+        row = {'model': f'{name}, seed {seed}', 'all of its context': losses(run)}
         rows.append(row)
-        for policy, how in ('oldest', 'age'), ('selective', 'F'):
-            point = holds(run, policy, 'baseline')
-            row[f'saving by {how}'] = 'none'
-            if point:
-                row[f'saving by {how}'] = f'{point["saving"]:.1f}x'
-                budgets = point['budgets']
-                points = kept.setdefault(f'{name}, by {how}', {})
-                points.setdefault(T, []).append(mean(budgets))
-        if point:  # of the last policy, by F
-            row['kept by F'] = ' '.join(map(str, budgets))
-            row['by F'] = losses(run, budgets=budgets)
-            row['newest'] = losses(run, budgets=budgets, policy='oldest')
-            row['random'] = losses(run, budgets=budgets, policy='random')
-            row['standard, newest'] = losses(base, budgets=budgets, policy='oldest')
-            if mean(budgets) < fewest:
-                fewest = mean(budgets)
-                best = row
-    if fewest < math.inf:
-        K = max(2, round(fewest))
-        models = {'window': f'window={K} --selective', 'ALiBi': 'alibi --selective'}
-        controls = r.train(models, 1000, 100, text(r, T), seeds=[seed])
-        alibi = controls['ALiBi'].runs[0]
-        best['trained on as many'] = losses(controls['window'].runs[0])
-        best['ALiBi, newest'] = losses(alibi, rule=f'alibi={K}')
-        rows.append({'model': 'ALiBi', WHOLE: losses(alibi)})
+        row['saving by age'] = savings([run], 'oldest')
+        row['saving by F'] = savings([run], 'selective')
+        point = holds(run, 'selective')
+        if not point:
+            continue
+        budgets = point['budgets']
+        K = round(mean(budgets))
+        row['kept by F'] = ' '.join(map(str, budgets))
+        row['by F'] = losses(run, budgets=budgets)
+        row['newest'] = losses(run, budgets=budgets, policy='oldest')
+        row['random'] = losses(run, budgets=budgets, policy='random')
+        row['standard, newest'] = losses(run_of['standard'], budgets=budgets, policy='oldest')
+        row['ALiBi, newest'] = losses(run_of['ALiBi'], rule=f'alibi={K}')
+        window = {'window': f'window={K} --selective'}
+        control = r.train(window, 1000, text(r, T), seeds=[seed])['window']
+        row['trained on as many'] = losses(control.runs[0])
     return rows
+
+
+def savings(some, policy):
+    """How many times less memory runs take, as text; '' if nothing was found to keep the loss."""
+    points = [holds(run, policy) for run in some]
+    return spread([point['saving'] for point in points if point], '{:.1f}x')
 
 
 def heads(r):
     """2410.02703 sections 4, 5: selective attention with H heads is as good as standard attention
     with about twice as many. Takes 15 minutes."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
-    arms = r.train(models, 1000, 150, text(r))
-    losses = kinds_table(r, 'attention', arms)
-    standard, double, selective = [mean(arm.losses.means()) for arm in arms.values()]
-    verdict = (
-        f'Against standard attention: selective attention {selective - standard:+.4f}, twice the '
-        f'heads {double - standard:+.4f}.'
-    )
-    return verdict, LEGEND, losses, r.curves(arms)
+    arms = r.train(models, 1000, text(r))
+    return LEGEND, kinds_table(r, 'attention', arms), r.curves(arms)
 
 
 def rules(r):
@@ -238,13 +197,11 @@ def rules(r):
         'ALiBi': 'alibi --selective',
         'the reader alone votes (fox)': 'fox --selective',
         'the last head selects': 'last_head --selective',
-        'a selector for every two heads': 'groups --selective',
         'no ReLU': 'no_relu --selective',
         'token 0 may be masked': 'first_too --selective',
-        'votes act at once': 'at_once --selective',
         'a token may mask itself': 'self_too --selective',
     }
-    arms = r.train(first(r, models), 300, 150, text(r, 128) + SMALL)
+    arms = r.train(models, 300, text(r, 128) + SMALL)
     return LEGEND, kinds_table(r, 'rule', arms), r.curves(arms)
 
 
@@ -267,32 +224,25 @@ def ssa(r):
         'qkv': '--ssa=qkv',
         'qv without sharing': '--ssa=qv --ssa_sharing=False',
     }
-    arms = r.train(first(r, models), 300, 150, text(r, 128) + SMALL)
-    size = parameters(arms['standard'])
+    arms = r.train(models, 300, [*text(r, 128), *SMALL, '--eval_interval=20'])
+    return against(arms, 'standard'), r.curves(arms)
+
+
+def against(arms, base):
+    """The table of models with temperatures beside one without, the arm `base`."""
+    goal = mean(arms[base].last('val_loss'))
 
     def cells(arm):
-        row = against(arm, arms['standard'], "steps to standard's loss")
-        row['new parameters'] = f'{1 - size / parameters(arm):.2%}'
-        row['entropy of attention'] = spread([runs.entropy(run) for run in arm.runs], '{:.3f}')
-        return row
+        losses = arm.last('val_loss')
+        first = arm.first(lambda line: line['val_loss'] <= goal)
+        return {
+            'validation loss': spread(losses),
+            f'against {base}': f'{mean(losses) - goal:+.4f}',
+            'first evaluation with its loss, step': spread(first, '{:.0f}'),
+            'position part': spread(runs.position_part(arm)),
+        }
 
-    return table('temperatures', arms, cells), r.curves(arms)
-
-
-def parameters(arm):
-    """The number of parameters of an arm's models."""
-    return runs.load(arm.runs[0])[0].num_params()
-
-
-def against(arm, base, steps):
-    """Cells of an arm with temperatures. steps: the header of how soon it has the loss of base."""
-    goal = mean(base.last('val_loss'))
-    return {
-        'validation loss': spread(arm.last('val_loss')),
-        f'against {base.name}': f'{mean(arm.last("val_loss")) - goal:+.4f}',
-        steps: spread(arm.crossings('val_loss', goal), '{:.0f}'),
-        'position part': runs.position_part(arm),
-    }
+    return table('temperatures', arms, cells)
 
 
 def finetune(r):
@@ -301,9 +251,8 @@ def finetune(r):
     seeds. Takes 15 minutes."""
     # GPT-2's build, so that the model can be exported as GPT-2
     flags = [*text(r, 128), *SMALL, '--rope=False', '--bias=True', '--gelu=tanh']
-    base = r.train({'base': ''}, 600, 150, flags, seeds=[1])['base'].runs[0]
-    weights = ckpt.fingerprint(runs.load(base)[0])
-    folder = os.path.join(r.cfg.out_dir, f'exported_{weights}')
+    base = r.train({'base': ''}, 600, flags, seeds=[1])['base'].runs[0]
+    folder = os.path.join(base.folder, 'hf')
     if not os.path.isfile(os.path.join(folder, 'config.json')):
         runs.command(['-m', 'lab.export_hf', f'--out_dir={base.folder}', f'--folder={folder}'])
     models = {
@@ -317,14 +266,10 @@ def finetune(r):
         f'--init_from={folder}',
         '--learning_rate=5e-4',
         '--min_lr=5e-5',
-        '--eval_interval=20',
+        '--eval_interval=10',
     ]
-    arms = r.train(models, 200, 60, flags)
-
-    def cells(arm):
-        return against(arm, arms['going on'], 'steps to its loss')
-
-    return table('put in', arms, cells), r.curves(arms)
+    arms = r.train(models, 200, flags)
+    return against(arms, 'going on'), r.curves(arms)
 
 
 def variable_assignment(r):
@@ -332,9 +277,9 @@ def variable_assignment(r):
     standard does less. Takes 20 minutes."""
     tests = {}
     for n in 2, 6, 12:
-        header = f'{n} variables'
-        tests[header] = task_data(r, 'variable_assignment', variables=n, records=2000, seed=1)
-    parts = answers(r, 'variable_assignment', 1000, 250, ATTENTIONS, tests)
+        folder = task_data(r, 'variable_assignment', variables=n, records=2000, seed=1)
+        tests[f'{n} variables'] = folder
+    parts = answers(r, 'variable_assignment', 1000, ATTENTIONS, tests)
     return 'Trained on records of 3 variables, six questions in each.', *parts
 
 
@@ -345,24 +290,18 @@ def passkey(r):
     for depth in 0.0, 0.5, 1.0:
         tests[f'depth {depth:g}'] = task_data(r, 'passkey', depth=depth, records=2000, seed=1)
     models = {**ATTENTIONS, 'SSA, learning rate x 10': '--ssa=qv --ssa_lr=10'}
-    return answers(r, 'passkey', 600, 200, models, tests)
+    return answers(r, 'passkey', 600, models, tests)
 
 
-def denoising(r):
-    """Selective copying: the signal among noise. 2411.12892 motivates the temperature of the values
-    by noise, too, but compares mean squared errors of averages; this is a task in the same spirit,
-    not their table. Takes 8 minutes."""
-    return answers(r, 'denoising', 600, 200, ATTENTIONS, {})
-
-
-def answers(r, task, steps, quick, models, tests):
+def answers(r, task, steps, models, tests):
     """The section of a synthetic task. tests: {header: folder of a data set of such records}."""
     trained = task_data(r, task)
-    arms = r.train(models, steps, quick, ['config/tasks.py', f'--dataset={trained}'])
+    arms = r.train(models, steps, ['config/tasks.py', f'--dataset={trained}'])
 
     def cells(arm):
+        first = arm.first(lambda line: line['accuracy'] >= 0.9)
         row = {
-            'steps to 90%': spread(arm.crossings('accuracy', 0.9), '{:.0f}'),
+            'first evaluation at 90%, step': spread(first, '{:.0f}'),
             'accuracy': spread(arm.last('accuracy'), '{:.1%}'),
         }
         for header, folder in {'records right': trained, **tests}.items():
@@ -378,65 +317,47 @@ def answers(r, task, steps, quick, models, tests):
 def memory(r):
     """How much tasks need for 0.01 nats over a model's own loss, and what a model does that is
     trained to see as many tokens only. Nothing may be dropped in copying, everything but two tokens
-    in parity; the others lie between. Takes 30 minutes."""
-    parts = [memory_of(r, 'variable_assignment', 1000), memory_of(r, 'passkey', 600)]
-    if not r.cfg.quick:
-        parts.append(memory_of(r, 'denoising', 600))
-        parts.append(memory_of(r, 'parity', 500))
-        parts.append(memory_of(r, 'copying', 1000))
-    return parts
+    in parity; the others lie between. Takes 25 minutes."""
+    return (
+        memory_of(r, 'variable_assignment', 1000),
+        memory_of(r, 'passkey', 600),
+        memory_of(r, 'parity', 500),
+        memory_of(r, 'copying', 1000),
+    )
 
 
 def memory_of(r, task, steps):
     """The part of `memory` about a task."""
     folder = task_data(r, task)
-
     flags = ['config/tasks.py', f'--dataset={folder}']
-    arms = r.train({'standard': '', 'selective': '--selective'}, steps, steps // 5, flags)
-    searches = [('standard', 'oldest')]  # it has no F
-    for policy in m.POLICIES:
-        searches.append(('selective', policy))
-    jobs = []
-    for name, policy in searches:
-        jobs += [(run, policy, '--tolerance=0.01') for run in arms[name].runs]
-    runs.search(r, jobs, 'tolerance', r.windows(256))
-    kept = 0
+    arms = r.train({'standard': '', 'selective': '--selective'}, steps, flags)
+    jobs = [(run, 'oldest', '--tolerance=0.01') for run in arms['standard'].runs]  # it has no F
     for run in arms['selective'].runs:
-        if point := holds(run, 'selective', 'tolerance'):
-            kept = max(kept, math.ceil(mean(point['budgets'])))
-    if kept:
-        window = {f'newest {kept}, trained': f'window={kept} --selective'}
-        arms.update(r.train(window, steps, steps // 5, flags))
+        jobs += [(run, policy, '--tolerance=0.01') for policy in m.POLICIES]
+    runs.search(r, jobs, r.windows(256))
+    budgets = [holds(run, 'selective')['budgets'] for run in arms['selective'].runs]
+    kept = math.ceil(max(map(mean, budgets)))
+    window = {f'newest {kept}, trained': f'window={kept} --selective'}
+    arms.update(r.train(window, steps, flags))
 
     def cells(arm):
-        row = {
+        return {
             'validation loss': spread(arm.last('val_loss')),
             'accuracy': spread(arm.last('accuracy'), '{:.1%}'),
+            'by F': savings(arm.runs, 'selective'),
+            'newest': savings(arm.runs, 'oldest'),
+            'random': savings(arm.runs, 'random'),
         }
-        for header, policy in ('by F', 'selective'), ('newest', 'oldest'), ('random', 'random'):
-            row[header] = ''
-            if (arm.name, policy) in searches:
-                points = [holds(run, policy, 'tolerance') for run in arm.runs]
-                row[header] = spread([point and point['saving'] for point in points], '{:.1f}x')
-        return row
 
     length = data.read_meta(folder)['record_len'] - 1
     return f'**{task}**, {length} tokens\n\n{table("model", arms, cells)}'
 
 
-TEXT = gate, headline, heads, rules, ssa, finetune
-TASKS = variable_assignment, passkey, denoising, memory
-CLAIMS = {claim.__name__: claim for claim in TEXT + TASKS}
+FUNCTIONS = gate, headline, heads, rules, ssa, finetune, variable_assignment, passkey, memory
+CLAIMS = {claim.__name__: claim for claim in FUNCTIONS}
 
 
 # ---- Sections ------------------------------------------------------------------------------------
-
-
-def title(cfg, name):
-    """The name of a claim's section; a text of one's own has its own."""
-    if cfg.dataset != 'stdlib' and CLAIMS[name] in TEXT:
-        return f'{name} {cfg.dataset}'
-    return name
 
 
 def section(page, title, body):
@@ -454,23 +375,16 @@ def section(page, title, body):
 def footer(r):
     """How the figures of a section were made."""
     command = shlex.join(['python', '-m', 'lab.reproduce', *sys.argv[1:]])
-    words = [
-        f'`{command}`, seeds 1 to {r.cfg.seeds}. {r.about}',
-        f'Runs of one thread each, {platform.machine()}, torch {torch.__version__}. A word in',
-        'FLAGS is a rule: `python -m lab.ablate WORD` then takes the place of `python train.py`.',
-        'The runs:',
-    ]
-    return '\n'.join([*words, '', *r.commands])
+    words = f"""`{command}`, seeds 1 to {r.cfg.seeds}. {r.about}
+Runs of one thread each, torch {torch.__version__}. A word in FLAGS is a rule:
+`python -m lab.ablate WORD` then takes the place of `python train.py`. The runs:
+"""
+    return '\n'.join([words, *r.commands])
 
 
-def numbers(cfg, name, low):
-    """The numbers of a setting that is a list in text; UserError if it is none."""
-    found = []
-    for word in getattr(cfg, name).split(','):
-        if not re.fullmatch('[0-9]{1,7}', word) or int(word) < low:
-            raise UserError(f'--{name}={getattr(cfg, name)}: numbers of {low} and more, as 64,256')
-        found.append(int(word))
-    return found
+def numbers(text, option):
+    """Numbers of tokens from the text of an option; UserError for what is none."""
+    return [settings.checked(ablate.Limit, 'K', word, option) for word in text.split(',')]
 
 
 @dataclass
@@ -484,7 +398,6 @@ class ReproduceConfig:
     config: str = option('config/claims.py', 'model and steps of the claims about text')
     windows: str = option('8,16,32,64', 'gate: the newest tokens that its models are trained on')
     contexts: str = option('256,512,1024', 'headline: tokens of context')
-    models: int = option(0, 'only the first models of a claim; 0: all', high=100)
     device: str = option('cpu', 'of the runs')
     workers: int = option(os.cpu_count(), 'runs at a time', low=1)
     out_dir: str = option('out/reproduce', 'folder of the runs')
@@ -504,26 +417,24 @@ def main():
         raise UserError(f'which claims? {", ".join(CLAIMS)}')
     plot.import_pyplot()  # what can be wrong is known before the work
     signal.signal(signal.SIGTERM, runs.stop)
+    os.environ['OMP_NUM_THREADS'] = '1'  # of the runs
     if cfg.quick:
         cfg.seeds = 1
         cfg.windows = '16,64'
         cfg.contexts = '256'
-        cfg.models = cfg.models or 5
         cfg.out_dir = os.path.join(cfg.out_dir, 'quick')
-        cfg.to = os.path.join(cfg.out_dir, 'page')  # is not written, but pictures beside it
-    runners = []
+        cfg.to = os.path.join(cfg.out_dir, 'page.md')
+        files.write_file(cfg.to, '')
+    page = pathlib.Path(cfg.to)
+    page.read_text('utf-8')  # before the work
     for name in cfg.claims:
-        r = runs.Runner(cfg, name, title(cfg, name))
-        runners.append(r)
-        if not cfg.quick:
-            section(pathlib.Path(cfg.to).read_text('utf-8'), r.title, '')
-    for r in runners:
-        body = '\n\n'.join([*CLAIMS[r.claim](r), footer(r)])
-        if cfg.quick:
-            print(body)
-        else:
-            page = pathlib.Path(cfg.to).read_text('utf-8')
-            plot.write(cfg.to, section(page, r.title, body).encode())
+        title = name
+        if cfg.dataset != 'stdlib':
+            title += f' {cfg.dataset}'
+        r = runs.Runner(cfg, title)
+        body = '\n\n'.join([*CLAIMS[name](r), footer(r)])
+        print(body)
+        files.write_file(page, section(page.read_text('utf-8'), title, body))
 
 
 if __name__ == '__main__':

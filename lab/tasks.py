@@ -11,7 +11,6 @@ like is in its docstring below.
 """
 
 import dataclasses
-import re
 import string
 from dataclasses import dataclass
 
@@ -20,26 +19,6 @@ import numpy as np
 import data
 from support import settings
 from support.settings import UserError, option
-
-
-@dataclass
-class TaskConfig:
-    tasks: list = option([], 'names of the tasks, written without dashes')
-    data_dir: str = option('data', 'the data sets go into <data_dir>/<task>')
-    name: str = option('', "another name than the task's, for a single task")
-    records: int = option(
-        100_000, 'of training; a twentieth of it for validation', low=20, high=10**8
-    )
-    length: int = option(0, "of a record: statements, bits, words; 0: the task's own")
-    variables: int = option(
-        3, 'variable_assignment: in each record, of the letters a to l', low=1, high=12
-    )
-    every: int = option(4, 'variable_assignment: statements between questions', low=1)
-    depth: float = option(
-        -1.0, "passkey: the key's place, 0 first, 1 last; -1: anywhere", low=-1, high=1
-    )
-    letters: int = option(8, 'denoising: how many of the letters are to be kept', low=1)
-    seed: int = option(0, 'same seed, same data')
 
 
 # A task is a function of a random generator and the settings. It returns the pieces of a record:
@@ -70,17 +49,6 @@ def variable_assignment(rng, cfg):
     return pieces
 
 
-def readable(text):
-    """A record as people write it: the statements of variable_assignment are spelt out."""
-    if text.isascii():
-        return text
-    text = re.sub('([a-l])([0-9])', r'\1? \2; ', text)
-    for code in range(128, 248):
-        letter, digit = divmod(code - 128, 10)
-        text = text.replace(chr(code), f'{chr(ord("a") + letter)}={digit}; ')
-    return text
-
-
 def parity(rng, cfg):
     """Whether the ones so far are even (a) or odd (b), asked after each bit: `1b1a0a1b`.
 
@@ -98,19 +66,6 @@ def copying(rng, cfg):
     """`qhwk|` asks, `qhwk` is the answer: nothing may be forgotten before it is copied."""
     text = ''.join(rng.choice(list(string.ascii_lowercase), cfg.length))
     return [text + '|', text]
-
-
-def denoising(rng, cfg):
-    """`xQwmHfK|` asks, `QHK` is the answer: keep the signal, ignore the noise.
-
-    Known as selective copying. 2411.12892 motivates the temperature of the values by noise, too,
-    but compares mean squared errors of averages (vanilla, value-selective, plain, Bayes-optimal).
-    This is a task in the same spirit, not their table.
-    """
-    text = rng.choice(list(string.ascii_lowercase), cfg.length)
-    places = np.sort(rng.choice(cfg.length, cfg.letters, replace=False))
-    text[places] = rng.choice(list(string.ascii_uppercase), cfg.letters)
-    return [''.join(text) + '|', ''.join(text[places])]
 
 
 # Words of at most 5 letters.
@@ -133,34 +88,47 @@ def passkey(rng, cfg):
     return [' '.join(words).rjust(6 * cfg.length + 7) + ' [', key]
 
 
-# What makes a record, --length where it is not given, and the other settings that matter.
+# What makes a record, and --length where it is not given.
 TASKS = {
-    'variable_assignment': (variable_assignment, 24, ['variables', 'every']),
-    'parity': (parity, 32, []),
-    'copying': (copying, 24, []),
-    'denoising': (denoising, 48, ['letters']),
-    'passkey': (passkey, 10, ['depth']),
+    'variable_assignment': (variable_assignment, 24),
+    'parity': (parity, 32),
+    'copying': (copying, 24),
+    'passkey': (passkey, 10),
 }
 
 
+@dataclass
+class TaskConfig:
+    tasks: list = option([], 'which to make, written without dashes', choices=tuple(TASKS))
+    data_dir: str = option('data', 'the data sets go into <data_dir>/<task>')
+    name: str = option('', "another name than the task's, for a single task")
+    records: int = option(
+        100_000, 'of training; a twentieth of it for validation', low=20, high=10**8
+    )
+    length: int = option(0, "of a record: statements, bits, words; 0: the task's own")
+    variables: int = option(
+        3, 'variable_assignment: in each record, of the letters a to l', low=1, high=12
+    )
+    every: int = option(4, 'variable_assignment: statements between questions', low=1)
+    depth: float = option(
+        -1.0, "passkey: the key's place, 0 first, 1 last; -1: anywhere", low=-1, high=1
+    )
+    seed: int = option(0, 'same seed, same data')
+
+
 def described(task, cfg):
-    """What meta.json says of a data set: the task and its settings."""
-    _, length, others = TASKS[task]
-    words = [f'lab.tasks {task}', f'length {cfg.length or length}']
-    for name in ['records', 'seed', *others]:
-        words.append(f'{name} {getattr(cfg, name)}')
-    return ', '.join(words)
+    """What meta.json says of a data set: the task and the settings."""
+    return (
+        f'lab.tasks {task}, length {cfg.length}, records {cfg.records}, seed {cfg.seed}, '
+        f'variables {cfg.variables}, every {cfg.every}, depth {cfg.depth}'
+    )
 
 
 def make(task, cfg):
-    """Write the data set of one task. Returns its folder."""
-    pieces_of, length, _ = TASKS[task]
+    """Write the data set of one task."""
+    pieces_of, length = TASKS[task]
     source = described(task, cfg)
     cfg = dataclasses.replace(cfg, length=cfg.length or length)
-    if task == 'variable_assignment' and cfg.every > cfg.length:
-        raise UserError(f'every is {cfg.every}: from 1 to length, which is {cfg.length}')
-    if task == 'denoising' and cfg.letters > cfg.length:
-        raise UserError(f'letters is {cfg.letters}: from 1 to length, which is {cfg.length}')
     folder = data.output_folder(cfg.data_dir, cfg.name or task, source='lab.tasks')
     answers = []
     length = 1  # a token in front, as the first can never be masked
@@ -168,6 +136,8 @@ def make(task, cfg):
         if n % 2:
             answers += range(length, length + len(piece))
         length += len(piece)
+    if not answers:
+        raise UserError(f'every is {cfg.every}: from 1 to length, which is {cfg.length}')
     tokenizer = data.get_tokenizer('bytes')
     shape = {'record_len': length, 'answers': answers}
     with data.new_dataset(folder, tokenizer, source, **shape) as (train, val):
@@ -176,17 +146,12 @@ def make(task, cfg):
             for _ in range(records):
                 text = ''.join(pieces_of(rng, cfg))
                 data.write_tokens(out, list(f'\n{text}'.encode('latin-1')))
-    print(
-        f'{folder}: {cfg.records:,} records of {length} tokens to train, {len(answers)} of each '
-        'an answer; one of them:'
-    )
-    print(readable(text).strip())
-    return folder
+    print(data.summary(folder))
 
 
 def main():
     cfg = settings.parse(TaskConfig, positional='tasks')
-    if not cfg.tasks or set(cfg.tasks) - set(TASKS):
+    if not cfg.tasks:
         raise UserError(f'name a task: {", ".join(TASKS)}')
     if cfg.name and len(cfg.tasks) > 1:
         raise UserError('--name is for one data set: name one task')

@@ -1,16 +1,15 @@
 """lab/tasks.py, lab/names.py: what is asked, what counts, and what train.py makes of it."""
 
-import json
+import io
 import re
 
 import numpy as np
 import pytest
 
 import data
-import prune
-import sample
 import train
 from lab import names, tasks
+from support import checkpoint as ckpt
 
 
 @pytest.fixture
@@ -33,8 +32,8 @@ def answers_in(dataset, text):
 
 
 def test_variable_assignment(records):
-    settings = ['--variables=4', '--length=12', '--every=3']
-    dataset, texts = records('variable_assignment', *settings)
+    args = ['--variables=4', '--length=12', '--every=3']
+    dataset, texts = records('variable_assignment', *args)
     stale = 0
     for text in texts:
         values = {}
@@ -47,10 +46,8 @@ def test_variable_assignment(records):
             elif c.isalpha():
                 expected += values[ord(c) - ord('a')]
         assert answers_in(dataset, text) == expected
-        assert len(expected) == 4 and len(values) <= 4
+        assert len(expected) == 4 >= len(values)
     assert stale > 200 * 6
-    spelt = tasks.readable(texts[0][:5])
-    assert re.fullmatch(r'([a-l]=\d; ){3}[a-l]\? \d; ', spelt)
 
 
 def test_parity(records):
@@ -65,66 +62,39 @@ def test_copying(records):
     dataset, texts = records('copying', '--length=5')
     assert all(re.fullmatch(r'([a-z]{5})\|\1', text) for text in texts)
     assert (dataset.answers, dataset.record_len) == ([7, 8, 9, 10, 11], 12)
-
-
-def test_denoising(records):
-    dataset, texts = records('denoising', '--length=10', '--letters=3')
-    for text in texts:
-        read, answer = text.split('|')
-        assert re.sub('[a-z]', '', read) == answer == answers_in(dataset, text)
-        assert (len(read), len(answer)) == (10, 3)
+    assert records('copying', '--length=5')[1] == texts
+    assert records('copying', '--length=5', '--seed=1')[1] != texts
 
 
 @pytest.mark.parametrize('depth, low, high', [(-1, 0, 1), (0, 0, 0), (1, 1, 1), (0.5, 0.5, 0.5)])
 def test_passkey(records, depth, low, high):
     dataset, texts = records('passkey', '--length=8', f'--depth={depth}')
-    depths = []
+    depths = set()
     for text in texts:
-        match = re.fullmatch(r' *((?:[a-z]+ )*)\[(\d{5})\]((?: [a-z]+)*) \[(\d{5})', text)
-        before, key, after, answer = match.groups()
-        assert key == answer == answers_in(dataset, text)
-        assert len(before.split()) + len(after.split()) == 8
-        depths.append(len(before.split()) / 8)
+        before, key, _, again = re.split(r' ?[][] ?', text)
+        assert re.fullmatch('[0-9]{5}', key) and key == again == answers_in(dataset, text)
+        depths.add(len(before.split()) / 8)
     assert (min(depths), max(depths)) == (low, high)
 
 
-def test_same_seed_same_data(records):
-    _, first = records('copying')
-    assert records('copying')[1] == first
-    assert records('copying', '--seed=1')[1] != first
-
-
 @pytest.mark.slow
-def test_train_prune_and_sample(records, run, tmp_path):
-    """Parity is learned, accuracy is reported, and a layer then needs to remember little."""
+def test_train(records, run, tmp_path):
+    """Parity is learned, and accuracy is reported."""
     records('parity', '--length=6')
-    where = [f'--out_dir={tmp_path}/out', '--device=cpu']
-    settings = ['--block_size=12', '--max_iters=150', '--eval_interval=75', '--n_embd=32']
-    settings += ['--selective', f'--dataset={tmp_path}/parity']
-    out = run(train, 'config/tasks.py', *settings, *where)
-    logged = [json.loads(line) for line in open(tmp_path / 'out/log.jsonl')]
-    accuracies = [line['accuracy'] for line in logged if 'accuracy' in line]
-    assert len(accuracies) == 3 and accuracies[0] < 0.7 and accuracies[-1] > 0.95
-    assert f'accuracy {accuracies[-1]:.1%}' in out
-    run(prune, '--tolerance=0.1', *where)
-    found = json.load(open(tmp_path / 'out/budgets.json'))
-    assert found['block_size'] == 12 and found['curve'][-1]['saving'] > 2
-    text = run(sample, '--start=1', '--max_new_tokens=1', '--temperature=0', *where)
-    assert text.splitlines()[0][:2] in ('1a', '1b')
+    args = ['--block_size=12', '--max_iters=150', '--n_embd=32', f'--dataset={tmp_path}/parity']
+    run(train, 'config/tasks.py', *args, f'--out_dir={tmp_path}', '--device=cpu')
+    evaluations = [line for line in ckpt.read_log(tmp_path) if 'accuracy' in line]
+    assert evaluations[0]['accuracy'] < 0.7 and evaluations[-1]['accuracy'] > 0.95
 
 
 @pytest.mark.parametrize(
     'args, words',
     [
-        ('nothing', 'name a task'),
+        ('nothing', "'nothing' is not one of"),
         ('', 'name a task'),
         ('parity copying --name=x', 'one task'),
         ('variable_assignment --variables=13', 'variables'),
-        ('variable_assignment --every=0', 'every'),
         ('variable_assignment --length=3', 'every is 4: from 1 to length, which is 3'),
-        ('denoising --letters=99', 'letters is 99: from 1 to length, which is 48'),
-        ('passkey --depth=2', 'depth'),
-        ('copying --records=3', 'records'),
     ],
 )
 def test_refusals(args, words, run, tmp_path):
@@ -134,15 +104,16 @@ def test_refusals(args, words, run, tmp_path):
 
 def test_names_of_a_file():
     """Names are drawn anew; keywords, operators and layout are not."""
-    found = names.lexemes('def f(x):\n    # a comment\n    return x + 1  # x\n')
-    fixed = np.array([isinstance(word, int) for word in found])
-    assert [word for word in found if isinstance(word, str)] == ['f', 'x', 'x', '1']
-    a = names.named(found, np.random.default_rng(1))
-    b = names.named(found, np.random.default_rng(2))
-    assert (a[fixed] == b[fixed]).all() and a.tolist() != b.tolist()
-    assert max(a[fixed]) < names.FIRST_NAME <= min(a[~fixed])
-    f, x, again, one = a[~fixed].tolist()
-    assert x == again and len({f, x, one}) == 3
+    found = names.lexemes(io.BytesIO(b'def f(x):\n    # a comment\n    return x + 1  # x\n'))
+    tokens = names.named(found, np.random.default_rng(1))
+    assert tokens != names.named(found, np.random.default_rng(2))
+    drawn = {}
+    for lexeme, byte in zip(found, tokens):
+        if isinstance(lexeme, int):
+            assert byte == lexeme < names.FIRST_NAME
+        else:
+            assert drawn.setdefault(lexeme, byte) == byte >= names.FIRST_NAME
+    assert list(drawn) == ['f', 'x', '1'] and len(set(drawn.values())) == 3
 
 
 def test_many_names():
@@ -156,17 +127,13 @@ def test_many_names():
 
 
 def test_names(tmp_path, monkeypatch, run):
-    files = {'a.py': 'x = y\n' * 9, 'broken.py': 'def (((\n', 'c.py': 'x\n'}
-    files['indent.py'] = 'if x:\n        x\n    x\n'
+    files = {'a.py': b'x = y\n' * 9, 'broken.py': b'def (((\n', 'c.py': b'x\n'}
+    files['indent.py'] = b'x = "\xe9"\n'
     documents = []
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text)
         documents.append((name, str(tmp_path / name)))
     monkeypatch.setattr(names.prepare_text, 'stdlib_documents', lambda: (documents, 0))
-    run(names, f'--data_dir={tmp_path}', '--copies=3')
-    dataset = data.load_dataset('names', root=str(tmp_path))
-    sizes = [dataset.tokens('train'), dataset.tokens('val')]
-    assert sorted(sizes) == [3 * 3, 3 * (9 * 4 + 1)]
-    first = dataset.fingerprint()
-    run(names, f'--data_dir={tmp_path}', '--copies=3')
-    assert data.load_dataset('names', root=str(tmp_path)).fingerprint() == first
+    out = run(names, f'--data_dir={tmp_path}', '--copies=3')
+    sizes = re.search('([0-9]+) train and ([0-9]+) val', out).groups()
+    assert sorted(map(int, sizes)) == [3 * 3, 3 * (9 * 4 + 1)]
