@@ -174,9 +174,10 @@ class Dataset:
         key = [seed % 2**64, int(split == 'val'), index, batch_size, block_size]
         starts = np.random.default_rng(key).integers(count, size=batch_size) * step
         windows = np.stack([self._window(split, start, length) for start in starts])
-        if windows.max() >= self.vocab_size:
+        largest = windows.max(initial=0)
+        if largest >= self.vocab_size:
             raise UserError(
-                f'{self.path} has token {windows.max()}, but its tokenizer has {self.vocab_size}: '
+                f'{self.path} has token {largest}, but its tokenizer has {self.vocab_size}: '
                 'it is damaged, prepare it again'
             )
         if bos:

@@ -29,12 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import kernels
 import prepare_text
-from model import GPT, GPTConfig, check_config, is_gpt2
+from model import GPT, GPTConfig, is_gpt2
 from support import checkpoint as ckpt
 from support import devices, files, pretrained
 from support.settings import UserError, one_line, option
-
-MODEL = [field.name for field in dataclasses.fields(GPTConfig)]
 
 
 @dataclass
@@ -48,7 +46,7 @@ class TrainConfig(GPTConfig):
     seed: int = option(1337, 'of the weights, the batches and dropout')
     max_iters: int = option(600000, 'steps in all', low=1)
     eval_interval: int = option(2000, 'steps between evaluations, which save', low=1)
-    eval_iters: int = option(200, 'batches of an evaluation, always the same', low=1)
+    eval_iters: int = option(200, 'batches of an evaluation, one a process or more', low=1)
     log_interval: int = option(10, 'steps between lines of progress', low=1)
     # data
     dataset: str = option('stdlib', "data/<name>; 'stdlib' is prepared where it is missing")
@@ -80,20 +78,11 @@ class TrainConfig(GPTConfig):
 
 def check(cfg, world):
     """Raise UserError for settings that no run can have, before any work is done."""
-    try:
-        # a vocab_size of 0 is known with the data
-        check_config(dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 1))
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    if cfg.init_from not in ('scratch', 'resume'):
-        pretrained.check(cfg.init_from)
-    steps = cfg.gradient_accumulation_steps
-    if steps % world:
+    if cfg.gradient_accumulation_steps % world:
         raise UserError(
-            f'gradient_accumulation_steps {steps} cannot be shared out among {world} processes'
+            f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} cannot be shared out '
+            f'among {world} processes'
         )
-    if cfg.eval_iters < world:
-        raise UserError(f'eval_iters {cfg.eval_iters}: each of {world} processes needs a batch')
     if cfg.memory_loss and not cfg.selective:
         raise UserError('memory_loss needs selective=True: only that masks tokens')
 
@@ -114,52 +103,54 @@ def schedule(cfg, iter_num):
 
 
 def find_start(cfg, processes):
-    """The checkpoint that the run begins with, or what takes its place where it is from scratch."""
+    """The checkpoint that the run begins with, or what takes its place where it is from scratch.
+
+    Sets what a checkpoint decides: the shape of the model; to evaluate it, all of the model.
+    """
     if cfg.init_from == 'resume':
-        return ckpt.load(cfg.out_dir)
-    if os.path.isfile(os.path.join(cfg.out_dir, 'ckpt.pt')) and not cfg.eval_only:
+        start = ckpt.load(cfg.out_dir)
+    elif os.path.isfile(f'{cfg.out_dir}/ckpt.pt') and not cfg.eval_only:
         raise UserError(
             f'{cfg.out_dir} has a checkpoint: resume it with --init_from=resume, delete the '
             'folder, or give another --out_dir'
         )
-    if cfg.init_from == 'scratch':
+    elif cfg.init_from == 'scratch':
         return dict(ckpt.ABSENT)
-    return processes.after_master(pretrained.load, cfg.init_from)  # the master downloads it
+    else:
+        start = processes.after_master(pretrained.load, cfg.init_from)  # the master downloads it
 
-
-def take_settings(cfg, start, say):
-    """Set what a checkpoint decides: the shape of the model; to evaluate it, all of the model."""
-    args = ckpt.model_args(start)
-    names = MODEL if cfg.eval_only else pretrained.SHAPE
-    fixed = {name: args[name] for name in names}
+    fixed = ckpt.model_args(start)
+    if not cfg.eval_only:
+        fixed = {name: fixed[name] for name in pretrained.SHAPE}
     if cfg.eval_only or cfg.init_from == 'resume':
         fixed['bos'] = ckpt.starts_with_bos(start)
     if cfg.eval_only and cfg.dataset == TrainConfig.dataset and start['dataset']:
         fixed['dataset'] = start['dataset']
     for name, value in fixed.items():
-        if getattr(cfg, name) not in (value, getattr(TrainConfig, name)):
-            say(f'as the checkpoint has it: {name}={value}')
+        if getattr(cfg, name) != value:
+            processes.say(f'as the checkpoint has it: {name}={value}')
         setattr(cfg, name, value)
+    if cfg.init_from == 'resume' and not cfg.eval_only:
+        for change in ckpt.check_resume(start, cfg):
+            processes.say(f'resumed with {change}')
+    return start
 
 
 def open_data(cfg, processes, start):
     """The data set of the run, which must be that of its checkpoint."""
 
     def prepare():
-        if cfg.dataset == 'stdlib' and not os.path.exists('data/stdlib/meta.json'):
+        if cfg.dataset == 'stdlib' and not data.known_meta('data/stdlib'):
             prepare_text.prepare(prepare_text.TextConfig())  # off the network
 
     processes.after_master(prepare)
     dataset = data.load_dataset(cfg.dataset)
     if not dataset.meta['complete']:
-        processes.say(
-            f'data set {cfg.dataset} is not complete: the script that prepares it has not finished'
-        )
+        processes.say('the data set is not complete: the script that prepares it has not finished')
     cfg.vocab_size = cfg.vocab_size or dataset.vocab_size
     if cfg.vocab_size < dataset.vocab_size:
         raise UserError(
-            f'vocab_size {cfg.vocab_size} is less than the {dataset.vocab_size} of data set '
-            f'{cfg.dataset}'
+            f'vocab_size {cfg.vocab_size} is less than the {dataset.vocab_size} of the data set'
         )
     if dataset.record_len:
         cfg.bos = False
@@ -173,18 +164,16 @@ def open_data(cfg, processes, start):
 def make_model(cfg, start, say):
     """The model of the run on its device, with the kernel that the settings ask for."""
     torch.manual_seed(cfg.seed)
-    args = {name: getattr(cfg, name) for name in MODEL}
-    if cfg.init_from == 'scratch':
-        model = GPT(GPTConfig(**args))
-    elif cfg.init_from == 'resume':
-        model = ckpt.build(start, **args)
-    else:
-        model = ckpt.build(start, add_new=True, **args)
-        new = [name for name, _ in model.named_parameters() if name not in start['model']]
-        if new:
-            say(one_line(f'new, as {cfg.init_from} does not have them: {", ".join(new)}'))
-    model.to(cfg.device)
+    args = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)}
     try:
+        if cfg.init_from == 'scratch':
+            model = GPT(GPTConfig(**args))
+        else:
+            model = ckpt.build(start, add_new=cfg.init_from != 'resume', **args)
+            new = sorted(model.state_dict().keys() - start['model'].keys())
+            if new:
+                say(one_line(f'new, as {cfg.init_from} does not have them: {", ".join(new)}'))
+        model.to(cfg.device)
         say(kernels.install(model, cfg.kernel, getattr(torch, cfg.dtype)))
     except ValueError as e:
         raise UserError(str(e)) from None
@@ -196,32 +185,21 @@ def make_model(cfg, start, say):
     return model
 
 
-def make_optimizers(cfg, model, start):
-    """The optimizers of the run, and the scaler of gradients in float16."""
-    device_type = torch.device(cfg.device).type
-    optimizers = model.configure_optimizers(
-        cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type, cfg.ssa_lr
-    )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault('initial_lr', group['lr'])
-    scaler = torch.amp.GradScaler(device_type, enabled=cfg.dtype == 'float16')
-    if cfg.init_from == 'resume':
-        ckpt.load_optimizers(optimizers, scaler, model, start)
-    return optimizers, scaler
-
-
 # ---- Batches and evaluation ----------------------------------------------------------------------
 
 
-def get_batch(cfg, dataset, split, index):
-    """Batch number index on the device; those of validation are the same in every run."""
-    seed = cfg.seed if split == 'train' else 0
-    x, y = dataset.batch(split, index, cfg.batch_size, cfg.block_size, seed, cfg.bos)
+def forward(cfg, model, dataset, split, index, seed, with_memory):
+    """The targets (B, T) of batch number index, then what the model returns for it.
+
+    with_memory: whether that includes the memory requirement.
+    """
+    batch = torch.stack(dataset.batch(split, index, cfg.batch_size, cfg.block_size, seed, cfg.bos))
     if 'cuda' in cfg.device:  # pinned memory lets the copy run beside the computation
-        x = x.pin_memory()
-        y = y.pin_memory()
-    return x.to(cfg.device, non_blocking=True), y.to(cfg.device, non_blocking=True)
+        batch = batch.pin_memory()
+    x, y = batch.to(cfg.device, non_blocking=True)
+    tau = cfg.memory_tau if with_memory else None
+    with devices.autocast(cfg.device, cfg.dtype):
+        return y, *model(x, y, memory_tau=tau)
 
 
 @torch.no_grad()
@@ -234,21 +212,18 @@ def evaluate(cfg, model, dataset, processes):
     """
     model.eval()
     kernels.live_share()  # from here on
-    tau = cfg.memory_tau if cfg.selective else None
-    sums = collections.defaultdict(float)
-    batches = range(processes.rank, cfg.eval_iters, processes.world)
+    sums = collections.Counter()
+    batches = range(processes.rank, max(cfg.eval_iters, processes.world), processes.world)
     for n in batches:
-        x, y = get_batch(cfg, dataset, 'val', n)
-        with devices.autocast(cfg.device, cfg.dtype):
-            logits, loss, *memory = model(x, y, memory_tau=tau)
+        # the seed is 0, so that batches are the same in every run
+        y, logits, loss, *memory = forward(cfg, model, dataset, 'val', n, 0, cfg.selective)
         sums['val_loss'] += loss.item()
         if cfg.selective:
             sums['memory'] += memory[0].item()
         if dataset.record_len:
-            right = logits.argmax(dim=-1) == y
-            sums['accuracy'] += right[y >= 0].float().mean().item()
-    live = kernels.live_share()
-    if live is not None:
+            right = (logits.argmax(dim=-1) == y)[y >= 0]
+            sums['accuracy'] += right.float().mean().item()
+    if live := kernels.live_share():
         sums['live'] = live * len(batches)
     model.train()
     *means, count = processes.mean(*sums.values(), len(batches))
@@ -260,13 +235,14 @@ def shown(figures):
     return ''.join(f' | {name} {value:.5g}' for name, value in figures.items())
 
 
-def check_finite(iter_num, what, value):
-    """Raise UserError for a value, a number or a tensor, that is not finite."""
-    if not torch.as_tensor(value).isfinite().all():
-        raise UserError(
-            f'step {iter_num}: the {what} is not finite; what was saved before is kept; '
-            'try a lower learning rate'
-        )
+def check_finite(iter_num, values):
+    """Raise UserError for a value, a number or a tensor, that is not finite. values: by name."""
+    for name, value in values.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise UserError(
+                f'step {iter_num}: {name} is not finite; what was saved before is kept; '
+                'try a lower learning rate'
+            )
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -295,24 +271,24 @@ def train(cfg, processes):
 
     # the checkpoint that the run begins with, if any, its data, its model and its optimizers
     start = find_start(cfg, processes)
-    if cfg.init_from != 'scratch':
-        take_settings(cfg, start, say)
-    if cfg.init_from == 'resume' and not cfg.eval_only:
-        for change in ckpt.check_resume(start, cfg):
-            say(f'resumed with {change}')
     dataset = open_data(cfg, processes, start)
     model = make_model(cfg, start, say)
     say(
-        f'{cfg.out_dir}: {model.num_params() / 1e6:.2f}M parameters, '
-        f'{processes.world} x {cfg.device} {cfg.dtype}; data {cfg.dataset} '
-        f'({dataset.tokens("train"):,} tokens of {dataset.tokenizer_name})'
+        f'{model.num_params() / 1e6:.2f}M parameters on {cfg.device} in {cfg.dtype}; '
+        f'data {cfg.dataset} ({dataset.tokenizer_name})'
     )
     progress = {name: start[name] for name in ckpt.ABSENT}
     if cfg.eval_only:
         say(f'step {progress["iter_num"]}{shown(evaluate(cfg, model, dataset, processes))}')
         processes.stop()
         return
-    optimizers, scaler = make_optimizers(cfg, model, start)
+    device_type = torch.device(cfg.device).type
+    optimizers = model.configure_optimizers(
+        cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type, cfg.ssa_lr
+    )
+    scaler = torch.amp.GradScaler(device_type, enabled=cfg.dtype == 'float16')
+    if cfg.init_from == 'resume':
+        ckpt.load_optimizers(optimizers, scaler, model, start)
     start = None  # frees its memory
 
     done = loop(cfg, processes, dataset, model, optimizers, scaler, progress)
@@ -332,73 +308,74 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
         model = DistributedDataParallel(model)
     iter_num = progress['iter_num']
 
-    def save():
-        for name, p in raw_model.named_parameters():  # in all processes, so that they stop together
-            check_finite(iter_num, name, p)
-        if processes.master:
-            checkpoint = {
-                **progress,
-                'iter_num': iter_num,
-                'model': raw_model.state_dict(),
-                'optimizer': ckpt.optimizer_state(optimizers, raw_model),
-                'scaler': scaler.state_dict(),
-                'model_args': dataclasses.asdict(raw_model.config),
-                'config': dataclasses.asdict(cfg),
-                'dataset': cfg.dataset,
-                'tokenizer': dataset.tokenizer_name,
-                'data': dataset.fingerprint(),
-            }
-            ckpt.save(cfg.out_dir, checkpoint)
+    def report(figures):
+        check_finite(iter_num, figures)
+        processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)}')
+        if log:
+            log.write(iter=iter_num, **figures)
 
     log = ckpt.Log(cfg, iter_num) if processes.master else None
     signals = devices.catch_signals(processes.say)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)
-    started = since = time.time()  # tokens/s counts from the last line of the log
-    since_iter = iter_num
+    since = time.time()  # tokens/s counts from the last line of the log
+    steps = 0
+    stop = False
     while True:
-        # once in a while: evaluate and save, all processes take part
-        due = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters
-        if due and progress['val_iter'] != iter_num:
+        # once in a while: evaluate, all processes take part
+        done = iter_num == cfg.max_iters
+        due = progress['val_iter'] != iter_num and (done or iter_num % cfg.eval_interval == 0)
+        if due:
             figures = evaluate(cfg, raw_model, dataset, processes)
-            check_finite(iter_num, 'validation loss', figures['val_loss'])
-            processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)}')
-            if log:
-                log.write(iter=iter_num, **figures)
+            report(figures)
             progress.update(val_iter=iter_num, val_loss=figures['val_loss'])
-            save()
+
+        # save then, and when a signal stops the run
+        if due or stop:
+            weights = raw_model.state_dict()
+            check_finite(iter_num, weights)  # in all processes, so that they stop together
+            if processes.master:
+                state = {
+                    **progress,
+                    'iter_num': iter_num,
+                    'model': weights,
+                    'optimizer': ckpt.optimizer_state(optimizers, raw_model),
+                    'scaler': scaler.state_dict(),
+                    'model_args': vars(raw_model.config),
+                    'config': vars(cfg),
+                    'dataset': cfg.dataset,
+                    'tokenizer': dataset.tokenizer_name,
+                    'data': dataset.fingerprint(),
+                }
+                ckpt.save(cfg.out_dir, state)
             since = time.time()
-            since_iter = iter_num
-        if iter_num == cfg.max_iters:
-            return True
+            steps = 0
+        if done or stop:
+            return done
 
         # one step of training
         scale = schedule(cfg, iter_num)
         loss, memory = step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale)
+        steps += 1
 
         # once in a while: look at the loss and at signals to any process, which waits for the GPU
-        stop = bool(signals) and processes.world == 1
+        stop = signals and processes.world == 1
         if iter_num % cfg.log_interval == 0:
             loss, memory, stop = processes.mean(loss, memory, bool(signals))
-            check_finite(iter_num, 'training loss', loss)
-            now = time.time()
-            rate = (iter_num + 1 - since_iter) * tokens / (now - since)
-            since = now
-            since_iter = iter_num + 1
-            figures = {'loss': loss, 'lr': cfg.learning_rate * scale, 'tokens_per_s': rate}
+            seconds = (time.time() - since) / steps
+            since = time.time()
+            steps = 0
+            figures = {
+                'loss': loss,
+                'lr': cfg.learning_rate * scale,
+                'tokens_per_s': tokens / seconds,
+                'minutes_left': (cfg.max_iters - iter_num - 1) * seconds / 60,
+            }
             if cfg.memory_loss:
                 figures['memory'] = memory
-            if share := devices.mfu(raw_model, rate / processes.world):
+            if share := devices.mfu(raw_model, tokens / seconds / processes.world):
                 figures['mfu'] = share
-            left = (cfg.max_iters - iter_num - 1) * tokens / rate / 60
-            processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)} | {left:.1f}m left')
-            if log:
-                log.write(iter=iter_num, seconds=now - started, **figures)
-
-        # a run that a signal stops saves first
+            report(figures)
         iter_num += 1
-        if stop and iter_num < cfg.max_iters:
-            save()
-            return False
 
 
 def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale):
@@ -410,20 +387,19 @@ def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale):
     # the learning rate of every group
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = group['initial_lr'] * scale
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * scale
 
     # forward and backward of all micro-steps; every process has batches of its own
     torch.manual_seed((cfg.seed * 1_000_003 + iter_num) * 1009 + processes.rank)  # of dropout
-    tau = cfg.memory_tau if cfg.memory_loss else None
     micro_steps = cfg.gradient_accumulation_steps // processes.world
     mean_loss = mean_memory = 0.0
     for micro in range(micro_steps):
         index = (iter_num * micro_steps + micro) * processes.world + processes.rank
-        x, y = get_batch(cfg, dataset, 'train', index)
         if processes.world > 1:  # gradients are synchronised in the last one only
             model.require_backward_grad_sync = micro == micro_steps - 1
-        with devices.autocast(cfg.device, cfg.dtype):
-            _, loss, *memory = model(x, y, memory_tau=tau)
+        _, _, loss, *memory = forward(
+            cfg, model, dataset, 'train', index, cfg.seed, cfg.memory_loss
+        )
         mean_loss += loss.detach() / micro_steps
         if cfg.memory_loss:
             mean_memory += memory[0].detach() / micro_steps
@@ -437,7 +413,7 @@ def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale):
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     for optimizer in optimizers:
         scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     scaler.update()
     return mean_loss, mean_memory
 
