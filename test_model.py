@@ -597,6 +597,15 @@ def test_autocast_gives_attention_one_dtype():
     assert set(seen) == {(torch.bfloat16,) * 3}
 
 
+def test_logits_are_not_rounded():
+    """F is subtracted from logits in float32, whatever autocast makes of products."""
+    q, k = torch.randn(2, 1, 2, 9, 8).bfloat16()
+    exact = (q.float() * 8**-0.5) @ k.float().transpose(2, 3)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(m.logits(q, k), exact)
+    assert not torch.equal(exact.bfloat16().float(), exact)
+
+
 @pytest.mark.parametrize('selective', [False, True])
 def test_decoding_is_one_graph(selective):
     """A step has fixed shapes and never looks at a value: torch.compile takes it whole, once for

@@ -11,7 +11,6 @@ of lab.bench and one for standard attention.
 """
 
 import io
-import os
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -63,13 +62,13 @@ def read_times(path, case):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def draw(plt, curves, pale, title, x, y, powers_of_2=''):
+def draw(curves, pale, title, x, y, powers_of_2=''):
     """A figure of the curves, {label: (xs, ys)}.
 
     pale: {label: (xs, ys)}, drawn thin in the colour of the curve. powers_of_2: format of the
     numbers on a logarithmic x-axis; '': it is linear.
     """
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    figure, ax = import_pyplot().subplots(figsize=(7, 4.5), layout='constrained')
     for n, (label, curve) in enumerate(curves.items()):
         colour = COLOURS[n % 8]
         if label in pale:
@@ -122,14 +121,14 @@ def main():
     cfg = settings.parse(PlotConfig, positional='runs')
     if bool(cfg.runs) == bool(cfg.cost):
         raise UserError('which runs? python -m lab.plot out/*; or --cost=FILE alone')
-    plt = import_pyplot()
-    figures = plot_cost(plt, cfg.cost.split(',')) if cfg.cost else plot_runs(plt, cfg.runs)
-    for name, figure in figures.items():
-        save_figure(figure, os.path.join(cfg.to, f'{name}.png'))
+    if cfg.cost:
+        plot_cost(cfg.cost.split(','), cfg.to)
+    else:
+        plot_runs(cfg.runs, cfg.to)
 
 
-def plot_runs(plt, runs):
-    """The figures of the runs, {'loss': figure}, and 'memory' if there are budgets."""
+def plot_runs(runs, to):
+    """Write loss.png, and memory.png if there are budgets, into the folder `to`."""
     train = {}
     val = {}
     pruned = {}
@@ -147,21 +146,22 @@ def plot_runs(plt, runs):
     if not val:
         raise UserError('none of these folders has a log.jsonl of train.py')
     y = 'validation loss, nats per token'
-    figures = {'loss': draw(plt, val, train, 'pale: training loss', 'step', y)}
+    save_figure(draw(val, train, 'pale: training loss', 'step', y), f'{to}/loss.png')
     if pruned:
         x = 'memory saved: full context / sum of the budgets'
-        figures['memory'] = draw(plt, pruned, {}, 'what pruning costs', x, y, '{x:g}x')
-    return figures
+        figure = draw(pruned, {}, 'what pruning costs', x, y, '{x:g}x')
+        save_figure(figure, f'{to}/memory.png')
 
 
-def plot_cost(plt, paths):
-    """The figure of tables of lab.bench, {'cost': figure}."""
+def plot_cost(paths, to):
+    """Write cost.png, from tables of lab.bench, into the folder `to`."""
     curves = {'standard': read_times(paths[0], 'standard')}
     for path in paths:
         curves[pathlib.Path(path).stem] = read_times(path, 'selective')
     x = 'context length T, tokens'
     y = 'ms for each sequence, forward and backward'
-    return {'cost': draw(plt, curves, {}, 'attention of trained weights', x, y, '{x:,.0f}')}
+    figure = draw(curves, {}, 'attention of trained weights', x, y, '{x:,.0f}')
+    save_figure(figure, f'{to}/cost.png')
 
 
 if __name__ == '__main__':

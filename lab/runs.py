@@ -61,8 +61,12 @@ class Arm:
 
     def last(self, name):
         """The figure at the end of each run, [] where it is not logged."""
-        ends = [run.evaluations[-1] for run in self.runs]
-        return [end[name] for end in ends if name in end]
+        found = []
+        for run in self.runs:
+            end = run.evaluations[-1]
+            if name in end:
+                found.append(end[name])
+        return found
 
     def first(self, reached):
         """The step of each run's first evaluation for which reached(figures) holds, or None."""
@@ -385,8 +389,7 @@ def kinds_table(runner, first, arms):
         row = {'validation loss': spread(arm.losses.means())}
         row['against standard'] = arm.losses.against(base)
         for kind in KINDS:
-            header = f'{kind} ({base.of(kind).mean():.0%})'
-            row[header] = spread(arm.losses.means(kind))
+            row[f'{kind} ({base.of(kind).mean():.0%})'] = spread(arm.losses.means(kind))
         row['recall against standard'] = arm.losses.against(base, 'recall')
         row['requirement'] = spread(arm.last('memory'), '{:.1%}')
         return row

@@ -99,12 +99,7 @@ def is_out_of_memory(error):
 
 def one_line(text, length=600):
     """Text as one line that a terminal can show."""
-    shown = ''
-    for c in ' '.join(str(text).split()):
-        shown += c if c.isprintable() else f'\\x{ord(c):02x}'
-    if len(shown) > length:
-        return shown[:length] + '…'
-    return shown
+    return ''.join(filter(str.isprintable, ' '.join(str(text).split())))[:length]
 
 
 # ---- Reading them --------------------------------------------------------------------------------
