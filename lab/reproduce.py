@@ -331,9 +331,12 @@ def memory_of(r, task, steps):
     folder = task_data(r, task)
     flags = ['config/tasks.py', f'--dataset={folder}']
     arms = r.train({'standard': '', 'selective': '--selective'}, steps, flags)
-    jobs = [(run, 'oldest', '--tolerance=0.01') for run in arms['standard'].runs]  # it has no F
+    jobs = []
+    for run in arms['standard'].runs:
+        jobs.append((run, 'oldest', '--tolerance=0.01'))  # it has no F
     for run in arms['selective'].runs:
-        jobs += [(run, policy, '--tolerance=0.01') for policy in m.POLICIES]
+        for policy in m.POLICIES:
+            jobs.append((run, policy, '--tolerance=0.01'))
     runs.search(r, jobs, r.windows(256))
     budgets = [holds(run, 'selective')['budgets'] for run in arms['selective'].runs]
     kept = math.ceil(max(map(mean, budgets)))
