@@ -5,6 +5,7 @@ Each test edits model.py as a reader would who tries a variant.
 
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -51,6 +52,22 @@ ONE_QUIET = [
 ]
 
 
+def readme():
+    with open(f'{ROOT}/README.md', encoding='utf-8') as f:
+        return f.read()
+
+
+def readme_edits():
+    """The edits of README's diff, each as the line before it and that line with what is added."""
+    edits = []
+    for hunk in readme().split('\n@@ ')[1:]:
+        before, added, _ = re.match(r'.*\n((?: .*\n)*)((?:\+.*\n)+)((?: .*\n)*)', hunk).groups()
+        line = before.splitlines()[-1][1:] + '\n'
+        edits.append((line, line + re.sub('^.', '', added, flags=re.M)))
+    assert len(edits) == 2
+    return edits
+
+
 def edited(edits):
     """The text of model.py with these edits; an edit may apply in several places."""
     with open(f'{ROOT}/model.py', encoding='utf-8') as f:
@@ -91,6 +108,7 @@ def make(m, dtype=torch.float64, **more):
     'edits, more',
     [
         ([], {}),
+        (readme_edits(), dict(vote_cap=0.02)),
         (DECAY, dict(decay=True)),
         (NO_RELU, {}),
         (TWO_VOTERS, {}),
@@ -122,6 +140,7 @@ def test_all_ways_agree(fork, edits, more, B):
     'edits, more, kernel',
     [
         ([], {}, True),
+        (readme_edits(), dict(vote_cap=0.02), True),
         (GATE, {}, True),
         (ONE_QUIET, {}, True),
         (NO_RELU, {}, True),
@@ -232,8 +251,9 @@ def losses(path):
 @pytest.mark.slow
 @pytest.mark.parametrize('body', [MUON, GROUPS], ids=['muon', 'groups'])
 def test_another_optimizer_resumes_exactly(tree, dataset, body):
-    first_line = '        matrices, vectors, temperatures = [], [], []\n'
-    tree('model.py', first_line, body)
+    signature = 'self, weight_decay, learning_rate, betas, device_type, ssa_lr=1.0'
+    rule = f'    def configure_optimizers({signature}):\n{body}\n'  # the later one counts
+    tree('model.py', '    def num_params(', f'{rule}    def num_params(')
     for out_dir, steps in ('whole', [8]), ('parts', [4, 8]):
         for number, step in enumerate(steps):
             resume = ['--init_from=resume'] if number else []

@@ -2,18 +2,14 @@
 
 import os
 import re
-import subprocess
 
+import pytest
 import torch
 
 import model as m
+from test_forks import readme, readme_edits
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def readme():
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        return f.read()
 
 
 def six_tokens():
@@ -97,59 +93,18 @@ def test_the_idea_in_numbers():
     assert len(lines) == 5 and all(line in code for line in lines)
 
 
-CHECK = """
-import sys, torch
-from support import checkpoint as ckpt
-import model as m
-gpt, checkpoint = ckpt.load_model(sys.argv[1])
-assert checkpoint['model_args']['vote_cap'] == 0.02, checkpoint['model_args']
-idx = torch.randint(256, (2, 48), generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    full, _ = gpt(idx, idx)
-    for budgets in None, [12, 24]:
-        steps, parallel = m.KVCache(gpt, 2, budgets), m.KVCache(gpt, 2, budgets)
-        expected, _ = gpt(idx, idx, cache=parallel)
-        if budgets is None:
-            torch.testing.assert_close(expected, full, atol=1e-4, rtol=1e-4)
-        for t in range(48):
-            torch.testing.assert_close(gpt(idx[:, [t]], cache=steps)[0][:, 0], expected[:, t], atol=1e-4, rtol=1e-4)
-    assert 0 < steps.layers[0].F.max() <= 0.02 * 48           # the cap holds in the cache
-    assert gpt.transformer.h[0].attn.vote(torch.tensor([9.0])) == 0.02
-"""
-
-
-def test_change_it(tree, lines):
-    """The variation that README shows, applied word by word: it trains, and cached, pruned
-    generation follows it."""
-    section = readme().split('## Change it')[1].split('\n## ')[0]
-    diff, config = (
-        re.search(r'```diff\n(.*?)```', section, re.S)[1],
-        re.search(r'```python\n(.*?)```', section, re.S)[1],
-    )
-    (tree.path / 'vote_cap.diff').write_text(diff)
+@pytest.mark.slow
+def test_change_it(tree, dataset):
+    """The variation that README shows trains, at full speed, and its model generates."""
+    for old, new in readme_edits():
+        tree('model.py', old, new)
+    config = re.search(r'`config/capped_small.py`:\n\n```python\n(.*?)```', readme(), re.S)[1]
     (tree.path / 'config' / 'capped_small.py').write_text(config)
-    subprocess.run(
-        ['git', 'apply', 'vote_cap.diff'],
-        cwd=tree.path,
-        check=True,
-        env={**os.environ, 'GIT_CEILING_DIRECTORIES': str(tree.path.parent)},
-    )
-    assert diff.count('\n@@') == 2
-    output = tree.run(
-        'train.py',
-        'config/capped_small.py',
-        '--vote_cap=0.02',
-        f'--dataset={lines}',
-        '--n_layer=2',
-        '--n_head=2',
-        '--n_embd=32',
-        '--block_size=48',
-        '--max_iters=20',
-        '--eval_iters=1',
-        '--device=cpu',
-    )
-    assert 'kernels/cpu.py, which gives the numbers of model.py' in output  # at full speed
-    tree.run('-c', CHECK, 'out/capped_small')
+    size = '--n_layer=2 --n_head=2 --n_embd=32 --block_size=48 --max_iters=20 --eval_iters=1'
+    args = ['config/capped_small.py', '--vote_cap=0.02', dataset, *size.split(), '--device=cpu']
+    output = tree.run('train.py', *args)
+    assert 'kernels/cpu.py, which gives the numbers of model.py' in output
+    tree.run('sample.py', '--out_dir=out/capped_small', '--budgets=9', '--max_new_tokens=3')
 
 
 def test_files_have_the_lines_that_readme_says():
