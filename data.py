@@ -69,12 +69,11 @@ def get_tokenizer(name):
                 'network, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer '
                 'bytes'
             ) from None
-        if name == 'gpt2':
-            return gpt2
         pattern = gpt2._pat_str
         ranks = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < end}
-    special = {END_OF_TEXT: end}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end}
+    )
 
 
 def encode_prompt(text, tokenizer, bos):
@@ -94,34 +93,29 @@ def encode_prompt(text, tokenizer, bos):
 class Dataset:
     """The tokens of one folder.
 
-    Fields: name, path, meta (meta.json), vocab_size, tokenizer_name, record_len, answers. The last
+    Fields: path, meta (meta.json), vocab_size, tokenizer_name, record_len, answers. The last
     two are None in a data set of plain text.
     """
 
-    def __init__(self, path, name):
+    def __init__(self, path):
         self.path = path
-        self.name = name
         self.meta = read_meta(path)
         self.tokenizer_name = self.meta['tokenizer']
         self.vocab_size = vocabulary(self.tokenizer_name)
         self.record_len = self.meta.get('record_len')
         self.answers = self.meta.get('answers')
-        sizes = file_sizes(path)
-        for file in self.meta['files'] | sizes:
-            size = sizes.get(file, 0)
-            listed = self.meta['files'].get(file, size // 2)  # others may have added files
-            if size == 0 or size / 2 != listed:
+        self.files = {'train': [], 'val': []}
+        counts = {**file_tokens(path), **self.meta['files']}  # others may have added files
+        for file, count in sorted(counts.items()):
+            size = os.path.getsize(f'{path}/{file}')
+            if size / 2 != count:
                 raise UserError(
-                    f'{path}/{file} has {size} bytes, and should have {listed} tokens of 2 bytes: '
+                    f'{path}/{file} has {size} bytes, and should have {count} tokens of 2 bytes: '
                     'prepare it again'
                 )
-        self.files = {'train': [], 'val': []}
-        for split, arrays in self.files.items():
-            for file in sizes:
+            for split, arrays in self.files.items():
                 if file.startswith(split):
                     arrays.append(np.memmap(f'{path}/{file}', TOKEN, mode='r'))
-            if not arrays:
-                raise UserError(f'{path} has no {split}*.bin: prepare it again')
 
     def fingerprint(self):
         """16 hexadecimal digits: a hash of what tokens mean, of the files' lengths and samples."""
@@ -142,10 +136,7 @@ class Dataset:
         if not self.record_len:
             return block_size + 1
         if self.record_len > block_size + 1:
-            raise UserError(
-                f'{self.path}: its records of {self.record_len} tokens need a block_size of '
-                f'{self.record_len - 1}, not {block_size}'
-            )
+            raise UserError(f'{self.path}: its records need a block_size of {self.record_len - 1}')
         return self.record_len
 
     def batch(self, split, index, batch_size, block_size, seed=0, bos=False):
@@ -171,20 +162,20 @@ class Dataset:
                 f'{self.path}: {split} has {self.tokens(split)} tokens, a window needs {length}: '
                 'use a smaller block_size or more text'
             )
-        key = [seed % 2**64, int(split == 'val'), index, batch_size, block_size]
+        key = [seed, int(split == 'val'), index, batch_size, block_size]
         starts = np.random.default_rng(key).integers(count, size=batch_size) * step
         windows = np.stack([self._window(split, start, length) for start in starts])
         largest = windows.max(initial=0)
         if largest >= self.vocab_size:
             raise UserError(
-                f'{self.path} has token {largest}, but its tokenizer has {self.vocab_size}: '
+                f'{self.path} has token {largest}, which its tokenizer does not have: '
                 'it is damaged, prepare it again'
             )
         if bos:
-            windows = np.pad(windows, ((0, 0), (1, 0)), constant_values=self.vocab_size - 1)
+            windows = np.insert(windows, 0, self.vocab_size - 1, axis=1)
         windows = torch.from_numpy(windows.astype(np.int64))
         x = windows[:, :-1].contiguous()
-        y = windows[:, 1:].clone()
+        y = windows[:, 1:]
         if self.record_len:
             asked = torch.zeros(length, dtype=torch.bool)
             asked[self.answers] = True
@@ -195,37 +186,30 @@ class Dataset:
         """length tokens from place start of the split. They may be in several files."""
         parts = []
         for tokens in self.files[split]:
-            if start >= len(tokens):
-                start -= len(tokens)
-                continue
-            parts.append(tokens[start : start + length])
-            length -= len(parts[-1])
-            if length == 0:
-                break
-            start = 0
+            if -length <= start < len(tokens):
+                parts.append(tokens[max(start, 0) : start + length])
+            start -= len(tokens)
         return np.concatenate(parts)
 
 
 def load_dataset(name_or_path, root='data'):
     """The Dataset root/<name>, or the folder itself. UserError if it is missing or damaged."""
-    for path in (os.path.join(root, name_or_path), name_or_path):
+    for path in (f'{root}/{name_or_path}', name_or_path):
         if name_or_path and os.path.isdir(path):
-            return Dataset(path, name_or_path)
-    found = sorted(glob.glob('*/meta.json', root_dir=root))
-    names = ', '.join(map(os.path.dirname, found)) or 'none'
+            return Dataset(path)
+    found = ', '.join(sorted(glob.glob('*/', root_dir=root)))
     raise UserError(
-        f"data set '{name_or_path}' is not in {root}/ (there: {names}): "
+        f"data set '{name_or_path}' is not in {root}/ (there: {found or 'nothing'}): "
         'make it with prepare_c4.py, prepare_text.py or lab.tasks'
     )
 
 
 def read_meta(path):
     """The meta.json of a data set's folder. Raises UserError if it is missing or damaged."""
-    file = os.path.join(path, 'meta.json')
-    hint = 'prepare the data set again'
+    file = f'{path}/meta.json'
     meta = files.read_json(
         file,
-        hint,
+        'prepare the data set again',
         tokenizer=str,
         vocab_size=int,
         source=str,
@@ -235,17 +219,19 @@ def read_meta(path):
         answers=([int], None),
     )
     length = meta.get('record_len')
-    if length is not None:
+    if length:
         answers = meta.get('answers') or [0]
         if min(answers) < 1 or max(answers) >= length:
-            raise UserError(f'{file} is damaged (record_len and answers do not fit): {hint}')
+            raise UserError(
+                f'{file} is damaged (record_len and answers do not fit): prepare the data set again'
+            )
     return meta
 
 
-def file_sizes(path):
-    """The .bin files of a data set's folder with their bytes, in the order of their names."""
+def file_tokens(path):
+    """How many tokens each .bin file of a data set's folder has."""
     names = sorted(glob.glob('*.bin', root_dir=path))
-    return {name: os.path.getsize(f'{path}/{name}') for name in names}
+    return {name: os.path.getsize(f'{path}/{name}') // 2 for name in names}
 
 
 def known_meta(path):
@@ -266,12 +252,10 @@ def output_folder(root, name, pattern=r'(train|val)\.bin', source=''):
     such a data set, with a source that begins so. Training would read its files, too, and a script
     that replaces the folder would delete them.
     """
-    if name in ('', '.', '..') or os.path.basename(name) != name:
+    if not re.fullmatch(r'[^./\\][^/\\]*', name):
         raise UserError(f"--name: '{name}' cannot name a folder in {root}/")
-    folder = os.path.join(root, name)
-    if not os.path.lexists(folder):
-        return folder
-    for file in sorted(os.listdir(folder)):
+    folder = f'{root}/{name}'
+    for file in glob.glob('*', root_dir=folder, include_hidden=True):
         if not re.fullmatch(rf'({pattern}|meta\.json)(\.cut)?(\.\w+\.tmp)?', file):
             raise UserError(
                 f'{folder} has {file}, which is not of such a data set: choose another --name'
@@ -309,7 +293,7 @@ def write_meta(folder, tokenizer, source, complete, **records):
         'vocab_size': tokenizer.n_vocab,
         'source': source,
         'complete': complete,
-        'files': {file: size // 2 for file, size in file_sizes(folder).items()},
+        'files': file_tokens(folder),
         **records,
     }
     files.write_file(f'{folder}/meta.json', json.dumps(meta, indent=1))
@@ -317,7 +301,8 @@ def write_meta(folder, tokenizer, source, complete, **records):
 
 def summary(folder):
     """How many tokens a data set has, in words."""
-    dataset = Dataset(folder, folder)
-    train = dataset.tokens('train')
-    val = dataset.tokens('val')
-    return f'{folder}: {train:,} train and {val:,} val tokens ({dataset.tokenizer_name})'
+    dataset = Dataset(folder)
+    return (
+        f'{folder}: {dataset.tokens("train"):,} train and {dataset.tokens("val"):,} val tokens '
+        f'({dataset.tokenizer_name})'
+    )

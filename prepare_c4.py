@@ -24,7 +24,7 @@ import zlib
 from dataclasses import dataclass
 
 from data import (
-    file_sizes,
+    file_tokens,
     get_tokenizer,
     known_meta,
     output_folder,
@@ -190,8 +190,7 @@ class Preparation:
         while True:
             meta = known_meta(self.folder)
             complete = complete or meta.get('complete', False)
-            counts = {file: size // 2 for file, size in file_sizes(self.folder).items()}
-            if meta.get('files') == counts and meta['complete'] == complete:
+            if meta.get('files') == file_tokens(self.folder) and meta['complete'] == complete:
                 return
             write_meta(self.folder, self.tokenizer, SOURCE, complete)
 

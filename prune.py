@@ -261,7 +261,7 @@ def main():
             raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos')
     dataset = data.load_dataset(cfg.dataset or checkpoint['dataset'] or '')
     if dataset.tokenizer_name != checkpoint['tokenizer']:
-        raise UserError(f'{dataset.name} has another tokenizer than {cfg.out_dir}')
+        raise UserError(f'{dataset.path} has another tokenizer than {cfg.out_dir}')
     kernels.install(model, dtype=dtype)  # for layers that keep everything
     size = dataset.window(model.config.block_size) - 1  # records may be shorter
     searched, held_out = windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint))

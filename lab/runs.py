@@ -287,7 +287,7 @@ def token_losses(run, windows, budgets=None, policy='selective', rule=''):
 def records_right(run, folder, batches=8):
     """The fraction of validation records of a data set whose answers are all right."""
     model, _ = load(run)
-    questions = data.Dataset(folder, folder)
+    questions = data.Dataset(folder)
     right = []
     for n in range(batches):
         x, y = questions.batch('val', n, 64, model.config.block_size)

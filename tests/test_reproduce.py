@@ -192,7 +192,7 @@ def test_data_sets_are_what_their_settings_say(runner, run, tmp_path):
     run(tasks, 'copying', f'--data_dir={tmp_path}', '--name=claims_copying_records_40')
     for _ in range(2):
         assert reproduce.task_data(runner, 'copying', records=40) == folder
-        assert data.Dataset(folder, '').tokens('train') == 40 * 50
+        assert data.Dataset(folder).tokens('train') == 40 * 50
 
 
 # ---- What is measured ----------------------------------------------------------------------------
