@@ -12,13 +12,14 @@ it steps aside.
 
 import copy
 import importlib
-import itertools
 
 import torch
 import torch.nn as nn
 
 import model as m
+from kernels.cpu import live_share as live_share  # train.py and lab/bench.py say it
 from kernels.linear import Linear
+from support.settings import one_line
 
 KERNELS = {
     'auto': 'the fastest that gives the numbers of model.py',
@@ -61,23 +62,11 @@ def install(model, kernel='auto', dtype=torch.float32):
     return f"attention: model.py's plain code, not {KERNELS[name]}: {why_not}"
 
 
-def live_share():
-    """The share of pairs (row, column) that kernels/cpu.py computed since the last call.
-
-    Columns that provably no later row can see are dropped; without that it would be 1. None if the
-    kernel did not run.
-    """
-    from kernels import cpu
-
-    return cpu.live.share()
-
-
 def fast_rows(model):
     """Make the linear layers of a model on a CPU fast for a single row, as in generation."""
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is nn.Linear and module.weight.device.type == 'cpu':
-                setattr(parent, name, Linear(module))
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == 'cpu':
+            module.__class__ = Linear  # which differs in forward alone
 
 
 def load(name, device, dtype, config):
@@ -114,76 +103,65 @@ def check(attention, layer, device, dtype):
     """'' if this layer gives the same numbers with `attention` as with model.py's function.
 
     Else what is wrong, in a few words. The layer runs on random inputs that differ in strength
-    between two sequences: in the first, nearly all tokens die within the example's T rows, in the
+    between two sequences: in the first, nearly all tokens die within the 200 rows, in the
     second few. Parameters are moved away from where they start, as vote_scale, for one, hides at 0
     what it does. Raises ValueError if the layer itself fails, as after an edit of model.py.
     """
-    layer = copy.deepcopy(layer).eval()
-    T, C = 200, layer.config.n_embd
+    wide = m.F_dtype(dtype)
+    layer = copy.deepcopy(layer).eval().to(wide)
     g = torch.Generator().manual_seed(0)
-    x, dy = torch.randn(2, 2, T, C, generator=g)
-    strength = torch.tensor([1.5, 0.7])[:, None, None]
-    x = (x * strength).to(device)
-    dy = dy.to(device)
+    x, dy = torch.randn(2, 2, 200, layer.config.n_embd, generator=g).to(device, wide)
+    x[0] *= 1.5
+    x[1] *= 0.7
     for p in layer.parameters():
         if p.dim() < 2:
             p.data += 0.5
         else:
             p.data = torch.randn(p.shape, generator=g).to(p) * p.size(1) ** -0.5
-    own = type(layer).attention
 
     def exact(q, k, v, *args, **options):
         """model.py's function on q, k, v rounded as a kernel gets them, and then no more."""
-        wide = m.F_dtype(q.dtype)
-        y, M = own(q.to(wide), k.to(wide), v.to(wide), *args, **options)
+        y, M = type(layer).attention(q.to(wide), k.to(wide), v.to(wide), *args, **options)
         return y.to(q.dtype), M
 
-    tolerances = {m.F_dtype(dtype): 1e-4 if device.type == 'cpu' else 5e-3}
+    tolerances = {wide: 1e-4 if device.type == 'cpu' else 5e-3}
     tolerances.setdefault(dtype, 0.1)  # rounding hides small differences: float32 is tried, too
-    for memory_tau, (tried, tolerance) in itertools.product([None, 1.0], tolerances.items()):
-        try:
-            expected = results(layer, exact, x, dy, memory_tau, tried)
-        except Exception as e:  # whatever an edited model.py may raise
-            raise ValueError(f'model.py fails on an example ({one_line(e)})') from None
-        try:
-            found = results(layer, attention, x, dy, memory_tau, tried)
-        except Exception as e:  # whatever a compiler, a driver or a GPU may raise
-            return f'it fails here ({one_line(e)})'
-        for name, want in expected.items():
-            got = found[name]
-            if not same(got, want, tolerance):
-                return f'on an example it gives other numbers than this model.py ({name})'
+    for memory_tau in None, 1.0:
+        for tried, tolerance in tolerances.items():
+            try:
+                expected = results(exact, layer, x, dy, memory_tau, tried)
+            except Exception as e:  # whatever an edited model.py may raise
+                raise ValueError(f'model.py fails on an example ({why(e)})') from None
+            try:
+                found = results(attention, layer, x, dy, memory_tau, tried)
+            except Exception as e:  # whatever a compiler, a driver or a GPU may raise
+                return f'it fails here ({why(e)})'
+            for name, want in expected.items():
+                got = found[name]
+                error = (tolerance * want.abs().max()).item()
+                if got.shape != want.shape or not torch.allclose(got, want, rtol=0, atol=error):
+                    return f'on an example it gives other numbers than this model.py ({name})'
     return ''
 
 
-def results(layer, attention, x, dy, memory_tau, dtype):
+@torch.enable_grad()
+def results(attention, layer, x, dy, memory_tau, dtype):
     """{name: what a layer computes with this function for attention}: y, M and all gradients."""
     layer.attention = attention
-    wide = torch.promote_types(dtype, torch.float32)
-    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != wide)
-    layer = layer.to(wide)
-    x = x.detach().to(wide).requires_grad_()
+    inputs = {'x': x.requires_grad_(), **dict(layer.named_parameters())}
     pos = torch.arange(x.size(1), device=x.device)
-    with torch.inference_mode(False), torch.enable_grad():
-        with autocast:
-            y, M = layer(x, pos, memory_tau=memory_tau)
-        loss = (y * dy).sum()
-        if memory_tau is not None:
-            loss = loss + M.sum()
-        names, params = zip(*layer.named_parameters())
-        grads = torch.autograd.grad(loss, [x, *params], allow_unused=True)
-    found = {'y': y, 'M': M, 'the gradient of x': grads[0]}
-    for name, grad in zip(names, grads[1:]):
+    with torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype):
+        y, M = layer(x, pos, memory_tau=memory_tau)
+    found = {'y': y}
+    loss = (y * dy).sum()
+    if memory_tau is not None:
+        found['M'] = M
+        loss = loss + M.sum()
+    grads = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
+    for name, grad in zip(inputs, grads):
         found[f'the gradient of {name}'] = grad
     return found
 
 
-def same(got, want, tolerance):
-    """Whether two results are equal within a fraction of the largest number; NaN is not."""
-    if got is None or want is None:
-        return got is want
-    return got.shape == want.shape and (got - want).abs().max() <= tolerance * want.abs().max()
-
-
-def one_line(e):
-    return ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+def why(e):
+    return one_line(f'{type(e).__name__}: {e}', 200)

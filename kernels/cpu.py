@@ -51,118 +51,146 @@ def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
     """
     if dropout or q.dtype not in DTYPES:
         return model.selective_attention(q, k, v, rule, dropout, memory_tau)
-    parameters = _parameters(rule, q.new_ones(len(q), 1, 2))
-    y, M = _SelectiveAttention.apply(q, k, v, rule, memory_tau, *parameters)
-    if memory_tau is None:
-        return y, None
-    return y, M
-
-
-class Live:
-    """Counts pairs of a row and a column: those computed, and those up to each block's last row."""
-
-    computed = total = 0
-
-    def share(self):
-        """The fraction that was computed since the last call, or None where nothing was."""
-        if self.total == 0:
-            return None
-        share = self.computed / self.total
-        self.computed = self.total = 0
-        return share
-
-
-live = Live()
-
-
-def _parameters(rule, L0):
-    """The parameters of the layer that the votes on logits L0 depend on, found by trying it."""
-    votes = rule.vote(L0)
-    if not votes.requires_grad:
-        return []
+    N = min(512, q.size(2))  # long sequences soon have few columns left
+    together = max(1, TOGETHER // (q.size(1) * BLOCK * N))  # sequences of a part
     parameters = [p for p in rule.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(votes.sum(), parameters, retain_graph=True, allow_unused=True)
-    return [p for p, grad in zip(parameters, grads) if grad is not None]
+    found = []
+    parts = list(zip(q.split(together), k.split(together), v.split(together)))
+    for part in reversed(parts):  # so autograd begins with the first
+        found.append(_SelectiveAttention.apply(*part, rule, memory_tau, *parameters))
+    ys, Ms = zip(*reversed(found))
+    if memory_tau is None:
+        return torch.cat(ys), None
+    return torch.cat(ys), torch.cat(Ms)
+
+
+# pairs of a row and a column: those computed, and those up to each block's last row
+live = [0, 0]
+
+
+def live_share():
+    """The share of pairs (row, column) that was computed since the last call.
+
+    Columns that provably no later row can see are dropped; without that it would be 1. None if
+    nothing ran.
+    """
+    computed, total = live
+    live[:] = 0, 0
+    if total:
+        return computed / total
 
 
 class _SelectiveAttention(torch.autograd.Function):
-    """Walks over a part of the batch at a time."""
+    """A part of the batch; parameters: those that the votes may depend on."""
 
     @staticmethod
     def forward(ctx, q, k, v, rule, tau, *parameters):
-        B, H, T, _ = q.shape
         ctx.save_for_backward(q, k, v, *parameters)
         ctx.rule = rule
         ctx.tau = tau
-        N = min(512, T)  # long sequences soon have few columns left
-        ctx.together = max(1, TOGETHER // (H * BLOCK * N))  # sequences of a part
-        y = torch.empty_like(q, memory_format=torch.contiguous_format)
-        M = q.new_empty(B, T)
-        ctx.walks = []
-        for part in zip(*(x.split(ctx.together) for x in (q, k, v, y, M))):
-            ctx.walks.append(_forward(*part, rule, tau))
+        y, M, ctx.blocks = _forward(q, k, v, rule, tau, not _can_be_negative(rule, q, k))
         return y, M
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dM):
         q, k, v, *parameters = ctx.saved_tensors
-        parts = zip(*(x.split(ctx.together) for x in (q, k, v, dy, dM)))
-        grads = []
-        for part, blocks in zip(parts, ctx.walks):
-            grads.append(_backward(*part, ctx.rule, ctx.tau, parameters, blocks))
-        dq, dk, dv, *dparameters = zip(*grads)
-        dparameters = [sum(d) for d in dparameters]
-        return torch.cat(dq), torch.cat(dk), torch.cat(dv), None, None, *dparameters
+        B, H, T, D = q.shape
+        q_heads, kv = _heads(q, k, v)
+        dy_heads = dy.contiguous().flatten(0, 1)
+        packed = torch.empty_like(kv)
+        dq = torch.empty_like(q_heads)
+        dkv = kv.new_zeros(len(kv), D, T)  # packed, and transposed: products with P are faster so
+        # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
+        G = q.new_zeros(B, T)
+        dparameters = {}
+        for a, b, columns, F, keep in reversed(ctx.blocks):
+            rows = slice(a, b)
+            listed = slice(b - columns.size(1), b)
+            if b == T or keep is not None:
+                packed[:, listed] = _take(kv, columns)
+            dkv_live = dkv[:, :, listed]  # (2*B*H, D, N)
+            if keep is not None:
+                after = dkv_live[:, :, -keep.size(1) :].clone()
+                places = _for_heads(keep, len(kv))[:, None].expand(after.shape)
+                dkv_live.zero_().scatter_(2, places, after)
+            k_live, v_live = packed[:, listed].chunk(2)  # (B*H, N, D)
+            dk_live, dv_live = dkv_live.chunk(2)  # (B*H, D, N)
+            q_rows = q_heads[:, rows]
+            dy_rows = dy_heads[:, rows]
+            P, F_rows, votes, L0 = _probabilities(q_rows, k_live, F, ctx.rule, grad=True)
+            dP = torch.bmm(dy_rows, v_live.mT)  # (B*H, R, N)
+            dL = torch._softmax_backward_data(dP, P, -1, P.dtype, grad_input=dP)  # in its place
+            dL_heads = dL.unflatten(0, (B, H))
+            dF = -dL_heads.sum(dim=1)  # (B, R, N)
+            if ctx.tau is not None:
+                dF -= (F_rows[:, :-1] <= ctx.tau) * (dM[:, rows, None] / ctx.tau)
+            # dS[k,j] = sum of dF[i,j] over i > k; before the first row, the sum of all
+            sums = _sums(dF).flip(1, 2)
+            dS = torch.baddbmm(G.gather(1, columns)[:, None], sums, dF)  # (B, R+1, N)
+            G.scatter_(1, columns, dS[:, 0])
+            if votes.requires_grad:
+                inputs = [L0, *parameters]
+                dS = _that_count(dS[:, 1:])
+                # the graph is retained, as that of a factor that is no leaf serves all blocks
+                dL0, *grads = torch.autograd.grad(
+                    votes, inputs, dS, retain_graph=True, allow_unused=True
+                )
+                if dL0 is not None:
+                    dL_heads[:, 0] += dL0
+                for p, grad in zip(parameters, grads):
+                    if grad is not None:
+                        dparameters[p] = dparameters.get(p, 0) + grad
+            dq[:, rows] = torch.bmm(dL, k_live)
+            dk_live += torch.bmm(q_rows.mT, dL)
+            dv_live += torch.bmm(dy_rows.mT, P)
+        dq *= D**-0.5
+        dk, dv = dkv.mT.unflatten(0, (2, B, H))
+        return dq.view(q.shape), dk, dv, None, None, *map(dparameters.get, parameters)
 
 
-def _forward(q, k, v, y, M, rule, tau, skip=True):
-    """Writes y (B, H, T, D) and M (B, T). Returns the blocks for the backward.
+def _forward(q, k, v, rule, tau, skip):
+    """y (B, H, T, D), M (B, T) if tau is given, and the blocks for the backward.
 
     A block is a, b: its rows; columns (B, N): those it looks at; F (B, N): of these, as it enters;
     and keep (B, n): which of them were packed after the block, None where that was not worth it.
     """
-    B, H, T, D = q.shape
-    q_heads = _scaled(q)  # (B*H, T, D)
-    y_heads = y.view(B * H, T, D)
-    kv = torch.cat([k, v]).flatten(0, 1)  # (2*B*H, T, D), to be packed
+    B, _, T, _ = q.shape
+    q_heads, kv = _heads(q, k, v)  # kv is to be packed
+    y = torch.empty_like(q_heads)
+    M = q.new_empty(B, T)
     F = q.new_zeros(B, T)
     columns = torch.empty(B, 0, dtype=torch.long)
     log_eps = math.log(torch.finfo(q.dtype).eps / 2 / T)
     limits = None
     blocks = []
-    if skip:
-        skip = not _can_be_negative(rule, q, k)
     for a in range(0, T, BLOCK):
         b = min(a + BLOCK, T)
-        rows = slice(a, b)
         i = torch.arange(a, b)
         columns = torch.cat([columns, i.expand(B, -1)], dim=1)  # (B, N)
-        R = b - a
-        N = columns.size(1)
-        first = b - N
+        first = b - columns.size(1)
         k_live, v_live = kv[:, first:b].chunk(2)  # (B*H, N, D)
         F_in = F.gather(1, columns)
-        P, F_rows, votes, _ = _probabilities(q_heads[:, rows], k_live, F_in, rule)
+        P, F_rows, votes, _ = _probabilities(q_heads[:, a:b], k_live, F_in, rule)
         if skip and votes.amin() < 0:
-            return _forward(q, k, v, y, M, rule, tau, skip=False)
-        y_heads[:, rows] = torch.bmm(P, v_live)
+            return _forward(q, k, v, rule, tau, skip=False)
+        y[:, a:b] = torch.bmm(P, v_live)
         if tau is not None:
             masked = F_rows[:, :-1].clamp(max=tau).sum(dim=2)  # (B, R)
-            M[:, rows] = i - first - masked / tau  # each of the `first` that are gone counts as 1
+            M[:, a:b] = i - first - masked / tau  # each of the `first` that are gone counts as 1
         F_out = F_rows[:, -1]
         F.scatter_(1, columns, F_out)
-        live.computed += B * R * N
-        live.total += B * R * b
+        live[0] += votes.numel()
+        live[1] += B * len(i) * b
         keep = None
         if skip and b < T and F_out.amax() > -log_eps:  # before that, nothing dies by votes
-            limits = limits or bounds(q * D**-0.5, k)
+            limits = limits or bounds(q_heads.view(q.shape), k)
             keep = _live_columns(b, columns, F_out, limits, log_eps, tau)
         blocks.append((a, b, columns, F_in, keep))
         if keep is not None:
             columns = columns.gather(1, keep)
             kv[:, b - columns.size(1) : b] = _take(kv, first + keep)
-    return blocks
+    return y.view(q.shape), M, blocks
 
 
 def _live_columns(b, columns, F, limits, log_eps, tau):
@@ -174,70 +202,11 @@ def _live_columns(b, columns, F, limits, log_eps, tau):
     if tau is not None:
         dead &= F > tau
     dead[:, 0] = False  # token 0 stays column 0 of what votes see
-    alive = (~dead).sum(dim=1)
-    n = int(alive.max())  # the longest list
+    n = int((~dead).sum(dim=1).max())  # the longest list
     if n > 7 / 8 * columns.size(1):
         return None
     # the live ones first, in their order
     return dead.byte().argsort(dim=1, stable=True)[:, :n]
-
-
-def _backward(q, k, v, dy, dM, rule, tau, parameters, blocks):
-    """dq, dk, dv (B, H, T, D) and the gradients of the parameters."""
-    B, H, T, D = q.shape
-    q_heads = _scaled(q)  # (B*H, T, D)
-    dy_heads = dy.contiguous().flatten(0, 1)
-    kv = torch.cat([k, v]).flatten(0, 1)  # (2*B*H, T, D)
-    packed = torch.empty_like(kv)
-    dq = torch.empty_like(q_heads)
-    dkv = kv.new_zeros(len(kv), D, T)  # packed, and transposed: products with P are faster so
-    # G[j] = sum of dF[i,j] over the rows i of later blocks: the recurrence of F, run backwards
-    G = q.new_zeros(B, T)
-    dparameters = [torch.zeros_like(p) for p in parameters]
-    for a, b, columns, F, keep in reversed(blocks):
-        rows = slice(a, b)
-        listed = slice(b - columns.size(1), b)
-        if b == T or keep is not None:
-            packed[:, listed] = _take(kv, columns)
-        dkv_live = dkv[:, :, listed]  # (2*B*H, D, N)
-        if keep is not None:
-            n = keep.size(1)
-            after = dkv_live[:, :, -n:].clone()
-            places = _for_heads(keep, len(kv))[:, None].expand(after.shape)
-            dkv_live.zero_().scatter_(2, places, after)
-        k_live, v_live = packed[:, listed].chunk(2)  # (B*H, N, D)
-        dk_live, dv_live = dkv_live.chunk(2)  # (B*H, D, N)
-        q_rows = q_heads[:, rows]
-        dy_rows = dy_heads[:, rows]
-        P, F_rows, votes, L0 = _probabilities(q_rows, k_live, F, rule, grad=True)
-        dP = torch.bmm(dy_rows, v_live.transpose(1, 2))  # (B*H, R, N)
-        dL = torch._softmax_backward_data(dP, P, -1, P.dtype, grad_input=dP)  # in its place
-        dL_heads = dL.unflatten(0, (B, H))
-        dF = -dL_heads.sum(dim=1)  # (B, R, N)
-        if tau is not None:
-            dF -= (F_rows[:, :-1] <= tau) * (dM[:, rows, None] / tau)
-        # dS[k,j] = sum of dF[i,j] over i > k; before the first row, the sum of all
-        sums = _sums(dF).flip(1, 2)
-        G_live = G.gather(1, columns)
-        dS = torch.baddbmm(G_live[:, None], sums, dF)  # (B, R+1, N)
-        G.scatter_(1, columns, dS[:, 0])
-        if votes.requires_grad:
-            inputs = [L0, *parameters]
-            dS = _that_count(dS[:, 1:])
-            # the graph is retained, as that of a factor that is no leaf serves all blocks
-            dL0, *grads = torch.autograd.grad(
-                votes, inputs, dS, retain_graph=True, allow_unused=True
-            )
-            if dL0 is not None:
-                dL_heads[:, 0] += dL0
-            for total, grad in zip(dparameters, grads):
-                total += grad
-        dq[:, rows] = torch.bmm(dL, k_live)
-        dk_live += torch.bmm(q_rows.transpose(1, 2), dL)
-        dv_live += torch.bmm(dy_rows.transpose(1, 2), P)
-    dq *= D**-0.5
-    dk, dv = dkv.transpose(1, 2).unflatten(0, (2, B, H))
-    return dq.view(B, H, T, D), dk, dv, *dparameters
 
 
 def _probabilities(q, k, F, rule, grad=False):
@@ -247,7 +216,7 @@ def _probabilities(q, k, F, rule, grad=False):
     the row after the block; all votes (B, R, N), and head 0's logits, with a graph if grad is set.
     """
     R = q.size(1)
-    P = torch.bmm(q, k.transpose(1, 2))  # as yet the logits
+    P = torch.bmm(q, k.mT)  # as yet the logits
     L = P.unflatten(0, (len(F), -1))  # (B, H, R, N), the same memory
     L0 = L[:, 0].clone().requires_grad_(grad)
     with torch.set_grad_enabled(grad):
@@ -276,16 +245,16 @@ def _sums(S):
     return S.new_ones(R + 1, R).tril_(-1).expand(B, -1, -1)
 
 
-def _scaled(q):
-    """(B, H, T, D) -> (B*H, T, D), divided by √D."""
-    return (q * q.size(3) ** -0.5).flatten(0, 1)
+def _heads(q, k, v):
+    """q/√D (B*H, T, D); k, then v (2*B*H, T, D)."""
+    q = q * q.size(3) ** -0.5
+    return q.flatten(0, 1), torch.cat([k, v]).flatten(0, 1)
 
 
 def _take(kv, columns):
     """kv (2*B*H, T, D), columns (B, n) -> (2*B*H, n, D)."""
-    X, T, D = kv.shape
-    places = _for_heads(columns, X) + T * torch.arange(X)[:, None]
-    return kv.view(X * T, D)[places.flatten()].view(X, -1, D)
+    X = len(kv)
+    return kv[torch.arange(X)[:, None], _for_heads(columns, X)]
 
 
 def _for_heads(columns, X):
@@ -312,9 +281,7 @@ def _can_be_negative(rule, q, k):
 
     This cannot be left to the votes of the blocks, which are not computed where columns are dead.
     """
-    longest_q = q[:, 0].norm(dim=2).max()
-    longest_k = k[:, 0].norm(dim=2).max()
-    largest = longest_q * longest_k * q.size(3) ** -0.5
+    largest = q[:, 0].norm(dim=2).max() * k[:, 0].norm(dim=2).max() * q.size(3) ** -0.5
     logits = torch.linspace(-largest, largest, 1001, dtype=q.dtype)
     votes = rule.vote(logits.repeat(len(q), 1, 1))
     return bool(votes.amin() < 0)

@@ -44,19 +44,36 @@ import model
 from kernels.cpu import bounds
 
 HEAD_SIZES = (16, 32, 64, 128)
-INTERPRETED = triton.knobs.runtime.interpret  # on a CPU
 DEVICES = ('cuda',)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-if INTERPRETED:
+if triton.knobs.runtime.interpret:  # on a CPU
     DEVICES = ('cuda', 'cpu')
     DTYPES = (torch.float32, torch.float16)  # it gets bfloat16's products wrong
 LOG2E = tl.constexpr(1.4426950408889634)
-G = 32  # rows from one boundary to the next; R is a multiple of it
+ROWS = 32  # from one boundary to the next; R is a multiple of it
+G = tl.constexpr(ROWS)
 
 
 # --------------------------------------------------------------------------------------------------
 # Pieces of the kernels. q, k, v and what is like them are (B*H, T, D), bh a head of a sequence.
 # A tile is (R, N) with rows i (R, 1) and columns j (1, N), or lies on its side: (N, R)
+
+
+@triton.jit
+def program():
+    """n, m or h, and b of this program."""
+    return tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+
+
+@triton.jit
+def block(n, R):
+    return n * R + tl.arange(0, R)
+
+
+@triton.jit
+def boundary(C, b, n, T):
+    """Pointer to C[n] of sequence b, which is (T,)."""
+    return C + (b * (tl.cdiv(T, G) + 1) + n) * T
 
 
 @triton.jit
@@ -95,25 +112,26 @@ def S_of(x, y, i, j):
 
 
 @triton.jit
-def F_of(S, C, factor, i, j, T, axis):
-    """F of a tile, infinite in the future, from its S and from C at its first row."""
+def S_and_F_of(x, y, C, factor, i, j, T, axis):
+    """S and F of a tile, F infinite in the future. C: at its first row; axis: along the rows."""
+    S = S_of(x, y, i, j)
     above = tl.cumsum(S, axis) - S
-    return tl.where(j <= i, factor * (numbers(C, j, T) + above), float('inf'))
+    return S, tl.where(j <= i, factor * (numbers(C, j, T) + above), float('inf'))
 
 
 @triton.jit
-def dF_of_M(F, dM, tau, D):
+def dF_of_M(F, dM, tau, b, i, T, D):
     """What the gradient of M takes from that of F: M counts min(F, tau) / tau."""
-    return tl.where(F * D**-0.5 <= tau, dM / tau, 0.0)
+    return tl.where(F * D**-0.5 <= tau, numbers(dM + b * T, i, T) / tau, 0.0)
 
 
 @triton.jit
-def softmax_backward(x, y, dx, dy, F, lse, delta, D):
+def softmax_backward(x, y, dx, dy, F, lse, delta, bh, i, T, D):
     """P and dL of a tile. x, y, dx, dy: q, k, dy, v of a head; for one on its side k, q, v, dy."""
     L = tl.dot(x, tl.trans(y)) - F
-    P = tl.exp2(L * (LOG2E * D**-0.5) - lse)
+    P = tl.exp2(L * (LOG2E * D**-0.5) - numbers(lse + bh * T, i, T, float('inf')))
     dP = tl.dot(dx, tl.trans(dy))
-    return P, P * (dP - delta)
+    return P, P * (dP - numbers(delta + bh * T, i, T))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,53 +141,48 @@ def softmax_backward(x, y, dx, dy, F, lse, delta, D):
 @triton.jit
 def votes_kernel(q, k, C, H, T, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """C[n+1,j] = sum of S[i,j] over the rows i of block n; one program for each tile."""
-    n = tl.program_id(0)
-    m = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    n, m, b = program()
     if m * N >= (n + 1) * R:
         return  # all future
-    i = n * R + tl.arange(0, R)
-    j = m * N + tl.arange(0, N)
+    i = block(n, R)
+    j = block(m, N)
     q0 = load(q, b * H, i, T, D)
     k0 = load(k, b * H, j, T, D)
     S = S_of(q0, k0, i[:, None], j[None, :])
-    C += (b * (tl.num_programs(0) + 1) + n + 1) * T
-    tl.store(C + j, tl.sum(S, 0), mask=j < T)
+    tl.store(boundary(C, b, n + 1, T) + j, tl.sum(S, 0), mask=j < T)
 
 
 @triton.jit
 def forward_kernel(
     q, k, v, C, scale, lists, counts, y, lse, M, tau, H, T,
-    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr, MEMORY: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """y of a row block, and log2 of its softmax's denominator; M where MEMORY is set."""
-    n = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    """y of a row block, and log2 of its softmax's denominator; M where tau is given."""
+    n, h, b = program()
+    n = tl.num_programs(0) - 1 - n  # the longest rows first
     bh = b * H + h
-    i = n * R + tl.arange(0, R)
+    i = block(n, R)
     q0 = load(q, b * H, i, T, D)
     qh = load(q, bh, i, T, D)
-    C += (b * (tl.cdiv(T, G) + 1) + n * (R // G)) * T
-    block = b * tl.num_programs(0) + n
-    lists += block * T
-    count = tl.load(counts + block)
+    C = boundary(C, b, n * (R // G), T)
+    place = b * tl.num_programs(0) + n
+    lists += place * T
+    count = tl.load(counts + place)
     factor = tl.load(scale)
     unit = LOG2E * D**-0.5
-    top = tl.full(
-        [R], float('-inf'), tl.float32
-    )  # the largest logit so far, and what depends on it
+    # the largest logit so far, and what depends on it
+    top = tl.full([R], float('-inf'), tl.float32)
     total = tl.zeros([R], tl.float32)
     acc = tl.zeros([R, D], tl.float32)
-    # sum over j of min(F, tau), of which the columns that are not listed have tau each
-    masked = tl.zeros([R], tl.float32) + tau * (tl.minimum(n * R + R, T) - count)
+    if tau is not None:
+        # sum over j of min(F, tau), of which the columns that are not listed have tau each
+        masked = tl.full([R], tau * (tl.minimum(n * R + R, T) - count), tl.float32)
     for a in range(0, count, N):
         j = numbers(lists, a + tl.arange(0, N), count, T)
         k0 = load(k, b * H, j, T, D)
-        S = S_of(q0, k0, i[:, None], j[None, :])  # (R, N)
-        F = F_of(S, C, factor, i[:, None], j[None, :], T, 0)
-        if MEMORY:
-            seen = tl.where(j[None, :] <= i[:, None], F, 0.0)
+        _, F = S_and_F_of(q0, k0, C, factor, i[:, None], j[None, :], T, 0)  # (R, N)
+        if tau is not None:
+            seen = tl.where(F < float('inf'), F, 0.0)
             masked += tl.sum(tl.minimum(seen * D**-0.5, tau), 1)
         kh = load(k, bh, j, T, D)
         vh = load(v, bh, j, T, D)
@@ -182,24 +195,22 @@ def forward_kernel(
         top = new_top
     store(y, bh, i, acc / total[:, None], T, D)
     tl.store(lse + bh * T + i, top + tl.log2(total), mask=i < T)
-    if MEMORY:
+    if tau is not None:
         tl.store(M + b * T + i, i - masked / tau, mask=(i < T) & (h == 0))
 
 
 @triton.jit
 def columns_kernel(
     q, k, v, dy, C, scale, lse, delta, dM, tau, order, ends, dC, dk, dv, H, T,
-    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, MEMORY: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a column block; to dC[n] it adds the column sums of dF.
 
     Its tiles lie on their sides, so that products with them add up to rows of dk and dv.
     """
-    m = tl.program_id(0)
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    m, h, b = program()
     bh = b * H + h
-    j = numbers(order + b * T, m * N + tl.arange(0, N), T, T)
+    j = numbers(order + b * T, block(m, N), T, T)
     first = tl.min(j, 0) // R
     end = tl.max(numbers(ends + b * T, j, T, 0), 0)
     k0 = load(k, b * H, j, T, D)
@@ -209,22 +220,20 @@ def columns_kernel(
     dkh = tl.zeros([N, D], tl.float32)
     dvh = tl.zeros([N, D], tl.float32)
     for n in range(first, end):
-        i = n * R + tl.arange(0, R)
-        block = (b * (tl.cdiv(T, R) + 1) + n) * T
+        i = block(n, R)
         q0 = load(q, b * H, i, T, D)
         qh = load(q, bh, i, T, D)
-        S = S_of(k0, q0, i[None, :], j[:, None])  # (N, R)
-        F = F_of(S, C + block, factor, i[None, :], j[:, None], T, 1)
-        lse_rows = numbers(lse + bh * T, i, T, float('inf'))
-        delta_rows = numbers(delta + bh * T, i, T)
+        rows = i[None, :]
+        C_n = boundary(C, b, n, T)
+        _, F = S_and_F_of(k0, q0, C_n, factor, rows, j[:, None], T, 1)  # (N, R)
         dyh = load(dy, bh, i, T, D)  # here it leaves registers free above
-        P, dL = softmax_backward(kh, qh, vh, dyh, F, lse_rows[None, :], delta_rows[None, :], D)
+        P, dL = softmax_backward(kh, qh, vh, dyh, F, lse, delta, bh, rows, T, D)
         dvh = tl.dot(P.to(dyh.dtype), dyh, dvh)
         dkh = tl.dot(dL.to(qh.dtype), qh, dkh)
-        if MEMORY and h == 0:  # M belongs to no head
-            dM_rows = numbers(dM + b * T, i, T)
-            dL += dF_of_M(F, dM_rows[None, :], tau, D)
-        tl.atomic_add(dC + block + j, -tl.sum(dL, 1), mask=j < T, sem='relaxed')
+        if tau is not None and h == 0:  # M belongs to no head
+            dL += dF_of_M(F, dM, tau, b, rows, T, D)
+        sums = boundary(dC, b, n, T) + j
+        tl.atomic_add(sums, -tl.sum(dL, 1), mask=j < T, sem='relaxed')
     store(dk, bh, j, dkh * D**-0.5, T, D)
     store(dv, bh, j, dvh, T, D)
 
@@ -232,28 +241,23 @@ def columns_kernel(
 @triton.jit
 def tile_kernel(
     q, k, v, dy, C, scale, lse, delta, dM, tau, lists, counts, dC, dq, dk0, dscale, H, T,
-    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, G: tl.constexpr, MEMORY: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The share of a tile (R, N) in dq, and by its votes in dk0 and dscale."""
-    n = tl.program_id(0)
-    m = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    block = b * tl.num_programs(0) + n
-    count = tl.load(counts + block)
+    n, m, b = program()
+    place = b * tl.num_programs(0) + n
+    count = tl.load(counts + place)
     if m * N >= count:
         return
-    i = n * R + tl.arange(0, R)
-    j = numbers(lists + block * T, m * N + tl.arange(0, N), count, T)
+    i = block(n, R)
+    j = numbers(lists + place * T, block(m, N), count, T)
     q0 = load(q, b * H, i, T, D)
     k0 = load(k, b * H, j, T, D)
     factor = tl.load(scale)
-    S = S_of(q0, k0, i[:, None], j[None, :])  # (R, N)
-    blocks = tl.cdiv(T, G)  # of G rows; this tile is from `above` to `below`
+    rows = i[:, None]
     above = n * (R // G)
-    below = tl.minimum(above + R // G, blocks)
-    C += (b * (blocks + 1) + above) * T
-    dC += (b * (blocks + 1) + below) * T
-    F = F_of(S, C, factor, i[:, None], j[None, :], T, 0)
+    C = boundary(C, b, above, T)
+    S, F = S_and_F_of(q0, k0, C, factor, rows, j[None, :], T, 0)  # (R, N)
     dF = tl.zeros([R, N], tl.float32)
     for h in range(H):
         bh = b * H + h
@@ -261,15 +265,13 @@ def tile_kernel(
         kh = load(k, bh, j, T, D)
         vh = load(v, bh, j, T, D)
         dyh = load(dy, bh, i, T, D)
-        lse_rows = numbers(lse + bh * T, i, T, float('inf'))
-        delta_rows = numbers(delta + bh * T, i, T)
-        _, dL = softmax_backward(qh, kh, dyh, vh, F, lse_rows[:, None], delta_rows[:, None], D)
+        _, dL = softmax_backward(qh, kh, dyh, vh, F, lse, delta, bh, rows, T, D)
         dF -= dL
         add(dq, bh, i, tl.dot((dL * D**-0.5).to(kh.dtype), kh), T, D)
-    if MEMORY:
-        dM_rows = numbers(dM + b * T, i, T)
-        dF -= dF_of_M(F, dM_rows[:, None], tau, D)
-    from_below = numbers(dC, j, T)[None, :]
+    if tau is not None:
+        dF -= dF_of_M(F, dM, tau, b, rows, T, D)
+    below = tl.minimum(above + R // G, tl.cdiv(T, G))
+    from_below = numbers(boundary(dC, b, below, T), j, T)[None, :]
     dS = from_below + tl.sum(dF, 0)[None, :] - tl.cumsum(dF, 0)
     tl.atomic_add(dscale, tl.sum(dS * S) * D**-0.5, sem='relaxed')
     dL0 = tl.where(S > 0, dS * (factor * D**-0.5), 0.0).to(q0.dtype)
@@ -291,8 +293,8 @@ def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
     scale = getattr(rule, 'vote_scale', None)
     if scale is None:
         scale = torch.ones((), device=q.device)
-    qkv = [x.contiguous() for x in (q, k, v)]
-    y, M, *_ = attention(*qkv, scale.float(), memory_tau)
+    scale = scale.float()
+    y, M, *_ = attention(q.contiguous(), k.contiguous(), v.contiguous(), scale, memory_tau)
     if memory_tau is None:
         return y, None
     return y, M
@@ -307,25 +309,24 @@ def tiles(D, dtype):
         R = 32
     if width > 256:
         N = 32
-    run = {'num_warps': 4, 'num_stages': 2}
+    stages = 2
     if dtype == torch.float32:
-        run['num_stages'] = 1
+        stages = 1
     return {
-        votes_kernel: dict(R=G, N=64, **run),
-        forward_kernel: dict(R=2 * R, N=32, **run),
-        columns_kernel: dict(R=G, N=N, **run),
-        tile_kernel: dict(R=R, N=N, **run),
+        votes_kernel: dict(R=ROWS, N=64, num_stages=stages),
+        forward_kernel: dict(R=2 * R, N=32, num_stages=stages),
+        columns_kernel: dict(R=ROWS, N=N, num_stages=stages),
+        tile_kernel: dict(R=R, N=N, num_stages=stages),
     }
 
 
-def launch(kernel, axes, q, *args, **settings):
-    """Run a kernel on q's device: a program for each sequence and for each of what the axes are."""
+def launch(kernel, x, y, q, *args):
+    """Run a kernel on q's device: a program for each of x, each of y and each sequence."""
     B, H, T, D = q.shape
     tile = tiles(D, q.dtype)[kernel]
     programs = {'rows': triton.cdiv(T, tile['R']), 'columns': triton.cdiv(T, tile['N']), 'heads': H}
-    grid = [programs[axis] for axis in axes]
     with torch.cuda.device_of(q):
-        kernel[*grid, B](q, *args, H, T, D=D, **tile, **settings)
+        kernel[programs[x], programs[y], B](q, *args, H, T, D=D, **tile)
 
 
 def blocks_alive(q, k, C, scale, tau):
@@ -333,13 +334,12 @@ def blocks_alive(q, k, C, scale, tau):
 
     The column is dead from the next one on, by the bound of kernels/cpu.py.
     """
-    _, H, T, D = q.shape
-    k_norm, Q, m = bounds(q.float() * D**-0.5, k.float())  # (B, H, T)
+    T, D = q.shape[2:]
     F = C[:, :-1] * (scale * D**-0.5)  # (B, blocks, T)
     reach = torch.full_like(F, -math.inf)
-    for h in range(H):
-        reach_h = Q[:, h, ::G, None] * k_norm[:, h, None] - m[:, h, ::G, None]
-        torch.maximum(reach, reach_h, out=reach)
+    limits = torch.stack(bounds(q.float() * D**-0.5, k.float()))  # (3, B, H, T)
+    for k_norm, Q, m in limits.unbind(2):
+        torch.maximum(reach, Q[:, ::ROWS, None] * k_norm[:, None] - m[:, ::ROWS, None], out=reach)
     dead = reach - F < math.log(2**-24 / T)
     dead &= scale >= 0  # of negative votes F may fall again
     if tau is not None:
@@ -347,15 +347,16 @@ def blocks_alive(q, k, C, scale, tau):
     return (~dead).sum(dim=1, dtype=torch.int32)
 
 
-def live_columns(alive, R):
-    """For blocks of R rows, the columns that are alive or their own, and how many.
+def live_columns(alive, kernel, q):
+    """For the kernel's blocks of rows, the columns that are alive or their own, and how many.
 
     They lead the lists (B, blocks, T); the counts are (B, blocks).
     """
-    T = alive.size(1)
+    T, D = q.shape[2:]
+    R = tiles(D, q.dtype)[kernel]['R']
     n = torch.arange(0, T, R, device=alive.device)[:, None]  # the first row of each block
     past = torch.arange(T, device=alive.device) < n + R
-    live = (alive[:, None] > n // G) & past
+    live = (alive[:, None] > n // ROWS) & past
     lists = (~live).byte().argsort(dim=2, stable=True)
     return lists.int(), live.sum(dim=2, dtype=torch.int32)
 
@@ -364,14 +365,11 @@ def live_columns(alive, R):
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, tau: float | None) -> list[Tensor]:
     """y, M (B, T), and for the backward lse (B, H, T), C (B, blocks + 1, T) and alive (B, T)."""
     y, M, lse, C, alive = attention_fake(q, k, v, scale, tau)
-    launch(votes_kernel, ('rows', 'columns'), q, k, C)
+    launch(votes_kernel, 'rows', 'columns', q, k, C)
     C.cumsum_(1)
     alive = blocks_alive(q, k, C, scale, tau)
-    lists = live_columns(alive, tiles(q.size(3), q.dtype)[forward_kernel]['R'])
-    launch(
-        forward_kernel, ('rows', 'heads'),
-        q, k, v, C, scale, *lists, y, lse, M, tau or 1.0, G=G, MEMORY=tau is not None,
-    )  # fmt: skip
+    lists = live_columns(alive, forward_kernel, q)
+    launch(forward_kernel, 'rows', 'heads', q, k, v, C, scale, *lists, y, lse, M, tau)
     return [y, M, lse, C, alive]
 
 
@@ -379,7 +377,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, tau: float | None)
 def attention_fake(q, k, v, scale, tau):
     B, H, T, _ = q.shape
     zeros = partial(torch.zeros, device=q.device)
-    blocks = (T + G - 1) // G
+    blocks = (T + ROWS - 1) // ROWS
     alive = zeros(B, T, dtype=torch.int32)
     return [torch.empty_like(q), zeros(B, T), zeros(B, H, T), zeros(B, blocks + 1, T), alive]
 
@@ -389,24 +387,16 @@ def attention_backward(saved: list[Tensor], tau: float | None) -> list[Tensor]:
     """dq, dk, dv and the scalar dscale."""
     q, k, v, scale, y, lse, C, alive, dy, dM = saved
     dq, dk, dv, dscale = attention_backward_fake(saved, tau)
-    B, H, T, D = q.shape
     delta = (y.float() * dy).sum(-1)  # (B, H, T) what the softmax's backward subtracts
-    common = q, k, v, dy, C, scale, lse, delta, dM, tau or 1.0
-    memory = tau is not None
+    common = q, k, v, dy, C, scale, lse, delta, dM, tau
     dC = torch.zeros_like(C)
     order = alive.argsort(dim=1, stable=True).int()
-    launch(
-        columns_kernel, ('columns', 'heads'),
-        *common, order, alive, dC, dk, dv, MEMORY=memory,
-    )  # fmt: skip
+    launch(columns_kernel, 'columns', 'heads', *common, order, alive, dC, dk, dv)
     dC = dC.flip(1).cumsum(1).flip(1)
     dq = torch.zeros_like(q, dtype=torch.float32)
-    dk0 = torch.zeros(B, T, D, device=q.device)
-    lists = live_columns(alive, tiles(D, q.dtype)[tile_kernel]['R'])
-    launch(
-        tile_kernel, ('rows', 'columns'),
-        *common, *lists, dC, dq, dk0, dscale, G=G, MEMORY=memory,
-    )  # fmt: skip
+    dk0 = torch.zeros_like(q[:, 0], dtype=torch.float32)
+    lists = live_columns(alive, tile_kernel, q)
+    launch(tile_kernel, 'rows', 'columns', *common, *lists, dC, dq, dk0, dscale)
     dk[:, 0] += dk0
     return [dq.to(q.dtype), dk, dv, dscale]
 
