@@ -1,0 +1,48 @@
+"""What the tests of the kernels share: a rule, and all numbers that attention gives with it."""
+
+import torch
+
+import model as m
+
+
+class Rule(torch.nn.Module):
+    """A layer with these parameters, in float64. vote: its rule; None: model.py's."""
+
+    vote = m.CausalSelfAttention.vote
+    accumulate = m.CausalSelfAttention.accumulate
+
+    def __init__(self, vote=None, **parameters):
+        super().__init__()
+        self.vote_scale = None
+        if vote is not None:
+            self.vote = vote
+        for name, value in parameters.items():
+            value = torch.tensor(value, dtype=torch.float64)
+            setattr(self, name, torch.nn.Parameter(value))
+
+
+def results(attention, qkv, rule, memory_tau=None, only='yM'):
+    """y, M and all gradients of a loss that weighs each number of `only`."""
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    y, M = attention(*qkv, rule, memory_tau=memory_tau)
+    found = {'y': y, 'M': M}
+    if memory_tau is None:
+        assert found.pop('M') is None
+    g = torch.Generator().manual_seed(1)
+    loss = 0.0
+    for name, x in found.items():
+        if name in only:
+            loss = loss + (x * torch.randn(x.shape, generator=g).to(x.device)).sum()
+    grads = torch.autograd.grad(loss, [*qkv, *rule.parameters()], materialize_grads=True)
+    return found | dict(zip(['dq', 'dk', 'dv', *dict(rule.named_parameters())], grads))
+
+
+def compare(attention, qkv, rule, memory_tau=None, tolerance=1e-12, only='yM'):
+    """The numbers are those of the paper's listing in float64."""
+    found = results(attention, qkv, rule, memory_tau, only)
+    assert found['y'].dtype == qkv[0].dtype
+    exact = [x.double() for x in qkv]
+    wanted = results(m.selective_attention_listing, exact, rule.double(), memory_tau, only)
+    for name, want in wanted.items():
+        error = (found[name] - want).abs().max() / want.abs().max().clamp(min=1e-9)
+        assert error < tolerance, f'{name} is wrong by {error:.1e}'
