@@ -247,31 +247,23 @@ def test_recipe_resume_sample(folder, dataset, tmp_path, run, recipe, flags):
 def test_freeze(folder, dataset, tmp_path, run):
     args = [dataset, *TINY, f'--out_dir={tmp_path}', f'--init_from={folder}', '--freeze=base']
     flags = [f'--{name}={value}' for name, value in NEW.items()]
-    other = f'--out_dir={tmp_path / "x"}'
     run(train, *args, *flags)
     start = load(folder, block_size=32, **NEW).state_dict()
     for name, trained in ckpt.load(tmp_path)['model'].items():
         assert torch.equal(trained, start[name]) == is_gpt2(name), name
-    args += ['--max_iters=7']
-    resumed = [*args, *flags, '--init_from=resume']
+    resumed = [*args, *flags, '--init_from=resume', '--max_iters=7']
     assert 'step 7/7' in run(train, *resumed)
-    out = run(train, *resumed, '--freeze=', '--max_iters=8')
-    assert "another run by freeze='' (was 'base')" in out
     out = run(train, *resumed, '--freeze=', '--max_iters=8', '--resume_changed')
     assert "no state of 'transformer.wte.weight'" in out
-    assert 'trains nothing' in run(train, *args, '--selective', other)
-    assert '--block_size=40 is the largest' in run(train, *args, *flags, '--block_size=64', other)
-    assert 'no such folder' in run(train, *args, *flags, '--init_from=gpt3', other)
-    assert not (tmp_path / 'x').exists()
+    other = tmp_path / 'x'
+    assert 'trains nothing' in run(train, *args, f'--out_dir={other}') and not other.exists()
 
 
 def test_sample_and_prune_read_a_folder(folder, dataset, tmp_path, run):
     init = f'--init_from={folder}'
-    out = run(
-        sample, init, '--max_new_tokens=4', '--device=cpu', '--temperature=0', '--start=line 1'
-    )
-    idx = torch.tensor([list(b'line 1')])
-    ids = load(folder).generate(idx, 4, temperature=0)[0].tolist()
+    args = [init, '--max_new_tokens=4', '--device=cpu', '--temperature=0', '--start=line 1']
+    out = run(sample, *args)
+    ids = load(folder).generate(torch.tensor([list(b'line 1')]), 4, temperature=0)[0].tolist()
     assert out.startswith(bytes(i for i in ids if i < 256).decode('utf-8', 'replace'))
     search = [init, '--policy=oldest', '--tolerance=5', '--windows=2', '--device=cpu']
     assert 'needs an --out_dir' in run(prune, *search)
