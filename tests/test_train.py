@@ -94,16 +94,20 @@ def test_a_process_that_is_stopped_resumes(how, code, least, dataset, tmp_path, 
 
 
 def test_moments_go_by_names(dataset, tmp_path, run):
-    """A resumed run may have other groups: SSA's learning rate is a group of its own."""
+    """A resumed run may have other groups. Where they are the same, numbers will do, as of old."""
     run(train, dataset, *SMALL, '--ssa=qv', f'--out_dir={tmp_path}', '--max_iters=3')
     before = ckpt.load(tmp_path)
     gpt = ckpt.build(before)
-    optimizers = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
-    assert len(optimizers[0].param_groups) == 3
-    ckpt.load_optimizers(optimizers, None, gpt, before)
-    found = ckpt.optimizer_state(optimizers, gpt)
-    torch.testing.assert_close(found, before['optimizer'], rtol=0, atol=0)
-    assert found['AdamW'].keys() == dict(gpt.named_parameters()).keys()
+
+    def loaded(saved):
+        optimizers = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
+        ckpt.load_optimizers(optimizers, None, gpt, {**before, 'optimizer': saved})
+        return optimizers
+
+    [optimizer] = loaded(before['optimizer'])
+    for optimizers in [optimizer], loaded(optimizer.state_dict()):
+        found = ckpt.optimizer_state(optimizers, gpt)
+        torch.testing.assert_close(found, before['optimizer'], rtol=0, atol=0)
 
 
 def test_states_that_do_not_fit(dataset, tmp_path, run):
