@@ -5,10 +5,11 @@
     python prepare_text.py src/ --ext=.py,.md --tokenizer=bytes
 
 A document is a file, and ends with <|endoftext|>. Files that cannot be read as UTF-8 text are
-skipped and counted. Data sets in a folder are left out. About 1 document in 30 is for validation,
-chosen by a hash of its path inside the folder named, so the same files give the same split on every
-machine. A single file is cut at a line: its last thirtieth is for validation. Without an argument
-the text is the .py sources of Python's own standard library (without its tests), in bytes.
+skipped and counted. Data sets in a folder are left out, and folders that cannot be read. About 1
+document in 30 is for validation, chosen by a hash of its path inside the folder named, so the same
+files give the same split on every machine. A single file is cut at a line: its last thirtieth is
+for validation. Without an argument the text is the .py sources of Python's own standard library
+(without its tests), in bytes.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import mmap
 import os
 import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import get_tokenizer, known_meta, new_dataset, output_folder, summary, write_tokens
 from support import settings
@@ -39,78 +41,69 @@ class TextConfig:
 
 
 def prepare(cfg):
-    """Write <data_dir>/<name>: train.bin, val.bin and meta.json. Returns the name.
+    """Write <data_dir>/<name>: train.bin, val.bin and meta.json.
 
     A data set of that name made from text before is replaced, once the new one is whole. Raises
     UserError for a path that is missing, text that is empty or too short to split, a bad name, or a
     folder that holds anything else.
     """
     if cfg.paths:
-        found, skipped = list_documents(cfg.paths, tuple(cfg.ext.strip(',').split(',')))
+        found = list_documents(cfg.paths, tuple(cfg.ext.strip(',').split(',')))
         source = ', '.join(cfg.paths)
-        first = os.path.basename(os.path.abspath(cfg.paths[0]))
-        name = cfg.name or os.path.splitext(first)[0]
-        tokenizer = get_tokenizer(cfg.tokenizer or 'gpt2')
+        name = cfg.name or Path(cfg.paths[0]).resolve().stem
+        tokenizer = cfg.tokenizer or 'gpt2'
     else:
-        found, skipped = stdlib_documents()
+        found = stdlib_documents()
         source = f'standard library of Python {sysconfig.get_python_version()}'
         name = cfg.name or 'stdlib'
-        tokenizer = get_tokenizer(cfg.tokenizer or 'bytes')
+        tokenizer = cfg.tokenizer or 'bytes'
+    tokenizer = get_tokenizer(tokenizer)
     folder = output_folder(cfg.data_dir, name)
     documents = [document for document in found if is_text(document[1])]
-    skipped += len(found) - len(documents)
     pieces = split_documents(documents, source)
-    total = sum(os.path.getsize(file) for _, file in documents)
     done = 0
     with new_dataset(folder, tokenizer, source) as (train, val), Progress() as progress:
-        for path, begin, end, is_val in pieces:
+        for n, (file, begin, end, is_val) in enumerate(pieces):
+            progress.show('', done, n / len(pieces))
             out = val if is_val else train
-            for text in read_blocks(path, begin, end):
+            for text in read_blocks(file, begin, end):
                 write_tokens(out, tokenizer.encode_ordinary(text))
             write_tokens(out, [tokenizer.eot_token])
             done += end - begin
-            progress.show('', done, done / total)
     text = f'{summary(folder)} from {len(documents):,} file(s)'
-    if skipped:
-        text += f', {skipped:,} skipped that cannot be read as text'
+    if len(found) > len(documents):
+        text += f', {len(found) - len(documents):,} skipped that cannot be read as text'
     print(text)
-    return name
 
 
 def list_documents(paths, endings):
-    """[(path relative to the folder named, file)], sorted; how many folders cannot be read.
+    """[(path relative to the folder named, file)], sorted.
 
     Without hidden and empty files, and data sets that lie in a folder. A file that has several
     names counts once.
     """
     found = {}
-    unreadable = []
-    for path in paths:
-        if not os.path.exists(path):
+    for path in map(Path, paths):
+        if not path.exists():
             raise UserError(f"'{path}' does not exist")
-        if os.path.isfile(path):
-            found.setdefault(os.path.realpath(path), (os.path.basename(path), path))
-            continue
-        for folder, folders, names in os.walk(path, onerror=unreadable.append):
-            for name in folders.copy():
-                if name.startswith('.') or known_meta(os.path.join(folder, name)):
-                    folders.remove(name)
-            for name in names:
-                if name.endswith(endings) and not name.startswith('.'):
-                    file = os.path.join(folder, name)
-                    key = os.path.relpath(file, path).replace(os.sep, '/')
-                    found.setdefault(os.path.realpath(file), (key, file))
+        if path.is_file():
+            found.setdefault(os.path.realpath(path), (path.name, path))
+        for file in sorted(path.rglob('*')):
+            key = file.relative_to(path).as_posix()
+            hidden = '/.' in f'/{key}'
+            if key.endswith(endings) and not hidden and not known_meta(file.parent):
+                found.setdefault(os.path.realpath(file), (key, file))
     documents = []
     for key, file in sorted(found.values()):
         if os.path.isfile(file) and os.path.getsize(file):
             documents.append((key, file))
-    return documents, len(unreadable)
+    return documents
 
 
 def stdlib_documents():
     """The standard library's own modules, without the tests, which are half of it."""
-    found, unreadable = list_documents([sysconfig.get_path('stdlib')], '.py')
-    return [d for d in found if not NOT_STDLIB.intersection(d[0].split('/'))], unreadable
+    found = list_documents([sysconfig.get_path('stdlib')], '.py')
+    return [d for d in found if not NOT_STDLIB.intersection(d[0].split('/'))]
 
 
 def split_documents(documents, source):
@@ -161,11 +154,9 @@ def read_blocks(path, begin, end):
     with open(path, 'rb') as f:
         f.seek(begin)
         while begin < end:
-            block = f.read(min(BLOCK, end - begin))
+            block = b''.join(f.readlines(BLOCK))[: end - begin]
             if not block:  # somebody has shortened the file
                 return
-            if begin + len(block) < end:
-                block += f.readline()  # up to the end of the line, so that no character is cut
             begin += len(block)
             yield block.decode()
 

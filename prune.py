@@ -22,8 +22,6 @@ layer.
 
 import json
 import math
-import operator
-import os
 from dataclasses import dataclass
 
 from support import settings  # before torch, see support/__init__.py
@@ -62,9 +60,7 @@ class PruneConfig:
     bite: int = option(8, 'tokens taken at a time in the plain search', low=1)
     to: str = option('', "file in out_dir; '': budgets.json, for controls budgets_<policy>.json")
     device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
-    dtype: str = option(
-        'auto', 'bfloat16 where a GPU has it', choices=('auto', 'float32', 'bfloat16', 'float16')
-    )
+    dtype: str = option('auto', "'auto': bfloat16 where a GPU has it", choices=devices.DTYPES)
     batch_size: int = option(16, 'sequences that are computed at a time', low=1)
 
 
@@ -75,7 +71,7 @@ class Trials:
     """The loss of a model under budgets, on a fixed set of windows. It remembers every loss."""
 
     def __init__(self, model, batches, policy='selective', dtype=torch.float32):
-        """batches: a list of (x, y), int64 (B, T). dtype: of the keys and values that are kept."""
+        """batches: a list of x and y, int64 (2, B, T). dtype: of keys and values that are kept."""
         self.model = model
         self.batches = batches
         self.policy = policy
@@ -138,9 +134,9 @@ class Trial:
 
     layer: int
     bite: int  # tokens taken
-    loss: float
-    rise: float  # of the loss, for each token taken
     step: int  # how many bites had been taken before
+    loss: float = math.inf
+    rise: float = math.inf  # of the loss, for each token taken
 
 
 def search(trials, target, plain_bite=0):
@@ -160,10 +156,16 @@ def search(trials, target, plain_bite=0):
     step = 0
     while True:
         for l, budget in enumerate(budgets):
-            if l not in tried:
-                bite = size or min(int(part * budget), budget - 2)
-                tried[l] = attempt(trials, l, bite, loss, step)
-        best = min(tried.values(), key=operator.attrgetter('rise'))
+            if l in tried:
+                continue
+            bite = size or min(int(part * budget), budget - 2)
+            tried[l] = Trial(l, bite, step)
+            if 0 < bite < budget - 1:  # else it has too few
+                fewer = list(budgets)
+                fewer[l] -= bite
+                tried[l].loss = trials.loss(fewer, l)
+                tried[l].rise = (tried[l].loss - loss) / bite
+        best = min(tried.values(), key=lambda trial: trial.rise)
         left = target - loss
         if best.bite > 1 and not plain_bite:
             left /= 4
@@ -186,16 +188,6 @@ def search(trials, target, plain_bite=0):
             best.loss = best.rise = math.inf  # what another layer gives may still fit
         else:
             return
-
-
-def attempt(trials, l, bite, loss, step):
-    """The Trial of a bite from layer l, where the loss has been `loss`; inf: it has too few."""
-    budgets = list(trials.budgets)
-    budgets[l] -= bite
-    new = math.inf
-    if bite > 0 and budgets[l] > 1:
-        new = trials.loss(budgets, l)
-    return Trial(l, bite, new, (new - loss) / max(bite, 1), step)
 
 
 # ---- How sure the result is ----------------------------------------------------------------------
@@ -226,19 +218,20 @@ def unseen(trials, curve, target):
     """
     end = trials.windows(curve[-1]['budgets'])
     difference = end - target
-    found = {
-        'target': target.mean().item(),
+    goal = target.mean().item()
+    holds = None
+    for p in reversed(curve):
+        loss = trials.loss(p['budgets'])
+        if loss <= goal:
+            holds = {**p, 'val_loss': loss}
+            break
+    return {
+        'target': goal,
         'unpruned': trials.loss(curve[0]['budgets']),
         'pruned': end.mean().item(),
         'difference': [difference.mean().item(), *bootstrap(difference)],
-        'holds': None,
+        'holds': holds,
     }
-    for p in reversed(curve):
-        loss = trials.loss(p['budgets'])
-        if loss <= found['target']:
-            found['holds'] = {**p, 'val_loss': loss}
-            break
-    return found
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -267,9 +260,8 @@ def main():
     searched, held_out = windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint))
 
     with devices.autocast(cfg.device, cfg.dtype):  # as sample.py generates
-        goal = to_keep(reference, searched, cfg).mean().item()
         goals = to_keep(reference, held_out, cfg)
-        cfg.target_loss = goal
+        cfg.target_loss = to_keep(reference, searched, cfg).mean().item()
         trials = Trials(model, searched, cfg.policy, dtype)
         result = {
             **vars(cfg),
@@ -282,19 +274,16 @@ def main():
         trials.known.update(known_trials(path, result))
         result |= {'budgets': trials.budgets, 'trials': trials.known, 'curve': [], 'held_out': {}}
         plain_bite = cfg.bite if cfg.search == 'plain' else 0
-        for loss in search(trials, goal, plain_bite):
+        for loss in search(trials, cfg.target_loss, plain_bite):
             add_point(result, loss)
             files.write_file(path, json.dumps(result))
         others = Trials(model, held_out, cfg.policy, dtype)
         found = unseen(others, result['curve'], goals)
-    result['held_out'] = found
-    files.write_file(path, json.dumps(result))
-    kept = 'nothing'
-    if found['holds']:
-        kept = f'{found["holds"]["saving"]:.1f}x less memory'
+    files.write_file(path, json.dumps({**result, 'held_out': found}))
     mean, low, high = found['difference']
     print(f'on other windows: {mean:+.4f} [{low:+.4f}, {high:+.4f}] from the target')
-    print(f'what keeps the loss there, too: {kept}')
+    if found['holds']:
+        print(f'with {found["holds"]["saving"]:.1f}x less memory the loss is kept there, too')
 
 
 def output_path(cfg):
@@ -305,15 +294,14 @@ def output_path(cfg):
     if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
         raise UserError(f'--init_from={cfg.init_from} needs an --out_dir for its budgets')
     name = 'budgets.json' if cfg.policy == 'selective' else f'budgets_{cfg.policy}.json'
-    path = os.path.join(cfg.out_dir, cfg.to or name)
+    path = f'{cfg.out_dir}/{cfg.to or name}'
     files.check_output(path, '.json', '"budgets"')
     return path
 
 
 def traits(model, checkpoint):
     """What must be the same in two models whose losses are compared."""
-    bos = ckpt.starts_with_bos(checkpoint)
-    return model.config.block_size, checkpoint['tokenizer'], bos
+    return model.config.block_size, checkpoint['tokenizer'], ckpt.starts_with_bos(checkpoint)
 
 
 def windows_of(dataset, cfg, size, bos):
@@ -323,8 +311,8 @@ def windows_of(dataset, cfg, size, bos):
     for batches in lists:
         for start in range(0, cfg.windows, cfg.batch_size):
             B = min(cfg.batch_size, cfg.windows - start)
-            x, y = dataset.batch('val', n, B, size, cfg.seed, bos)
-            batches.append((x.to(cfg.device), y.to(cfg.device)))
+            batch = torch.stack(dataset.batch('val', n, B, size, cfg.seed, bos))
+            batches.append(batch.to(cfg.device))
             n += 1
     return lists
 
@@ -344,12 +332,10 @@ def known_trials(path, result):
         earlier = files.read_json(path, '', trials=dict)
     except UserError:
         return {}
-    for name, value in result.items():
-        if earlier.get(name) != value:
-            return {}
-    if not files.is_a(list(earlier['trials'].values()), [float]):
-        return {}
-    return earlier['trials']
+    losses = list(earlier['trials'].values())
+    if {**earlier, **result} == earlier and files.is_a(losses, [float]):
+        return earlier['trials']
+    return {}
 
 
 def add_point(result, loss):
@@ -358,8 +344,7 @@ def add_point(result, loss):
     memory = sum(budgets)
     full = len(budgets) * result['block_size']
     saving = full / memory
-    step = len(result['curve'])
-    print(f'step {step}: {budgets}, {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
+    print(f'{budgets}: {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
     result['curve'].append(
         {
             'budgets': budgets,

@@ -52,7 +52,7 @@ def show(prompt, tokens, tokenizer):
         if token < tokenizer.n_vocab:  # a padded vocabulary has ids without text
             piece = tokenizer.decode_single_token_bytes(token)
             print(text.decode(piece), end='', flush=True)
-    print(text.decode(b'', final=True) + '\n' + '-' * 40, flush=True)
+    print(text.decode(b'', final=True), '-' * 40, sep='\n')
 
 
 def main():
@@ -85,18 +85,17 @@ def main():
     # the texts
     torch.manual_seed(cfg.seed)
     started = time.time()
-    options = dict(cache=cache, num_samples=cfg.num_samples)
     with devices.autocast(device, dtype):
-        steps = stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, **options)
+        steps = stream(
+            model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cache, cfg.num_samples
+        )
         if cfg.num_samples == 1:
-            show(prompt, (new.item() for new in steps), tokenizer)
+            texts = [(new.item() for new in steps)]
         else:
             texts = torch.cat(list(steps), dim=1).tolist()
-    seconds = time.time() - started
-    if cfg.num_samples > 1:
         for tokens in texts:
             show(prompt, tokens, tokenizer)
-    rate = cfg.num_samples * cfg.max_new_tokens / seconds
+    rate = cfg.num_samples * cfg.max_new_tokens / (time.time() - started)
     print(f'{rate:,.0f} tokens/s; {memory}', file=sys.stderr)
 
 

@@ -77,7 +77,7 @@ def named(found, rng):
 def main():
     cfg = settings.parse(NamesConfig)
     folder = data.output_folder(cfg.data_dir, cfg.name, source='lab.names')
-    documents, _ = prepare_text.stdlib_documents()
+    documents = prepare_text.stdlib_documents()
     pieces = prepare_text.split_documents(documents, 'stdlib')
     tokenizer = data.get_tokenizer('bytes')
     source = f'lab.names, {cfg.copies} copies, seed {cfg.seed}'

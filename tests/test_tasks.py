@@ -133,7 +133,7 @@ def test_names(tmp_path, monkeypatch, run):
     for name, text in files.items():
         (tmp_path / name).write_bytes(text)
         documents.append((name, str(tmp_path / name)))
-    monkeypatch.setattr(names.prepare_text, 'stdlib_documents', lambda: (documents, 0))
+    monkeypatch.setattr(names.prepare_text, 'stdlib_documents', lambda: documents)
     out = run(names, f'--data_dir={tmp_path}', '--copies=3')
     sizes = re.search('([0-9]+) train and ([0-9]+) val', out).groups()
     assert sorted(map(int, sizes)) == [3 * 3, 3 * (9 * 4 + 1)]
