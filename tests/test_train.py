@@ -180,7 +180,7 @@ def test_a_signal_to_all_waits_for_the_save(dataset, tmp_path, tree):
 def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, run):
     wild = ['--learning_rate=1000', '--weight_decay=1000']
     out = run(train, dataset, *SMALL, *wild, '--max_iters=30', f'--out_dir={tmp_path}')
-    assert 'is not finite; what was saved before is kept' in out
+    assert 'loss is not finite; what was saved before is kept' in out
     assert ckpt.load(tmp_path)['iter_num'] == 0
 
 
