@@ -156,7 +156,7 @@ def test_a_signal_to_all_waits_for_the_save(dataset, tmp_path, tree):
     tree(
         'train.py',
         '            ckpt.save(',
-        '            time.sleep(checkpoint["iter_num"] and 4)\n            ckpt.save(',
+        '            time.sleep(iter_num and 4)\n            ckpt.save(',
     )
     args = ['train.py', dataset, *SMALL, '--max_iters=1_000_000', '--eval_interval=1_000_000']
     args.append(f'--out_dir={tmp_path / "x"}')
