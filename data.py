@@ -119,8 +119,9 @@ class Dataset:
 
     def fingerprint(self):
         """16 hexadecimal digits: a hash of what tokens mean, of the files' lengths and samples."""
-        meaning = f'{self.tokenizer_name} {self.vocab_size} {self.record_len} {self.answers}'
-        digest = hashlib.sha256(meaning.encode())
+        digest = hashlib.sha256(
+            f'{self.tokenizer_name} {self.vocab_size} {self.record_len} {self.answers}'.encode()
+        )
         for tokens in self.files['train'] + self.files['val']:
             digest.update(len(tokens).to_bytes(8, 'little'))
             for start in np.linspace(0, len(tokens), 16, dtype=int):
@@ -230,8 +231,10 @@ def read_meta(path):
 
 def file_tokens(path):
     """How many tokens each .bin file of a data set's folder has."""
-    names = sorted(glob.glob('*.bin', root_dir=path))
-    return {name: os.path.getsize(f'{path}/{name}') // 2 for name in names}
+    counts = {}
+    for name in sorted(glob.glob('*.bin', root_dir=path)):
+        counts[name] = os.path.getsize(f'{path}/{name}') // 2
+    return counts
 
 
 def known_meta(path):

@@ -13,15 +13,13 @@ through, so memory stays small. To use more cores than one run does, start sever
 --shards.
 """
 
-import collections
-import concurrent.futures
-import contextlib
 import json
 import math
 import os
 import re
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import (
     file_tokens,
@@ -37,7 +35,6 @@ from support.download import Progress, Server
 from support.settings import UserError, option
 
 TRAIN_SHARDS = 1024
-VAL_SHARDS = 8
 NAMES = {
     'train': 'c4-train.{:05d}-of-01024.json.gz',
     'val': 'c4-validation.{:05d}-of-00008.json.gz',
@@ -68,13 +65,18 @@ class C4Config:
 
 
 def prepare(cfg):
-    """Download and tokenize what is missing of <data_dir>/<name>. Returns the name.
+    """Download and tokenize what is missing of <data_dir>/<name>.
 
     Raises UserError if a setting is wrong, the server or the tokenizer is out of reach, a shard is
     damaged, or the folder holds another data set.
     """
     folder = output_folder(cfg.data_dir, cfg.name, r'(train|val)_\d{5}\.bin', SOURCE)
-    shards = parse_range(cfg.shards)
+    match = re.fullmatch(r'(\d+):(\d+)', cfg.shards)
+    if not match or not int(match[1]) < int(match[2]) <= TRAIN_SHARDS:
+        raise UserError(
+            f"--shards: '{cfg.shards}' is not first:end with 0 <= first < end <= {TRAIN_SHARDS}"
+        )
+    shards = range(int(match[1]), int(match[2]))
     made_with = known_meta(folder).get('tokenizer', cfg.tokenizer)
     if made_with != cfg.tokenizer:
         raise UserError(
@@ -82,22 +84,11 @@ def prepare(cfg):
             'or delete it'
         )
     preparation = Preparation(folder, cfg)
-    with files.locked(folder, shared=True), preparation.pool:  # others may make other shards
-        preparation.make_split('val', range(VAL_SHARDS), cfg.val_tokens or math.inf)
+    with files.locked(folder, shared=True):  # others may make other shards
+        preparation.make_split('val', range(8), cfg.val_tokens or math.inf)
         preparation.make_split('train', shards, cfg.tokens or math.inf)
         preparation.update_meta(complete=True)
     print(summary(folder))
-    return cfg.name
-
-
-def parse_range(text):
-    """range(first, end) from 'first:end'."""
-    match = re.fullmatch(r'(\d+):(\d+)', text)
-    if not match or not int(match[1]) < int(match[2]) <= TRAIN_SHARDS:
-        raise UserError(
-            f"--shards: '{text}' is not first:end with 0 <= first < end <= {TRAIN_SHARDS}"
-        )
-    return range(int(match[1]), int(match[2]))
 
 
 class Preparation:
@@ -107,37 +98,36 @@ class Preparation:
         self.folder = folder
         self.server = Server(cfg.base_url, cfg.retries, cfg.backoff, cfg.timeout)
         self.tokenizer = get_tokenizer(cfg.tokenizer)
-        # Threads are enough: the tokenizer works outside of Python's lock.
+        # threads are enough, as the tokenizer works outside of Python's lock
         self.threads = cfg.processes or min(os.cpu_count(), 16)
-        self.pool = concurrent.futures.ThreadPoolExecutor(self.threads)
 
     def make_split(self, split, numbers, wanted):
         """Make the token files of one split, shard by shard, until they hold the tokens wanted."""
-        have = 0
         for number in numbers:
-            if have >= wanted:
+            if wanted <= 0:
                 return
-            path = f'{self.folder}/{split}_{number:05d}.bin'
-            if os.path.exists(path):
-                there = os.path.getsize(path) // 2
-                if there >= wanted - have or not os.path.exists(f'{path}.cut'):
-                    have += there
+            path = Path(f'{self.folder}/{split}_{number:05d}.bin')
+            cut = Path(f'{path}.cut')
+            if path.exists():
+                there = path.stat().st_size // 2
+                if there >= wanted or not cut.exists():
+                    wanted -= there
                     continue
-            have += self.make_shard(path, NAMES[split].format(number), wanted - have)
-            self.update_meta()
+            wanted -= self.make_shard(path, cut, NAMES[split].format(number), wanted)
 
-    def make_shard(self, path, name, wanted):
+    def make_shard(self, path, cut, name, wanted):
         """Write one token file, up to the document that reaches the tokens wanted.
 
-        Returns its tokens.
+        cut: a file that says that there is more in the shard. Returns the tokens written.
         """
         count = 0
         with files.replacing(path) as f, Progress() as progress:
             for tokens in self.tokenize(name):
                 write_tokens(f, tokens)
                 count += len(tokens)
-                label = f'{os.path.basename(path)}: {count:,} tokens, '
-                progress.show(label, self.server.received, count / wanted)
+                progress.show(
+                    f'{path.name}: {count:,} tokens, ', self.server.received, count / wanted
+                )
                 if count >= wanted:
                     break
             if count == 0:
@@ -146,39 +136,29 @@ class Preparation:
             # passes for the whole.
             self.update_meta()
             if count >= wanted:
-                open(f'{path}.cut', 'w').close()
+                cut.touch()
         if count < wanted:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(f'{path}.cut')
+            cut.unlink(missing_ok=True)
         return count
 
     def tokenize(self, name):
-        """The tokens of a shard's documents, a list each, in their order.
-
-        At most two batches for each thread are under way, so that neither memory nor what is read
-        too much for a slice grows with the shard.
-        """
-        pending = collections.deque()
+        """The tokens of a shard's documents, a list each, in their order."""
         for first, lines in read_lines(name, self.server):
-            pending.append(self.pool.submit(self.encode, name, first, lines))
-            if len(pending) > 2 * self.threads:
-                yield from pending.popleft().result()
-        for future in pending:
-            yield from future.result()
-
-    def encode(self, name, first, lines):
-        """The tokens of some JSON lines, a list each; first is the number of the first line."""
-        documents = []
-        for number, line in enumerate(lines, first):
-            try:
-                tokens = self.tokenizer.encode_ordinary(json.loads(line)['text'])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(
-                    f'{name}, line {number}: no JSON with a "text", the server has a damaged file'
-                ) from None
-            tokens.append(self.tokenizer.eot_token)
-            documents.append(tokens)
-        return documents
+            texts = []
+            for number, line in enumerate(lines, first):
+                try:
+                    text = json.loads(line)['text']
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    text = None
+                if not isinstance(text, str):
+                    raise UserError(
+                        f'{name}, line {number}: no JSON with a "text", the server has a damaged '
+                        'file'
+                    )
+                texts.append(text)
+            for tokens in self.tokenizer.encode_ordinary_batch(texts, num_threads=self.threads):
+                tokens.append(self.tokenizer.eot_token)
+                yield tokens
 
     def update_meta(self, complete=False):
         """Write meta.json for the files that are there.

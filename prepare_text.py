@@ -71,8 +71,9 @@ def prepare(cfg):
             write_tokens(out, [tokenizer.eot_token])
             done += end - begin
     text = f'{summary(folder)} from {len(documents):,} file(s)'
-    if len(found) > len(documents):
-        text += f', {len(found) - len(documents):,} skipped that cannot be read as text'
+    skipped = len(found) - len(documents)
+    if skipped:
+        text += f', {skipped:,} skipped that cannot be read as text'
     print(text)
 
 
@@ -113,14 +114,7 @@ def split_documents(documents, source):
             f'{source}: no text there: files are empty, not UTF-8 or of other endings than --ext'
         )
     if len(documents) == 1:
-        file = documents[0][1]
-        cut = place_to_cut(file)
-        if cut == 0:
-            raise UserError(
-                f'{source}: one line of text cannot be split into training and validation, '
-                'it needs two'
-            )
-        return [(file, 0, cut, False), (file, cut, os.path.getsize(file), True)]
+        return cut_at_a_line(documents[0][1], source)
     hashes = [hash_of(key) for key, _ in documents]
     chosen = [number % VAL_ONE_IN == 0 for number in hashes]
     if len(set(chosen)) == 1:  # few documents: the one with the lowest hash
@@ -134,19 +128,22 @@ def split_documents(documents, source):
 
 def hash_of(key):
     """A number that is the same on every machine."""
-    digest = hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
-    return int.from_bytes(digest[:8], 'big')
+    return int(hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:16], 16)
 
 
-def place_to_cut(file):
-    """Where the last thirtieth of a file begins, at the start of a line; 0 if it is one line."""
+def cut_at_a_line(file, source):
+    """The same of a single file: its last thirtieth, from a line's start, is for validation."""
     size = os.path.getsize(file)
-    cut = size - max(1, size // VAL_ONE_IN)
+    end = size - max(1, size // VAL_ONE_IN)
     with open(file, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        after = text.find(b'\n', cut) + 1  # the end of the line that the cut falls in
-        if after in (0, size):  # it is the last line: go back to its start
-            after = text.rfind(b'\n', 0, cut) + 1
-    return after
+        cut = text.find(b'\n', end) + 1  # the end of the line that it falls in
+        if cut in (0, size):  # it is the last line: go back to its start
+            cut = text.rfind(b'\n', 0, end) + 1
+    if cut == 0:
+        raise UserError(
+            f'{source}: one line of text cannot be split into training and validation, it needs two'
+        )
+    return [(file, 0, cut, False), (file, cut, size, True)]
 
 
 def read_blocks(path, begin, end):

@@ -273,9 +273,20 @@ def main():
         # The search is deterministic. To continue one, repeat its steps with the losses it found.
         trials.known.update(known_trials(path, result))
         result |= {'budgets': trials.budgets, 'trials': trials.known, 'curve': [], 'held_out': {}}
+        full = sum(trials.budgets)
         plain_bite = cfg.bite if cfg.search == 'plain' else 0
         for loss in search(trials, cfg.target_loss, plain_bite):
-            add_point(result, loss)
+            budgets = list(trials.budgets)
+            saving = full / sum(budgets)
+            print(f'{budgets}: {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
+            point = {
+                'budgets': budgets,
+                'memory': sum(budgets),
+                'fraction': sum(budgets) / full,
+                'saving': saving,
+                'val_loss': loss,
+            }
+            result['curve'].append(point)
             files.write_file(path, json.dumps(result))
         others = Trials(model, held_out, cfg.policy, dtype)
         found = unseen(others, result['curve'], goals)
@@ -336,24 +347,6 @@ def known_trials(path, result):
     if {**earlier, **result} == earlier and files.is_a(losses, [float]):
         return earlier['trials']
     return {}
-
-
-def add_point(result, loss):
-    """Put the present budgets and their loss on the curve, and print them."""
-    budgets = list(result['budgets'])
-    memory = sum(budgets)
-    full = len(budgets) * result['block_size']
-    saving = full / memory
-    print(f'{budgets}: {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
-    result['curve'].append(
-        {
-            'budgets': budgets,
-            'memory': memory,
-            'fraction': memory / full,
-            'saving': saving,
-            'val_loss': loss,
-        }
-    )
 
 
 if __name__ == '__main__':

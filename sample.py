@@ -7,8 +7,7 @@
     python sample.py --init_from=gpt2 --start="The answer is"
 
 One text appears as it is generated; several are generated together, as one batch, and printed at
-the end. The last line tells tokens per second, and the bytes of the KV cache with and without
-budgets.
+the end. The last line tells tokens per second, the bytes of the KV cache, and what budgets save.
 """
 
 import codecs
@@ -34,8 +33,8 @@ class SampleConfig:
     init_from: str = option('resume', "'resume': ckpt.pt; or 'gpt2', 'gpt2-xl', … or a folder")
     start: str = option('', "text, FILE:path, or - for standard input; '': the start of a text")
     num_samples: int = option(1, 'how many texts', low=1)
-    max_new_tokens: int = option(500, 'tokens of each', low=1, high=10**6)
-    temperature: float = option(0.8, 'below 1 more careful, 0 the most likely', high=100)
+    max_new_tokens: int = option(500, 'tokens of each', low=1)
+    temperature: float = option(0.8, 'below 1 more careful, 0 the most likely')
     top_k: int = option(200, 'only the k most likely tokens; 0: all')
     seed: int = option(1337, 'same seed, same text')
     budgets: str = option('', "tokens of a layer: 8, or 4,9,16,8, or a budgets.json; 'none'")
@@ -80,7 +79,7 @@ def main():
     memory = f'KV cache {size:,} bytes a text'
     if budgets:
         full = KVCache(model, 1, dtype=getattr(torch, dtype)).bytes()
-        memory += f' for budgets {cache.budgets}, {full:,} without: {full / size:.1f}x less'
+        memory += f' for budgets {cache.budgets}, {full / size:.1f}x less than without'
 
     # the texts
     torch.manual_seed(cfg.seed)

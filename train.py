@@ -79,10 +79,7 @@ class TrainConfig(GPTConfig):
 def check(cfg, world):
     """Raise UserError for settings that no run can have, before any work is done."""
     if cfg.gradient_accumulation_steps % world:
-        raise UserError(
-            f'gradient_accumulation_steps {cfg.gradient_accumulation_steps} cannot be shared out '
-            f'among {world} processes'
-        )
+        raise UserError(f'gradient_accumulation_steps: {world} processes cannot share them evenly')
     if cfg.memory_loss and not cfg.selective:
         raise UserError('memory_loss needs selective=True: only that masks tokens')
 
@@ -334,19 +331,21 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
             weights = raw_model.state_dict()
             check_finite(iter_num, weights)  # in all processes, so that they stop together
             if processes.master:
-                state = {
-                    **progress,
-                    'iter_num': iter_num,
-                    'model': weights,
-                    'optimizer': ckpt.optimizer_state(optimizers, raw_model),
-                    'scaler': scaler.state_dict(),
-                    'model_args': vars(raw_model.config),
-                    'config': vars(cfg),
-                    'dataset': cfg.dataset,
-                    'tokenizer': dataset.tokenizer_name,
-                    'data': dataset.fingerprint(),
-                }
-                ckpt.save(cfg.out_dir, state)
+                ckpt.save(
+                    cfg.out_dir,
+                    {
+                        **progress,
+                        'iter_num': iter_num,
+                        'model': weights,
+                        'optimizer': ckpt.optimizer_state(optimizers, raw_model),
+                        'scaler': scaler.state_dict(),
+                        'model_args': vars(raw_model.config),
+                        'config': vars(cfg),
+                        'dataset': cfg.dataset,
+                        'tokenizer': dataset.tokenizer_name,
+                        'data': dataset.fingerprint(),
+                    },
+                )
             since = time.time()
             steps = 0
         if done or stop:
@@ -368,7 +367,7 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
                 'loss': loss,
                 'lr': cfg.learning_rate * scale,
                 'tokens_per_s': tokens / seconds,
-                'minutes_left': (cfg.max_iters - iter_num - 1) * seconds / 60,
+                'minutes_left': (cfg.max_iters - iter_num) * seconds / 60,
             }
             if cfg.memory_loss:
                 figures['memory'] = memory

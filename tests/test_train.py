@@ -374,7 +374,7 @@ def test_one_line_for_the_user(wrong, words, dataset, tmp_path, run):
 
 
 def test_work_that_two_processes_cannot_share():
-    with pytest.raises(UserError, match='gradient_accumulation_steps 1 cannot'):
+    with pytest.raises(UserError, match='gradient_accumulation_steps: 2 processes'):
         train.check(train.TrainConfig(gradient_accumulation_steps=1), world=2)
 
 
