@@ -153,11 +153,7 @@ def test_two_processes_train_as_one(dataset, tmp_path, run):
 @pytest.mark.slow
 def test_a_signal_to_all_waits_for_the_save(dataset, tmp_path, tree):
     """The second process does not end before the first has saved; torchrun would end that, too."""
-    tree(
-        'train.py',
-        '            ckpt.save(',
-        '            time.sleep(iter_num and 4)\n            ckpt.save(',
-    )
+    tree('train.py', 'ckpt.save(', 'time.sleep(iter_num and 4); ckpt.save(')
     args = ['train.py', dataset, *SMALL, '--max_iters=1_000_000', '--eval_interval=1_000_000']
     args.append(f'--out_dir={tmp_path / "x"}')
     with socket.create_server(('127.0.0.1', 0)) as server:
