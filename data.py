@@ -200,7 +200,7 @@ def load_dataset(name_or_path, root='data'):
             return Dataset(path)
     found = ', '.join(sorted(glob.glob('*/', root_dir=root)))
     raise UserError(
-        f"data set '{name_or_path}' is not in {root}/ (there: {found or 'nothing'}): "
+        f"data set '{name_or_path}' is not in {root}/ (there: {found}): "
         'make it with prepare_c4.py, prepare_text.py or lab.tasks'
     )
 
@@ -231,10 +231,10 @@ def read_meta(path):
 
 def file_tokens(path):
     """How many tokens each .bin file of a data set's folder has."""
-    counts = {}
-    for name in sorted(glob.glob('*.bin', root_dir=path)):
-        counts[name] = os.path.getsize(f'{path}/{name}') // 2
-    return counts
+    return {
+        name: os.path.getsize(f'{path}/{name}') // 2
+        for name in sorted(glob.glob('*.bin', root_dir=path))
+    }
 
 
 def known_meta(path):

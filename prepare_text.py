@@ -94,11 +94,11 @@ def list_documents(paths, endings):
             hidden = '/.' in f'/{key}'
             if key.endswith(endings) and not hidden and not known_meta(file.parent):
                 found.setdefault(os.path.realpath(file), (key, file))
-    documents = []
-    for key, file in sorted(found.values()):
-        if os.path.isfile(file) and os.path.getsize(file):
-            documents.append((key, file))
-    return documents
+    return [
+        (key, file)
+        for key, file in sorted(found.values())
+        if os.path.isfile(file) and os.path.getsize(file)
+    ]
 
 
 def stdlib_documents():
@@ -120,10 +120,9 @@ def split_documents(documents, source):
     if len(set(chosen)) == 1:  # few documents: the one with the lowest hash
         chosen = [False] * len(hashes)
         chosen[hashes.index(min(hashes))] = True
-    pieces = []
-    for (_, file), is_val in zip(documents, chosen):
-        pieces.append((file, 0, os.path.getsize(file), is_val))
-    return pieces
+    return [
+        (file, 0, os.path.getsize(file), is_val) for (_, file), is_val in zip(documents, chosen)
+    ]
 
 
 def hash_of(key):

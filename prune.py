@@ -288,8 +288,7 @@ def main():
             }
             result['curve'].append(point)
             files.write_file(path, json.dumps(result))
-        others = Trials(model, held_out, cfg.policy, dtype)
-        found = unseen(others, result['curve'], goals)
+        found = unseen(Trials(model, held_out, cfg.policy, dtype), result['curve'], goals)
     files.write_file(path, json.dumps({**result, 'held_out': found}))
     mean, low, high = found['difference']
     print(f'on other windows: {mean:+.4f} [{low:+.4f}, {high:+.4f}] from the target')

@@ -75,11 +75,10 @@ def main():
         cache = KVCache(model, 1, budgets, cfg.policy, getattr(torch, dtype))
     except ValueError as e:
         raise UserError(f'--budgets, --policy: {e}') from None
-    size = cache.bytes()
-    memory = f'KV cache {size:,} bytes a text'
+    memory = f'KV cache {cache.bytes():,} bytes a text'
     if budgets:
         full = KVCache(model, 1, dtype=getattr(torch, dtype)).bytes()
-        memory += f' for budgets {cache.budgets}, {full / size:.1f}x less than without'
+        memory += f' for budgets {cache.budgets}, {full / cache.bytes():.1f}x less than without'
 
     # the texts
     torch.manual_seed(cfg.seed)

@@ -286,7 +286,7 @@ def train(cfg, processes):
     scaler = torch.amp.GradScaler(device_type, enabled=cfg.dtype == 'float16')
     if cfg.init_from == 'resume':
         ckpt.load_optimizers(optimizers, scaler, model, start)
-    start = None  # frees its memory
+    del start  # frees its memory
 
     done = loop(cfg, processes, dataset, model, optimizers, scaler, progress)
     processes.stop()  # the others wait for the master, which may still be saving
