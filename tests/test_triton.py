@@ -91,7 +91,7 @@ def test_a_column_is_kept_until_its_probability_is_less_than_rounding(above, blo
 
 def test_a_column_that_negative_votes_bring_back():
     """Rows see token 0 alone, until column 1 has an F of less than -180."""
-    q, k, v = torch.zeros(3, 1, 1, 100, 16, device=DEVICE)
+    q, k, v = torch.zeros(3, 1, 1, 140, 16, device=DEVICE)
     v.normal_()
     q[..., 0] = 20.0
     k[..., 0] = -40.0
