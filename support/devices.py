@@ -127,7 +127,8 @@ class Processes:
     def say(self, *words):
         """Print, in the master alone."""
         if self.master:
-            print(*words, flush=True)
+            with contextlib.suppress(OSError):  # a closed terminal, or a full disk under its log
+                print(*words, flush=True)
 
     def after_master(self, function, *args):
         """function(*args) in each process, in the others once the master has finished its own."""
