@@ -29,7 +29,7 @@ DIFFERS = 'not kernels/cpu.py: on an example it gives other numbers'
     'name, rule, words',
     [
         ('vote', lambda layer, L0: fn.softplus(layer.c_proj.weight[0, 0] * L0), GIVES),
-        ('vote', lambda layer, L0: L0.softmax(dim=-1), DIFFERS),
+        ('vote', lambda layer, L0: L0.softmax(-1), DIFFERS),
         # votes act at once
         ('accumulate', lambda layer, F, S: F[:, None] + fn.pad(S, (0, 0, 0, 1)).cumsum(1), DIFFERS),
     ],

@@ -58,8 +58,7 @@ def compare(qkv, tau, scale, tolerance=2e-5, only='yM'):
         ((1, 1, 1, 16), None, None),
         ((2, 2, 2, 16), 1.0, 0.5),
         ((3, 2, 17, 32), 0.7, -0.2),
-        ((1, 3, 64, 64), None, 1.3),
-        ((1, 4, 33, 16), 1.0, 0.0),
+        ((1, 3, 33, 16), 1.0, 0.0),
     ],
 )
 def test_outputs_and_gradients(shape, tau, scale):
@@ -119,7 +118,7 @@ def test_F_is_a_float32_sum():
 
 @pytest.mark.parametrize('output', ['y', 'M'])
 def test_gradients_of_one_output_alone(output):
-    compare(example(1, 2, 40, 16), 1.0, None, only=output)
+    compare(example(1, 1, 20, 16), 1.0, None, only=output)
 
 
 def test_autocast_does_not_round_the_bound():
@@ -131,7 +130,7 @@ def test_autocast_does_not_round_the_bound():
 
 def test_operators():
     """What torch.compile is told of the operators is true: shapes, gradients, no hidden writes."""
-    qkv = [x.contiguous().requires_grad_() for x in example(1, 2, 34, 16)]
+    qkv = [x.contiguous().requires_grad_() for x in example(1, 1, 34, 16)]
     tests = ['test_schema', 'test_faketensor']
     args = *qkv, rule(0.5).vote_scale, 1.0
     library.opcheck(gpu.attention, args, test_utils=[*tests, 'test_autograd_registration'])
