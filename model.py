@@ -284,6 +284,13 @@ class CausalSelfAttention(nn.Module):
         """
         return torch.cat([F[:, None], S], dim=1).cumsum(dim=1)
 
+    def make_cache(self, B, K, policy, dtype=None):
+        """The memory of B sequences in this layer, of at most K tokens; see LayerCache."""
+        w = self.c_attn.weight
+        return LayerCache(
+            B, self.config.n_head, K, self.config.head_size, policy, w.device, dtype or w.dtype
+        )
+
     def forward(self, x, pos, cache=None, memory_tau=None):
         """x (B, T, C) at positions pos (T,). Returns y (B, T, C), and M (B, T) with memory_tau."""
         B, T, _ = x.shape
@@ -566,6 +573,10 @@ class LayerCache:
         self.F[:, :m] = F[:, -1].gather(1, left)
         return y
 
+    def tensors(self):
+        """{name: tensor} of all that it remembers; the first dimension is the batch."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+
     def score(self, F, i, j):
         """Eviction score of each column, seen from rows i; the highest goes first."""
         if self.policy == 'selective':
@@ -616,22 +627,21 @@ class KVCache:
         if policy == 'selective' and not c.selective:
             policy = 'oldest'  # without budgets nothing is dropped
         self.policy = policy
-        w = model.transformer.wte.weight
         self.layers = []
-        for K in self.budgets:
-            shape = batch_size, c.n_head, K, c.head_size
-            self.layers.append(LayerCache(*shape, policy, w.device, dtype or w.dtype))
-        self.position = torch.zeros(1, dtype=torch.long, device=w.device)  # of the next token
+        for block, K in zip(model.transformer.h, self.budgets):
+            self.layers.append(block.attn.make_cache(batch_size, K, policy, dtype))
+        device = model.lm_head.weight.device
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
 
     def repeat(self, n):
         """Repeat each sequence n times: a prompt that was read once then serves n texts."""
         for layer in self.layers:
-            for name in 'k', 'v', 'F', 'j':
-                setattr(layer, name, getattr(layer, name).repeat_interleave(n, dim=0))
+            for name, x in layer.tensors().items():
+                setattr(layer, name, x.repeat_interleave(n, dim=0))
 
     def bytes(self):
         """Bytes of keys and values, and of F and positions, over all layers."""
-        return sum(c.k.nbytes + c.v.nbytes + c.F.nbytes + c.j.nbytes for c in self.layers)
+        return sum(x.nbytes for layer in self.layers for x in layer.tensors().values())
 
 
 def check_budgets(config, budgets, policy='selective'):

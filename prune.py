@@ -31,7 +31,7 @@ import torch.nn.functional as fn
 
 import data
 import kernels
-from model import POLICIES, LayerCache
+from model import POLICIES
 from support import checkpoint as ckpt, devices, files, pretrained
 from support.settings import UserError, option
 
@@ -117,10 +117,8 @@ class Trials:
         """Layer l on x (B, T, C), with the parallel form of context pruning."""
         cache = None
         if budget < len(self.pos):
-            c = self.model.config
-            cache = LayerCache(
-                len(x), c.n_head, budget, c.head_size, self.policy, x.device, self.dtype
-            )
+            layer = self.model.transformer.h[l].attn
+            cache = layer.make_cache(len(x), budget, self.policy, self.dtype)
         y, _ = self.model.transformer.h[l](x, self.pos, cache)
         return y
 

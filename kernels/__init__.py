@@ -12,13 +12,14 @@ it steps aside.
 
 import copy
 import importlib
+from functools import partial
 
 import torch
 import torch.nn as nn
 
 import model as m
+from kernels import linear
 from kernels.cpu import live_share as live_share  # train.py and lab/bench.py say it
-from kernels.linear import Linear
 from support.settings import one_line
 
 KERNELS = {
@@ -66,7 +67,7 @@ def fast_rows(model):
     """Make the linear layers of a model on a CPU fast for a single row, as in generation."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == 'cpu':
-            module.__class__ = Linear  # which differs in forward alone
+            module.forward = partial(linear.forward, module)
 
 
 def load(name, device, dtype, config):
