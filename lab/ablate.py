@@ -55,6 +55,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from unittest import mock
 
 from support import settings  # before torch, see support/__init__.py
 
@@ -83,12 +84,13 @@ class Fox(m.CausalSelfAttention):
 # ---- What is masked ------------------------------------------------------------------------------
 
 
-def nothing(H, i, j):
+def nothing(layer, i, j):
     return 0.0
 
 
-def by_distance(H, i, j):
+def by_distance(layer, i, j):
     """What ALiBi adds to the logits of rows i (T, 1) and columns j (1, T): (H, T, T)."""
+    H = layer.config.n_head
     slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=i.device) / H)
     return slopes[:, None, None] * (j - i)
 
@@ -105,7 +107,7 @@ class Listing(m.CausalSelfAttention):
     voter = 0  # the head that selects
     first = 1  # the first token that can be masked
     own = 0  # 1: the row's own vote on itself counts
-    bias = staticmethod(nothing)  # what is added to the logits
+    bias = nothing  # what is added to the logits
 
     @staticmethod
     def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
@@ -114,13 +116,13 @@ class Listing(m.CausalSelfAttention):
         counts = (rule.first <= j) & (j < i + rule.own)
         S = torch.where(counts, rule.vote(L[:, rule.voter]), 0.0)  # (B, T, T)
         F = rule.accumulate(torch.zeros_like(S[:, 0]), S)[:, :-1]  # (B, T, T)
-        L = L - F[:, None] + rule.bias(q.size(1), i, j)
+        L = L - F[:, None] + rule.bias(i, j)
         P = L.masked_fill(j > i, -math.inf).softmax(dim=-1)
         P = fn.dropout(P, dropout, training=dropout > 0)
-        M = None
-        if memory_tau is not None:
-            M = m.memory_requirement(F, i[:, 0], memory_tau)  # (B, T)
-        return P.to(v.dtype) @ v, M
+        y = P.to(v.dtype) @ v
+        if memory_tau is None:
+            return y, None
+        return y, m.memory_requirement(F, i[:, 0], memory_tau)
 
 
 class FirstToo(Listing):
@@ -136,28 +138,27 @@ class LastHead(Listing):
 
 
 class VotesAndAlibi(Listing):
-    bias = staticmethod(by_distance)
+    bias = by_distance
 
 
 class Window(m.CausalSelfAttention):
     """Token 0 and the newest K - 1 tokens, the row's own among them."""
 
-    bias = staticmethod(nothing)
+    bias = nothing
 
     @staticmethod
     def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
         i, j = places(q)
         seen = (j <= i) & ((j > i - rule.K + 1) | (j == 0))  # (T, T)
-        bias = torch.where(seen, rule.bias(q.size(1), i, j), -math.inf).to(q.dtype)
+        bias = torch.where(seen, rule.bias(i, j), -math.inf).to(q.dtype)
         y = fn.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
-        M = None
-        if memory_tau is not None:
-            M = (seen.sum(dim=1) - 1.0).expand(len(q), -1)  # the tokens before a row that it sees
-        return y, M
+        if memory_tau is None:
+            return y, None
+        return y, (seen.sum(dim=1) - 1.0).expand(len(q), -1)  # the tokens before it that a row sees
 
 
 class Alibi(Window):
-    bias = staticmethod(by_distance)
+    bias = by_distance
 
 
 # ---- Twice the heads -----------------------------------------------------------------------------
@@ -236,13 +237,13 @@ class Limit:
 def parse(rule):
     """(name of the rule, its K, which may be infinite); UserError if there is no such rule."""
     name, equals, K = rule.partition('=')
+    limit = math.inf
     if equals:
         name += '=K'
+        limit = settings.checked(Limit, 'K', K, rule)
     if name not in RULES:
         raise UserError(f'the rule comes first, one of {", ".join(RULES)}')
-    if not equals:
-        return name, math.inf
-    return name, settings.checked(Limit, 'K', K, rule)
+    return name, limit
 
 
 @contextlib.contextmanager
@@ -252,12 +253,9 @@ def changed(rule):
     place = 'CausalSelfAttention'
     if name in TEMPERATURES:
         place = 'Temperature'
-    before = getattr(m, place)
-    setattr(m, place, type(name, (RULES[name],), {'K': K}))
-    try:
+    # which puts the old class back, whatever happens
+    with mock.patch.object(m, place, type(name, (RULES[name],), {'K': K})):
         yield
-    finally:
-        setattr(m, place, before)
 
 
 def check(rule, config):

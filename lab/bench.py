@@ -23,6 +23,7 @@ import itertools
 import json
 import platform
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -96,8 +97,7 @@ def forms(layer, qkv, memory_tau):
         'selective, rows': m.selective_attention,
         'selective, listing': m.selective_attention_listing,
     }
-    T = qkv[0].size(2)
-    if T > LISTING:
+    if qkv[0].size(2) > LISTING:
         del found['selective, listing']
     for case, attention in found.items():
         if not layer.selects:
@@ -108,7 +108,7 @@ def forms(layer, qkv, memory_tau):
 
 def attention_part(subject):
     """Each layer, and their sum; of random weights the first layer alone."""
-    totals = {}
+    totals = Counter()
     inputs = subject.queries_keys_values()
     for l, layer in enumerate(subject.layers):
         cases = forms(layer, inputs[l], subject.memory_tau)
@@ -118,8 +118,7 @@ def attention_part(subject):
         yield f'layer {l}', '%', {'live': 100 * live}
         taken = subject.times(cases)
         yield f'layer {l}', 'ms', taken
-        for case, ms in taken.items():
-            totals[case] = totals.get(case, 0.0) + ms
+        totals.update(taken)  # a Counter adds
         if subject.random:
             break
     yield 'attention', 'ms', totals
@@ -147,10 +146,8 @@ def training_steps(subject):
     cases = list(MODELS)
     if not subject.random:
         cases = 'standard', 'selective'
-    found = {}
-    for case in cases:
-        found[case] = partial(training_step, case, subject.cfg, subject.source, subject.T)
-    return found
+    size = subject.cfg, subject.source, subject.T
+    return {case: partial(training_step, case, *size) for case in cases}
 
 
 def step_part(subject):
@@ -159,10 +156,9 @@ def step_part(subject):
 
 
 def memory_part(subject):
-    peaks = {}
-    for case, make in training_steps(subject).items():
-        peaks[case] = measure.peak_memory(make, subject.cfg.device)
-    yield 'memory', 'MiB', peaks
+    steps = training_steps(subject)
+    device = subject.cfg.device
+    yield 'memory', 'MiB', {case: measure.peak_memory(steps[case], device) for case in steps}
 
 
 def caches(subject):
@@ -176,10 +172,15 @@ def transformers_step(gpt, text, new):
     import transformers
 
     c = gpt.config
-    sizes = {'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd}
-    sizes |= {'vocab_size': c.vocab_size, 'n_positions': c.block_size}
-    sizes |= {'bos_token_id': 0, 'eos_token_id': 0}
-    config = transformers.GPT2Config(**sizes)
+    config = transformers.GPT2Config(
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     other = transformers.GPT2LMHeadModel(config).to(text.device).eval()
     cache = other(text, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(new))
@@ -281,8 +282,13 @@ def main():
         subject = measure.Subject(cfg, source, int(T))
         for name, unit, values in PARTS[part](subject):
             rows += measure.group(subject, name, unit, values)
-    content = {'machine': machine, 'torch': torch.__version__, 'rounds': cfg.rounds}
-    content |= {'command': ' '.join(sys.argv[1:]), 'rows': rows}
+    content = {
+        'machine': machine,
+        'torch': torch.__version__,
+        'rounds': cfg.rounds,
+        'command': ' '.join(sys.argv[1:]),
+        'rows': rows,
+    }
     files.write_file(cfg.to, json.dumps(content, indent=1))
     print(cfg.to)
 

@@ -6,7 +6,7 @@ import re
 import resource
 import statistics
 import time
-import types
+from types import SimpleNamespace
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -22,6 +22,8 @@ SHAPES = {
     'small': {'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'vocab_size': 257},
     '124m': {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'vocab_size': 50304},
 }
+# what is printed of a row
+LINE = '{part:10} {shape:16} T = {T:<6} {case:22} {value:12,.2f} {unit:8} {ratio:8.2f}x'
 
 
 class Subject:
@@ -53,8 +55,8 @@ class Subject:
         if self.random:
             x = y = torch.randint(config.vocab_size, (self.B, T))
         else:
-            bos = ckpt.starts_with_bos(checkpoint)
             dataset = data.load_dataset(checkpoint['dataset'])
+            bos = ckpt.starts_with_bos(checkpoint)
             x, y = dataset.batch('val', 0, self.B, self.T, bos=bos)
         self.x = x.to(cfg.device)
         self.y = y.to(cfg.device)
@@ -72,44 +74,43 @@ class Subject:
     @torch.no_grad()
     def queries_keys_values(self):
         """What the attention of each layer gets on x: [(q, k, v), …], (B, H, T, D) each."""
-        recorders = [Recorder() for _ in self.layers]
+        found = []
+
+        def attend(q, k, v, i, rule):
+            found.append((q, k, v))
+            return m.selective_attention(q, k, v, rule)[0]
+
+        recorder = SimpleNamespace(attend=attend)  # in the place of each LayerCache
         with self.autocast():
-            self.gpt(self.x, cache=types.SimpleNamespace(layers=recorders, position=0))
-        return [recorder.qkv for recorder in recorders]
+            self.gpt(
+                self.x, cache=SimpleNamespace(layers=[recorder] * len(self.layers), position=0)
+            )
+        return found
 
     def times(self, cases, rounds=None):
         """{case: milliseconds} of {case: function}: medians of rounds in which they take turns.
 
         A round more comes first, to warm up.
         """
-        taken = {}
+        taken = {case: [] for case in cases}
         for _ in range(1 + (rounds or self.cfg.rounds)):
             for case, once in cases.items():
                 self.synchronize()
                 started = time.perf_counter()
                 once()
                 self.synchronize()
-                taken.setdefault(case, []).append(1000 * (time.perf_counter() - started))
-        return {case: statistics.median(taken[case][1:]) for case in taken}
+                taken[case].append(1000 * (time.perf_counter() - started))
+        return {case: statistics.median(taken[case][1:]) for case in cases}
 
     def synchronize(self):
         if self.cfg.device != 'cpu':
             torch.accelerator.synchronize()
 
 
-class Recorder:
-    """Stands in for a LayerCache, and keeps what the attention of the layer gets."""
-
-    def attend(self, q, k, v, i, rule):
-        self.qkv = q, k, v
-        return m.selective_attention(q, k, v, rule)[0]
-
-
 def peak_memory(make, device):
     """MiB at the peak of a process of its own, which calls make() and twice what that returns."""
-    spawn = multiprocessing.get_context('spawn')
     try:
-        with ProcessPoolExecutor(1, spawn) as process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
             return process.submit(own_peak, make, device).result()
     except BrokenProcessPool:
         raise UserError('a process was killed: there may be too little memory for it') from None
@@ -131,9 +132,9 @@ def group(subject, part, unit, values):
     """Print and return a row for each of values, {case: value}. Ratios are to the first one."""
     rows = []
     first = next(iter(values.values()))
+    where = {'part': part, 'shape': subject.source, 'T': subject.T, 'batch': subject.B}
     for case, value in values.items():
-        where = {'part': part, 'shape': subject.source, 'T': subject.T, 'batch': subject.B}
-        rows.append({**where, 'case': case, 'value': value, 'unit': unit, 'ratio': value / first})
-        figures = f'{value:12,.2f} {unit:8} {value / first:8.2f}x'
-        print(f'{part:10} {subject.source:16} T = {subject.T:<6} {case:22} {figures}', flush=True)
+        row = {**where, 'case': case, 'value': value, 'unit': unit, 'ratio': value / first}
+        print(LINE.format(**row), flush=True)
+        rows.append(row)
     return rows

@@ -63,22 +63,19 @@ def named(found, rng):
     byte_of = dict(enumerate(free))  # numbers are in the place of names that are to come
     tokens = []
     for lexeme in found:
-        if isinstance(lexeme, int):
-            tokens.append(lexeme)
-            continue
-        key = lexeme
-        if lexeme not in byte_of:
-            key = next(iter(byte_of))
-        byte_of[lexeme] = byte_of.pop(key)  # at the end: the newest
-        tokens.append(byte_of[lexeme])
+        byte = lexeme
+        if isinstance(lexeme, str):
+            oldest = next(iter(byte_of))
+            byte = byte_of.pop(lexeme, None) or byte_of.pop(oldest)
+            byte_of[lexeme] = byte  # at the end: the newest
+        tokens.append(byte)
     return tokens
 
 
 def main():
     cfg = settings.parse(NamesConfig)
     folder = data.output_folder(cfg.data_dir, cfg.name, source='lab.names')
-    documents = prepare_text.stdlib_documents()
-    pieces = prepare_text.split_documents(documents, 'stdlib')
+    pieces = prepare_text.split_documents(prepare_text.stdlib_documents(), 'stdlib')
     tokenizer = data.get_tokenizer('bytes')
     source = f'lab.names, {cfg.copies} copies, seed {cfg.seed}'
     with data.new_dataset(folder, tokenizer, source) as (train, val):

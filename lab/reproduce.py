@@ -26,11 +26,10 @@ from support import settings  # before torch, see support/__init__.py
 import torch
 
 import data
-import model as m
 import prepare_text
 import train
 from lab import ablate, plot, runs, tasks
-from lab.runs import LEGEND, holds, kinds_table, spread, table
+from lab.runs import LEGEND, Run, holds, kinds_table, spread, table
 from support import files
 from support.settings import UserError, option
 
@@ -44,7 +43,7 @@ def task_data(r, task, **changed):
     for key, value in changed.items():
         name += f'_{key}_{value}'
     cfg = tasks.TaskConfig(name=name, data_dir=r.cfg.data_dir, **changed)
-    folder = os.path.join(cfg.data_dir, name)
+    folder = f'{cfg.data_dir}/{name}'
     if data.known_meta(folder).get('source') != tasks.described(task, cfg):
         tasks.make(task, cfg)
     return folder
@@ -52,11 +51,10 @@ def task_data(r, task, **changed):
 
 def text(r, T=256):
     """--config, and flags for --dataset with a context of T tokens and as many a step."""
-    name = r.cfg.dataset
-    meta = os.path.join(r.cfg.data_dir, name, 'meta.json')
-    if name == 'stdlib' and not os.path.isfile(meta):
-        prepare_text.prepare(prepare_text.TextConfig(data_dir=r.cfg.data_dir))
-    dataset = data.load_dataset(name, r.cfg.data_dir)
+    root = r.cfg.data_dir
+    if r.cfg.dataset == 'stdlib' and not data.known_meta(f'{root}/stdlib'):
+        prepare_text.prepare(prepare_text.TextConfig(data_dir=root))
+    dataset = data.load_dataset(r.cfg.dataset, root)
     r.about = f'Text: {data.summary(dataset.path)}.'
     size = settings.parse(train.TrainConfig, [r.cfg.config])
     batch_size = max(1, size.batch_size * size.block_size // T)
@@ -111,32 +109,29 @@ def headline(r):
     parts = [LEGEND]
     for T in numbers(r.cfg.contexts, '--contexts'):
         arms = r.train(models, 1000, text(r, T))
-        parts.append(f'**Context {T}**')
-        parts.append(kinds_table(r, 'attention', arms))
-        parts.append(equal_memory(r, T, arms))
+        table = kinds_table(r, 'attention', arms)
+        parts += [f'**Context {T}**', table, equal_memory(r, T, arms)]
     return parts
 
 
 MEMORY = """Tokens kept, by layer, for the loss of standard attention, confirmed on unseen windows;
 and the loss of all / of recall tokens, with all of its context and with as many tokens:"""
-COLUMNS = ['model', 'kept by F', 'saving by F', 'saving by age', 'all of its context', 'by F']
-COLUMNS += ['newest', 'random', 'standard, newest', 'ALiBi, newest', 'trained on as many']
 
 
 def equal_memory(r, T, arms):
     """What each arm keeps of T tokens for standard attention's loss, and what others do with it."""
     standard = arms['standard'].runs
     jobs = []
-    for arm in arms.values():
-        if arm.name not in ('standard', 'ALiBi'):
+    for name, arm in arms.items():
+        if name not in ('standard', 'ALiBi'):
             for run, base in zip(arm.runs, standard):
-                jobs.append((run, 'selective', f'--baseline={base.folder}'))
-                jobs.append((run, 'oldest', f'--baseline={base.folder}'))
+                far = f'--baseline={base.folder}'
+                jobs += [(run, 'selective', far), (run, 'oldest', far)]
     runs.search(r, jobs, r.windows(max(32, 16384 // T)))
     rows = []
     for n in range(len(standard)):
         rows += rows_of_seed(r, T, n + 1, {name: arm.runs[n] for name, arm in arms.items()})
-    return f'{MEMORY}\n\n{runs.markdown(COLUMNS, rows)}'
+    return f'{MEMORY}\n\n{runs.markdown(rows)}'
 
 
 def rows_of_seed(r, T, seed, run_of):
@@ -146,30 +141,36 @@ def rows_of_seed(r, T, seed, run_of):
     """
     windows = r.windows(max(64, 32768 // T))
 
-    def losses(*args, **options):
-        found = runs.token_losses(*args, windows=windows, **options)
+    def losses(run, *pruning):
+        found = runs.token_losses(run, windows, *pruning)
         return f'{found.means()[0]:.3f} / {found.means("recall")[0]:.3f}'
 
     rows = []
     for name, run in run_of.items():
-        row = {'model': f'{name}, seed {seed}', 'all of its context': losses(run)}
+        row = {
+            'model': f'{name}, seed {seed}',
+            'kept by F': '',
+            'saving by F': savings([run], 'selective'),
+            'saving by age': savings([run], 'oldest'),
+            'all of its context': losses(run),
+        }
         rows.append(row)
-        row['saving by age'] = savings([run], 'oldest')
-        row['saving by F'] = savings([run], 'selective')
         point = holds(run, 'selective')
         if not point:
             continue
         budgets = point['budgets']
         K = round(mean(budgets))
-        row['kept by F'] = ' '.join(map(str, budgets))
-        row['by F'] = losses(run, budgets=budgets)
-        row['newest'] = losses(run, budgets=budgets, policy='oldest')
-        row['random'] = losses(run, budgets=budgets, policy='random')
-        row['standard, newest'] = losses(run_of['standard'], budgets=budgets, policy='oldest')
-        row['ALiBi, newest'] = losses(run_of['ALiBi'], rule=f'alibi={K}')
         window = {'window': f'window={K} --selective'}
         control = r.train(window, 1000, text(r, T), seeds=[seed])['window']
-        row['trained on as many'] = losses(control.runs[0])
+        row |= {
+            'kept by F': ' '.join(map(str, budgets)),
+            'by F': losses(run, budgets),
+            'newest': losses(run, budgets, 'oldest'),
+            'random': losses(run, budgets, 'random'),
+            'standard, newest': losses(run_of['standard'], budgets, 'oldest'),
+            'ALiBi, newest': losses(Run(run_of['ALiBi'].folder, f'alibi={K}')),
+            'trained on as many': losses(control.runs[0]),
+        }
     return rows
 
 
@@ -252,8 +253,8 @@ def finetune(r):
     # GPT-2's build, so that the model can be exported as GPT-2
     flags = [*text(r, 128), *SMALL, '--rope=False', '--bias=True', '--gelu=tanh']
     base = r.train({'base': ''}, 600, flags, seeds=[1])['base'].runs[0]
-    folder = os.path.join(base.folder, 'hf')
-    if not os.path.isfile(os.path.join(folder, 'config.json')):
+    folder = f'{base.folder}/hf'
+    if not os.path.isfile(f'{folder}/config.json'):
         runs.command(['-m', 'lab.export_hf', f'--out_dir={base.folder}', f'--folder={folder}'])
     models = {
         'going on': '',
@@ -262,12 +263,8 @@ def finetune(r):
         'qv, learning rate x 100': '--ssa=qv --ssa_lr=100',
         'position only (their code)': 'position_only --ssa=q --ssa_lr=100',
     }
-    flags += [
-        f'--init_from={folder}',
-        '--learning_rate=5e-4',
-        '--min_lr=5e-5',
-        '--eval_interval=10',
-    ]
+    flags += [f'--init_from={folder}', '--learning_rate=5e-4', '--min_lr=5e-5']
+    flags.append('--eval_interval=10')
     arms = r.train(models, 200, flags)
     return against(arms, 'going on'), r.curves(arms)
 
@@ -309,21 +306,19 @@ def answers(r, task, steps, models, tests):
             row[header] = spread(right, '{:.1%}')
         return row
 
-    words = 'Accuracy is that of single answers; after it, all answers of a record must be right.'
-    picture = r.curves(arms, 'accuracy', 'accuracy of the answers')
-    return words, table('attention', arms, cells), picture
+    return (
+        'Accuracy is that of single answers; after it, all answers of a record must be right.',
+        table('attention', arms, cells),
+        r.curves(arms, 'accuracy', 'accuracy of the answers'),
+    )
 
 
 def memory(r):
     """How much tasks need for 0.01 nats over a model's own loss, and what a model does that is
     trained to see as many tokens only. Nothing may be dropped in copying, everything but two tokens
     in parity; the others lie between. Takes 25 minutes."""
-    return (
-        memory_of(r, 'variable_assignment', 1000),
-        memory_of(r, 'passkey', 600),
-        memory_of(r, 'parity', 500),
-        memory_of(r, 'copying', 1000),
-    )
+    steps = {'variable_assignment': 1000, 'passkey': 600, 'parity': 500, 'copying': 1000}
+    return [memory_of(r, task, steps[task]) for task in steps]
 
 
 def memory_of(r, task, steps):
@@ -331,12 +326,10 @@ def memory_of(r, task, steps):
     folder = task_data(r, task)
     flags = ['config/tasks.py', f'--dataset={folder}']
     arms = r.train({'standard': '', 'selective': '--selective'}, steps, flags)
-    jobs = []
-    for run in arms['standard'].runs:
-        jobs.append((run, 'oldest', '--tolerance=0.01'))  # it has no F
+    far = '--tolerance=0.01'
+    jobs = [(run, 'oldest', far) for run in arms['standard'].runs]  # it has no F
     for run in arms['selective'].runs:
-        for policy in m.POLICIES:
-            jobs.append((run, policy, '--tolerance=0.01'))
+        jobs += [(run, 'selective', far), (run, 'oldest', far), (run, 'random', far)]
     runs.search(r, jobs, r.windows(256))
     budgets = [holds(run, 'selective')['budgets'] for run in arms['selective'].runs]
     kept = math.ceil(max(map(mean, budgets)))
@@ -352,12 +345,13 @@ def memory_of(r, task, steps):
             'random': savings(arm.runs, 'random'),
         }
 
-    length = data.read_meta(folder)['record_len'] - 1
+    length = data.Dataset(folder).record_len - 1
     return f'**{task}**, {length} tokens\n\n{table("model", arms, cells)}'
 
 
-FUNCTIONS = gate, headline, heads, rules, ssa, finetune, variable_assignment, passkey, memory
-CLAIMS = {claim.__name__: claim for claim in FUNCTIONS}
+CLAIMS = {}
+for claim in gate, headline, heads, rules, ssa, finetune, variable_assignment, passkey, memory:
+    CLAIMS[claim.__name__] = claim
 
 
 # ---- Sections ------------------------------------------------------------------------------------
@@ -377,12 +371,13 @@ def section(page, title, body):
 
 def footer(r):
     """How the figures of a section were made."""
-    command = shlex.join(['python', '-m', 'lab.reproduce', *sys.argv[1:]])
-    words = f"""`{command}`, seeds 1 to {r.cfg.seeds}. {r.about}
+    commands = '\n'.join(dict.fromkeys(r.commands))  # each once
+    return f"""`python -m lab.reproduce {shlex.join(sys.argv[1:])}`, seeds 1 to {r.cfg.seeds}.
+{r.about}
 Runs of one thread each, torch {torch.__version__}. A word in FLAGS is a rule:
 `python -m lab.ablate WORD` then takes the place of `python train.py`. The runs:
-"""
-    return '\n'.join([words, *r.commands])
+
+{commands}"""
 
 
 def numbers(text, option):
@@ -425,8 +420,8 @@ def main():
         cfg.seeds = 1
         cfg.windows = '16,64'
         cfg.contexts = '256'
-        cfg.out_dir = os.path.join(cfg.out_dir, 'quick')
-        cfg.to = os.path.join(cfg.out_dir, 'page.md')
+        cfg.out_dir += '/quick'
+        cfg.to = f'{cfg.out_dir}/page.md'
         files.write_file(cfg.to, '')
     page = pathlib.Path(cfg.to)
     page.read_text('utf-8')  # before the work

@@ -5,7 +5,9 @@ A claim compares models. Each of them is an `Arm`, which has a run of train.py f
 
 import concurrent.futures
 import hashlib
+import math
 import os
+import pathlib
 import re
 import shlex
 import subprocess
@@ -44,9 +46,7 @@ class Run:
 
     @property
     def evaluations(self):
-        """The figures of each evaluation as a dictionary, [] if there was none yet."""
-        if not os.path.isfile(os.path.join(self.folder, 'log.jsonl')):
-            return []
+        """The figures of each evaluation as a dictionary."""
         return [line for line in ckpt.read_log(self.folder) if 'val_loss' in line]
 
 
@@ -61,12 +61,8 @@ class Arm:
 
     def last(self, name):
         """The figure at the end of each run, [] where it is not logged."""
-        found = []
-        for run in self.runs:
-            end = run.evaluations[-1]
-            if name in end:
-                found.append(end[name])
-        return found
+        ends = [run.evaluations[-1] for run in self.runs]
+        return [end[name] for end in ends if name in end]
 
     def first(self, reached):
         """The step of each run's first evaluation for which reached(figures) holds, or None."""
@@ -105,18 +101,14 @@ class Runner:
             steps //= 8
         steps = self.cfg.steps or steps
         flags = [*flags, f'--max_iters={steps}', f'--warmup_iters={steps // 10}']
-        line = f'    python train.py {" ".join(flags)} FLAGS --seed=SEED'
-        if line not in self.commands:
-            self.commands.append(line)
+        self.commands.append(f'    python train.py {" ".join(flags)} FLAGS --seed=SEED')
         arms = {name: Arm(name, own, []) for name, own in models.items()}
         jobs = []
         for seed in seeds or range(1, self.cfg.seeds + 1):
             for arm in arms.values():
-                own = arm.flags.split()
-                rule = ''
-                if own and not own[0].startswith('--'):
-                    rule = own.pop(0)
-                args = [*flags, *own, f'--seed={seed}']
+                rule, dashes, own = arm.flags.partition('--')
+                rule = rule.strip()
+                args = [*flags, *f'{dashes}{own}'.split(), f'--seed={seed}']
                 run = Run(self.folder_of(rule, args), rule)
                 arm.runs.append(run)
                 jobs.append((run, args, steps))
@@ -125,39 +117,33 @@ class Runner:
 
     def folder_of(self, rule, args):
         """The folder of a run. Another config file of the same name has another one."""
-        settled = [rule, args, settings.run_config(args[0], train.TrainConfig)]
-        digest = hashlib.sha256(repr(settled).encode()).hexdigest()
+        settled = repr([rule, args, settings.run_config(args[0], train.TrainConfig)])
+        digest = hashlib.sha256(settled.encode()).hexdigest()
         words = ' '.join([rule or 'train', *reversed(args)])  # what tells them apart comes first
-        name = re.sub(r'[^\w.=]+', '-', words)[:200]
-        return os.path.join(self.cfg.out_dir, f'{name}-{digest[:12]}')
+        name = re.sub(r'[^\w.=]+', '-', words)
+        return f'{self.cfg.out_dir}/{name[:200]}-{digest[:12]}'
 
     def one(self, run, args, steps):
         """Train a run to its end, on from where it has come."""
-        done = run.evaluations
-        if done and done[-1]['iter'] >= steps:
-            return
         script = ['train.py']
         if run.rule:
             script = ['-m', 'lab.ablate', run.rule]
         args = [*script, *args, f'--out_dir={run.folder}', f'--device={self.cfg.device}']
-        if os.path.isfile(os.path.join(run.folder, 'ckpt.pt')):
+        if os.path.isfile(f'{run.folder}/ckpt.pt'):
+            if run.evaluations[-1]['iter'] >= steps:
+                return
             args.append('--init_from=resume')
         command(args)
 
     def each(self, function, jobs):
         """Call function(*job) for each job, several at a time.
 
-        After an error or Ctrl-C no other one starts.
+        After an error or Ctrl-C no other one starts; what runs saves and stops.
         """
         with concurrent.futures.ThreadPoolExecutor(self.cfg.workers) as pool:
-            futures = [pool.submit(function, *job) for job in jobs]
-            try:
-                for n, future in enumerate(futures, start=1):
-                    future.result()
-                    print(f'{self.title}: {n} of {len(jobs)}', file=sys.stderr)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # what runs saves and stops
-                raise
+            done = pool.map(function, *zip(*jobs))
+            for n, _ in enumerate(done, start=1):
+                print(f'{self.title}: {n} of {len(jobs)}', file=sys.stderr)
 
     def curves(self, arms, name='val_loss', y='validation loss, nats per token'):
         """Draw a figure of the arms against steps, mean and pale each seed; returns a link to it.
@@ -175,7 +161,7 @@ class Runner:
             pale[arm.name] = curves
         link = f'results/{re.sub("[ /]", "_", self.title)}.png'
         figure = plot.draw(means, pale, self.title, 'step', y)
-        plot.save_figure(figure, os.path.join(os.path.dirname(self.cfg.to), link))
+        plot.save_figure(figure, pathlib.Path(self.cfg.to).parent / link)
         return f'![{self.title}]({link})'
 
 
@@ -191,24 +177,24 @@ def stop(*_):
 
 def command(args):
     """Run python; UserError with the last line that it printed if it fails."""
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
-    process = subprocess.Popen([sys.executable, *args], **pipes)
+    process = subprocess.Popen(
+        [sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     RUNNING.add(process)
     output, _ = process.communicate()
     RUNNING.remove(process)
     if process.returncode:
-        last = output.strip().rpartition('\n')[2]
-        raise UserError(f'python {shlex.join(args)}: {last or "no output"}')
+        last = output.strip().split('\n')[-1]
+        raise UserError(f'python {shlex.join(args)}: {last}')
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
 
-def load(run, rule=''):
-    """The model of a run and its checkpoint, under a rule of lab.ablate or that of its training."""
-    rule = rule or run.rule
-    if rule:
-        with ablate.changed(rule):
+def load(run):
+    """The model of a run, under its rule, and its checkpoint."""
+    if run.rule:
+        with ablate.changed(run.rule):
             return ckpt.load_model(run.folder)
     model, checkpoint = ckpt.load_model(run.folder)
     kernels.install(model)
@@ -239,8 +225,7 @@ class Losses:
         Seeds are averaged first: each window counts once in an interval over windows.
         """
         counted = self.of(kind)
-        difference = (self.nats - base.nats).mean(dim=0)
-        difference = (difference * counted).sum(dim=1)
+        difference = ((self.nats - base.nats).mean(dim=0) * counted).sum(dim=1)
         counts = counted.sum(dim=1)  # a mean over targets: windows have unequal numbers of a kind
         low, high = prune.bootstrap(difference, counts)
         return f'{difference.sum() / counts.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
@@ -260,20 +245,19 @@ def kinds_of(x, y, near=NEAR):
 
 
 @torch.no_grad()
-def token_losses(run, windows, budgets=None, policy='selective', rule=''):
+def token_losses(run, windows, budgets=None, policy='selective'):
     """The Losses of a run on so many validation windows or a few more, which prune.py does not see.
 
-    budgets, policy: of a KVCache; None: the whole context. rule: see `load`.
+    budgets, policy: of a KVCache; None: the whole context.
     """
-    model, checkpoint = load(run, rule)
+    model, checkpoint = load(run)
     text = data.load_dataset(checkpoint['dataset'])
-    bos = ckpt.starts_with_bos(checkpoint)
     T = model.config.block_size
     size = max(1, 4096 // T)
     nats = []
     kinds = []
-    for n in range(0, windows, size):
-        x, y = text.batch('val', n // size, size, T, seed=1, bos=bos)
+    for n in range(math.ceil(windows / size)):
+        x, y = text.batch('val', n, size, T, 1, ckpt.starts_with_bos(checkpoint))
         cache = None
         if budgets:
             cache = m.KVCache(model, size, budgets, policy)
@@ -284,15 +268,15 @@ def token_losses(run, windows, budgets=None, policy='selective', rule=''):
 
 
 @torch.no_grad()
-def records_right(run, folder, batches=8):
-    """The fraction of validation records of a data set whose answers are all right."""
+def records_right(run, folder):
+    """The fraction of validation records of a data set, 512 drawn, whose answers are all right."""
     model, _ = load(run)
     questions = data.Dataset(folder)
     right = []
-    for n in range(batches):
+    for n in range(8):
         x, y = questions.batch('val', n, 64, model.config.block_size)
-        answers = model(x, y)[0].argmax(dim=-1)
-        right += ((answers == y) | (y < 0)).all(dim=1).tolist()
+        is_right = (model(x, y)[0].argmax(dim=-1) == y) | (y < 0)
+        right += is_right.all(dim=1).tolist()
     return np.mean(right)
 
 
@@ -319,10 +303,10 @@ def search(runner, jobs, windows):
     def one(run, policy, far):
         if holds(run, policy):
             return
-        args = [f'--out_dir={run.folder}', f'--to=budgets_{policy}.json', far]
+        args = ['prune.py', f'--out_dir={run.folder}', f'--to=budgets_{policy}.json', far]
         args += [f'--policy={policy}', f'--windows={windows}', f'--device={runner.cfg.device}']
         try:
-            command(['prune.py', *args])
+            command(args)
         except UserError as e:
             if prune.ABOVE not in str(e):
                 raise
@@ -332,11 +316,10 @@ def search(runner, jobs, windows):
 
 def holds(run, policy):
     """The point with the least memory that keeps the loss on unseen windows, too, or None."""
-    path = os.path.join(run.folder, f'budgets_{policy}.json')
+    path = f'{run.folder}/budgets_{policy}.json'
     if not os.path.isfile(path):
         return None
-    found = files.read_json(path, 'run prune.py again', held_out=dict)
-    return found['held_out'].get('holds')
+    return files.read_json(path, 'run prune.py again', held_out=dict)['held_out'].get('holds')
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -360,8 +343,9 @@ def spread(values, form='{:.4f}'):
     return text
 
 
-def markdown(header, rows):
-    """A table. rows: dictionaries of text; what is not in one of them stays empty."""
+def markdown(rows):
+    """A table. rows: dictionaries of text; the longest has all headers."""
+    header = max(rows, key=len)
     lines = [f'| {" | ".join(header)} |', '| --- ' * len(header) + '|']
     for row in rows:
         cells = [row.get(name, '') for name in header]
@@ -375,7 +359,7 @@ def table(first, arms, cells):
     for arm in arms.values():
         flags = arm.flags and f'`{arm.flags}`'
         rows.append({first: arm.name, 'FLAGS': flags, **cells(arm)})
-    return markdown(list(rows[0]), rows)
+    return markdown(rows)
 
 
 def kinds_table(runner, first, arms):
@@ -386,12 +370,15 @@ def kinds_table(runner, first, arms):
     base = arms['standard'].losses
 
     def cells(arm):
-        row = {'validation loss': spread(arm.losses.means())}
-        row['against standard'] = arm.losses.against(base)
+        means = {}
         for kind in KINDS:
-            row[f'{kind} ({base.of(kind).mean():.0%})'] = spread(arm.losses.means(kind))
-        row['recall against standard'] = arm.losses.against(base, 'recall')
-        row['requirement'] = spread(arm.last('memory'), '{:.1%}')
-        return row
+            means[f'{kind} ({base.of(kind).mean():.0%})'] = spread(arm.losses.means(kind))
+        return {
+            'validation loss': spread(arm.losses.means()),
+            'against standard': arm.losses.against(base),
+            **means,
+            'recall against standard': arm.losses.against(base, 'recall'),
+            'requirement': spread(arm.last('memory'), '{:.1%}'),
+        }
 
     return table(first, arms, cells)

@@ -116,12 +116,15 @@ class TaskConfig:
     seed: int = option(0, 'same seed, same data')
 
 
+DESCRIPTION = (
+    'lab.tasks {task}, length {length}, records {records}, seed {seed}, variables {variables}, '
+    'every {every}, depth {depth}'
+)
+
+
 def described(task, cfg):
     """What meta.json says of a data set: the task and the settings."""
-    return (
-        f'lab.tasks {task}, length {cfg.length}, records {cfg.records}, seed {cfg.seed}, '
-        f'variables {cfg.variables}, every {cfg.every}, depth {cfg.depth}'
-    )
+    return DESCRIPTION.format(task=task, **vars(cfg))
 
 
 def make(task, cfg):
