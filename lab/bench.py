@@ -131,7 +131,7 @@ def training_step(case, cfg, source, T):
     optimizers = gpt.configure_optimizers(0.1, 0.0, (0.9, 0.95), cfg.device)
 
     def once():
-        with subject.autocast():
+        with devices.autocast(cfg.device, subject.dtype):
             _, *losses = gpt(subject.x, subject.y, memory_tau=subject.memory_tau)
         sum(losses).backward()
         for optimizer in optimizers:

@@ -67,10 +67,6 @@ class Subject:
         self.dtype = devices.pick_dtype('auto', cfg.device)
         self.kernel = kernels.install(self.gpt, kernel or 'none', getattr(torch, self.dtype))
 
-    def autocast(self):
-        """The context in which the model computes as in training."""
-        return devices.autocast(self.cfg.device, self.dtype)
-
     @torch.no_grad()
     def queries_keys_values(self):
         """What the attention of each layer gets on x: [(q, k, v), …], (B, H, T, D) each."""
@@ -81,7 +77,7 @@ class Subject:
             return m.selective_attention(q, k, v, rule)[0]
 
         recorder = SimpleNamespace(attend=attend)  # in the place of each LayerCache
-        with self.autocast():
+        with devices.autocast(self.cfg.device, self.dtype):
             self.gpt(
                 self.x, cache=SimpleNamespace(layers=[recorder] * len(self.layers), position=0)
             )

@@ -407,12 +407,10 @@ class ReproduceConfig:
 
 def main():
     cfg = settings.parse(ReproduceConfig, positional='claims')
-    if cfg.list:
+    if cfg.list or not cfg.claims:
         for name, claim in CLAIMS.items():
             print(f'{name:20}', *claim.__doc__.split())
         return
-    if not cfg.claims:
-        raise UserError(f'which claims? {", ".join(CLAIMS)}')
     plot.import_pyplot()  # what can be wrong is known before the work
     signal.signal(signal.SIGTERM, runs.stop)
     os.environ['OMP_NUM_THREADS'] = '1'  # of the runs

@@ -102,7 +102,9 @@ class Runner:
         steps = self.cfg.steps or steps
         flags = [*flags, f'--max_iters={steps}', f'--warmup_iters={steps // 10}']
         self.commands.append(f'    python train.py {" ".join(flags)} FLAGS --seed=SEED')
-        arms = {name: Arm(name, own, []) for name, own in models.items()}
+        arms = {}
+        for name, own in models.items():
+            arms[name] = Arm(name, own, [])
         jobs = []
         for seed in seeds or range(1, self.cfg.seeds + 1):
             for arm in arms.values():
@@ -116,12 +118,13 @@ class Runner:
         return arms
 
     def folder_of(self, rule, args):
-        """The folder of a run. Another config file of the same name has another one."""
+        """The folder of a run, whose log.jsonl has the settings.
+
+        Another config file of the same name has another one.
+        """
         settled = repr([rule, args, settings.run_config(args[0], train.TrainConfig)])
         digest = hashlib.sha256(settled.encode()).hexdigest()
-        words = ' '.join([rule or 'train', *reversed(args)])  # what tells them apart comes first
-        name = re.sub(r'[^\w.=]+', '-', words)
-        return f'{self.cfg.out_dir}/{name[:200]}-{digest[:12]}'
+        return f'{self.cfg.out_dir}/{rule or "train"}-{digest[:16]}'
 
     def one(self, run, args, steps):
         """Train a run to its end, on from where it has come."""
@@ -237,10 +240,10 @@ def kinds_of(x, y, near=NEAR):
     new: the target did not occur in its window before; recall: it did, but not among the newest
     `near` tokens, so that only a longer memory can know it; near: all the others.
     """
-    j = torch.arange(x.size(1))
-    before = (x[:, None] == y[..., None]) & (j <= j[:, None])  # (B, T, T)
-    newest = (before * (j + 1)).amax(dim=2)  # where the target was last, from 1; 0: nowhere
-    kinds = torch.where(j + 1 - newest < near, 1, 2)
+    place = torch.arange(1, x.size(1) + 1)
+    before = (x[:, None] == y[..., None]) & (place <= place[:, None])  # (B, T, T)
+    newest = (before * place).amax(dim=2)  # where the target was last; 0: nowhere
+    kinds = torch.where(place - newest < near, 1, 2)
     return kinds.masked_fill(newest == 0, 0)
 
 
