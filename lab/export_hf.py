@@ -9,9 +9,10 @@ reads again. Any other one takes model.py along, as it is, and lab/hf/modeling_s
 so does a standard model with budgets, which GPT-2 does not have.
 """
 
-import dataclasses
 import json
 import os
+import pathlib
+from dataclasses import dataclass
 
 from support import settings  # before torch, see support/__init__.py
 from support.settings import UserError, option
@@ -24,12 +25,13 @@ from support import checkpoint as ckpt, files
 
 # what README.md of an export begins with
 SIGN = 'library_name: transformers\npipeline_tag: text-generation\n---\n# '
-CODE = os.path.join(os.path.dirname(m.__file__), 'lab/hf/modeling_selective_gpt.py')
+LAB = pathlib.Path(__file__).parent
+CODE = [pathlib.Path(m.__file__), LAB / 'hf/modeling_selective_gpt.py']
 # the fields of GPTConfig that GPT-2 has, too
 GPT2 = 'block_size vocab_size n_layer n_head n_embd dropout bias gelu'.split()
 
 
-@dataclasses.dataclass
+@dataclass
 class ExportConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
     folder: str = option('', "where the files go; '': <out_dir>/hf")
@@ -55,13 +57,13 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     """
     import safetensors.torch
 
-    readme = os.path.join(folder, 'README.md')
+    readme = f'{folder}/README.md'
     files.check_output(readme, '.md', SIGN)
     if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(readme):
         raise UserError(f'{folder} has files that are not an export: choose another --folder')
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     c = model.config
-    fields = dataclasses.asdict(c)
+    fields = dict(vars(c))
     state = model.state_dict()
     del state['lm_head.weight']  # tied
     code = []
@@ -71,7 +73,7 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         fields.update(budgets=budgets, policy=policy)
         config = {**OURS, **fields}
         tensors = {f'gpt.{name}': x for name, x in state.items()}
-        code = [m.__file__, CODE]
+        code = CODE
     ends = 'bos_token', 'eos_token', 'pad_token'
     for end in ends:
         config[f'{end}_id'] = tokenizer.eot_token
@@ -89,12 +91,11 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         'tokenizer_config.json': json.dumps(tokenizer_config, indent=1),
     }
     for path in code:
-        with open(path, 'rb') as f:
-            content[os.path.basename(path)] = f.read()
+        content[path.name] = path.read_bytes()
     # last, because without it the folder is not a model
     content['config.json'] = json.dumps(config, indent=1)
     for file, text in content.items():
-        files.write_file(os.path.join(folder, file), text)
+        files.write_file(f'{folder}/{file}', text)
 
 
 def is_plain(c, state):
@@ -212,14 +213,9 @@ def card(name, run, fields):
 
 def main():
     cfg = settings.parse(ExportConfig)
-    folder = cfg.folder or os.path.join(cfg.out_dir, 'hf')
+    folder = cfg.folder or f'{cfg.out_dir}/hf'
     model, checkpoint = ckpt.load_model(cfg.out_dir)
     budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, cfg.policy)
-    if budgets is not None:
-        try:
-            budgets = m.check_budgets(model.config, budgets, cfg.policy)
-        except ValueError as e:
-            raise UserError(f'--budgets, --policy: {e}') from None
     try:
         export(model, checkpoint, folder, budgets, cfg.policy)
     except ImportError:

@@ -23,8 +23,7 @@ from support.settings import UserError, option
 # Okabe and Ito's colours, for the colour-blind; lines and markers tell the runs apart in black and
 # white
 COLOURS = '#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999'.split()
-LINES = ['-', '--', '-.', ':']
-MARKERS = 'os^DvPX*'
+LINES = '-o --s -.^ :D -v --P -.X :*'.split()
 
 
 @dataclass
@@ -73,13 +72,7 @@ def draw(curves, pale, title, x, y, powers_of_2=''):
         colour = COLOURS[n % 8]
         if label in pale:
             ax.plot(*pale[label], color=colour, alpha=0.3, linewidth=1)
-        ax.plot(
-            *curve,
-            color=colour,
-            linestyle=LINES[n % 4],
-            marker=MARKERS[n % 8],
-            label=label.replace('$', r'\$'),
-        )
+        ax.plot(*curve, LINES[n % 8], color=colour, label=label.replace('$', r'\$'))
     if powers_of_2:
         ax.set_xscale('log', base=2)
         ax.xaxis.set_major_formatter(powers_of_2)
@@ -92,12 +85,10 @@ def draw(curves, pale, title, x, y, powers_of_2=''):
 def import_pyplot():
     """matplotlib.pyplot without a display; UserError if it is not installed."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         raise UserError('pictures need matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
+    plt.switch_backend('Agg')
     return plt
 
 
@@ -134,12 +125,11 @@ def plot_runs(runs, to):
     pruned = {}
     for run in runs:
         try:
-            log = ckpt.read_log(run)
-        except UserError as e:
+            train[run] = curve(run, ckpt.read_log(run, 'loss'), 'iter', 'loss')
+            val[run] = curve(run, ckpt.read_log(run, 'val_loss'), 'iter', 'val_loss')
+        except OSError as e:
             print(f'{run} is left out: {e}', file=sys.stderr)
             continue
-        train[run] = curve(run, [line for line in log if 'loss' in line], 'iter', 'loss')
-        val[run] = curve(run, [line for line in log if 'val_loss' in line], 'iter', 'val_loss')
         for path in sorted(pathlib.Path(run).glob('budgets*.json')):
             found = files.read_json(path, 'run prune.py again', curve=[dict])
             pruned[f'{run}, {path.stem}'] = curve(path, found['curve'], 'saving', 'val_loss')

@@ -11,7 +11,6 @@ temperatures.
 import base64
 import codecs
 import json
-import os
 import pathlib
 import zlib
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import data
 from lab.plot import write
-from model import POLICIES, F_dtype, KVCache, LayerCache, attend, check_budgets, memory_requirement
+from model import POLICIES, F_dtype, KVCache, LayerCache, attend, memory_requirement
 from support import checkpoint as ckpt, devices, files
 from support.settings import UserError, option
 
@@ -73,13 +72,14 @@ class Recorder(LayerCache):
 
 
 def record(model, idx, budgets, policy):
-    """What each layer makes of idx (1, T): F, votes (L, T, T) and dropped_at (L, T)."""
+    """What each layer makes of idx (1, T), in numpy: F, votes (L, T, T) and dropped_at (L, T)."""
     cache = KVCache(model, 1, budgets, policy)
     cache.layers = [Recorder(layer.K, layer.policy) for layer in cache.layers]
     model(idx, cache=cache)
     found = []
     for name in 'F', 'votes', 'dropped_at':
-        found.append(torch.cat([getattr(layer, name) for layer in cache.layers]))
+        layers = [getattr(layer, name) for layer in cache.layers]
+        found.append(torch.cat(layers).cpu().numpy())
     return found
 
 
@@ -104,9 +104,8 @@ def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
         layers = [outputs[block.attn.ssa[name]] for block in model.transformer.h]
         temperatures[name] = torch.cat(layers).cpu().numpy()
     free, _, _ = record(model, idx, None, 'oldest')  # M is defined without budgets
-    M = memory_requirement(free, torch.arange(idx.size(1), device=idx.device), memory_tau)
-    arrays = [x.cpu().numpy() for x in (F, votes, dropped_at, M)]
-    return Reading(*arrays, temperatures)
+    M = memory_requirement(torch.from_numpy(free), torch.arange(idx.size(1)), memory_tau)
+    return Reading(F, votes, dropped_at, M.numpy(), temperatures)
 
 
 def token_texts(ids, tokenizer):
@@ -145,8 +144,8 @@ def page(reading, tokens, title, config, budgets=None, memory_tau=1.0):
     T = len(tokens)
     i, j = np.tril_indices(T, -1)  # nothing happens on the diagonal or above it
     # (L, T, T) the last rows do without a column once it is masked or dropped
-    dropped = np.arange(T)[:, None] >= reading.dropped_at[:, None]
-    gone = dropped | (reading.F >= memory_tau)
+    gone = np.arange(T)[:, None] >= reading.dropped_at[:, None]
+    gone |= reading.F >= memory_tau
     content = {
         'title': title,
         'tokens': tokens,
@@ -172,7 +171,7 @@ def page(reading, tokens, title, config, budgets=None, memory_tau=1.0):
 
 def main():
     cfg = settings.parse(VisualizeConfig)
-    path = cfg.to or os.path.join(cfg.out_dir, 'visualize.html')
+    path = cfg.to or f'{cfg.out_dir}/visualize.html'
     files.check_output(path, '.html', '<!DOCTYPE html>')
     device = devices.pick_device(cfg.device)
     model, checkpoint = ckpt.load_model(cfg.out_dir, device)
@@ -183,13 +182,8 @@ def main():
             'give a run with selective=True or ssa=qv'
         )
     budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, cfg.policy)
-    if budgets is not None:
-        try:
-            budgets = check_budgets(c, budgets, cfg.policy)
-        except ValueError as e:
-            raise UserError(f'--budgets: {e}') from None
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    text = files.read_text(cfg.start, errors='replace')
+    text = files.read_text(cfg.start)
     ids = data.encode_prompt(text, tokenizer, ckpt.starts_with_bos(checkpoint))
     if cfg.cut:
         ids = ids[: c.block_size]
@@ -198,8 +192,7 @@ def main():
             f'--start has {len(ids)} tokens, the page takes 2 to {c.block_size}: '
             '--cut takes the first of a longer text'
         )
-    idx = torch.tensor([ids], device=device)
-    reading = read(model, idx, budgets, cfg.policy, cfg.memory_tau)
+    reading = read(model, torch.tensor([ids], device=device), budgets, cfg.policy, cfg.memory_tau)
     tokens = token_texts(ids, tokenizer)
     write(path, page(reading, tokens, cfg.out_dir, c, budgets, cfg.memory_tau).encode())
 

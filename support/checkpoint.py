@@ -14,7 +14,7 @@ A checkpoint is a dictionary of plain values and tensors, <out_dir>/ckpt.pt:
     data                    a hash of the data set's tokens
 """
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ import zipfile
 import torch
 
 import model as model_py
-from model import GPT, GPTConfig, is_gpt2
+from model import GPT, GPTConfig, check_budgets, is_gpt2
 from support import files, settings
 from support.settings import UserError, one_line
 
@@ -32,15 +32,9 @@ TYPES = {
     'model': dict,
     'model_args': dict,
     'tokenizer': str,
-    'optimizer': (dict, None),
-    'scaler': (dict, None),
-    'config': (dict, None),
-    'iter_num': (int, None),
-    'val_loss': (float, None),
-    'val_iter': (int, None),
-    'pretrained': (str, None),
+    'config': dict,
+    'iter_num': int,
     'dataset': (str, None),
-    'data': (str, None),
 }
 # what a run from scratch begins with, and a checkpoint of nanoGPT lacks
 ABSENT = {
@@ -61,35 +55,28 @@ PACE = 'max_iters lr_decay_iters eval_interval eval_iters log_interval dtype'.sp
 
 def save(out_dir, checkpoint):
     """Write <out_dir>/ckpt.pt; the old one stays until the new one is whole."""
-    path = os.path.join(out_dir, 'ckpt.pt')
+    path = f'{out_dir}/ckpt.pt'
     try:
         with files.replacing(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as e:  # the latter is what torch makes of a full disk
-        if settings.is_out_of_memory(e):
-            raise
         raise UserError(f'cannot write {path}, is the disk full? ({e})') from None
 
 
-def load(out_dir, device='cpu'):
+def load(out_dir):
     """The checkpoint of out_dir as a dictionary. Raises UserError if it is missing or damaged."""
-    path = os.path.join(out_dir, 'ckpt.pt')
+    path = f'{out_dir}/ckpt.pt'
     if not os.path.isfile(path):
         raise UserError(f'{path} does not exist: train first, or name another folder')
     try:
         with zipfile.ZipFile(path) as f:
             damaged = f.testzip()  # torch.save writes checksums, which torch.load ignores
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = {**ABSENT, **torch.load(path, map_location='cpu', weights_only=True)}
         problem = damaged or files.misfit(checkpoint, TYPES)
     except Exception as e:  # whatever a damaged file makes of torch.load
-        if settings.is_out_of_memory(e):
-            raise
-        problem = type(e).__name__
+        problem = repr(e)
     if problem:
         raise UserError(f'{path} is damaged, or not a checkpoint of train.py ({problem})')
-    for name, value in ABSENT.items():
-        if checkpoint.get(name) is None:
-            checkpoint[name] = value
     return checkpoint
 
 
@@ -97,19 +84,17 @@ def check_resume(checkpoint, cfg):
     """What a resumed run changes, as a list of texts. UserError where it would be another run."""
     was = {**checkpoint['config'], **model_args(checkpoint)}
     changes = []
-    others = []
-    for name, value in dataclasses.asdict(cfg).items():
+    for name, value in vars(cfg).items():
         before = was.get(name, value)
         if before == value or name in MACHINE:
             continue
-        changes.append(f'{name}={value!r} (was {before!r})')
-        if name not in PACE:
-            others.append(changes[-1])
-    if others and not cfg.resume_changed:
-        raise UserError(
-            f'{cfg.out_dir} would become another run by {", ".join(others)}: resume it as it was, '
-            'or with --resume_changed'
-        )
+        change = f'{name}={value!r} (was {before!r})'
+        changes.append(change)
+        if name not in PACE and not cfg.resume_changed:
+            raise UserError(
+                f'{cfg.out_dir} would become another run by {change}: resume it as it was, '
+                'or with --resume_changed'
+            )
     done = checkpoint['iter_num']
     if not 0 <= done < cfg.max_iters:
         raise UserError(f'{cfg.out_dir} has {done} of {cfg.max_iters} steps: raise --max_iters')
@@ -118,13 +103,12 @@ def check_resume(checkpoint, cfg):
 
 def check_data(checkpoint, dataset, cfg):
     """Raise UserError for a data set of another tokenizer, or that would make it another run."""
-    tokenizer = checkpoint['tokenizer']
-    if tokenizer != dataset.tokenizer_name:
+    if checkpoint['tokenizer'] != dataset.tokenizer_name:
         raise UserError(
             f'data set {cfg.dataset} has the tokenizer {dataset.tokenizer_name}, '
-            f'the model {tokenizer}'
+            f'the model {checkpoint["tokenizer"]}'
         )
-    if cfg.init_from != 'resume' or cfg.eval_only or cfg.resume_changed:
+    if cfg.eval_only or cfg.resume_changed:
         return
     if checkpoint.get('data') not in (None, dataset.fingerprint()):
         raise UserError(
@@ -135,7 +119,7 @@ def check_data(checkpoint, dataset, cfg):
 
 def starts_with_bos(checkpoint):
     """Whether <|endoftext|> stood in front of every window that the model was trained on."""
-    return bool(checkpoint.get('config', {}).get('bos', False))
+    return checkpoint['config'].get('bos', False)
 
 
 def fingerprint(model):
@@ -159,8 +143,9 @@ def model_args(checkpoint):
     """The fields of GPTConfig, with those that are newer than the checkpoint."""
     args = dict(checkpoint['model_args'])
     args.pop('kernel', None)  # of the first version
-    args = settings.check(GPTConfig, args, 'the checkpoint does not fit model.py')
-    return dataclasses.asdict(GPTConfig(**args))
+    for name, value in args.items():
+        args[name] = settings.checked(GPTConfig, name, value, f'the checkpoint: {name}')
+    return vars(GPTConfig(**args))
 
 
 def build(checkpoint, add_new=False, **changes):
@@ -197,7 +182,7 @@ def build(checkpoint, add_new=False, **changes):
 
 def load_model(out_dir, device='cpu'):
     """The trained model of out_dir, ready to use on the device, and its checkpoint."""
-    checkpoint = load(out_dir, device)
+    checkpoint = load(out_dir)
     return build(checkpoint).to(device).eval(), checkpoint
 
 
@@ -230,8 +215,7 @@ def load_optimizers(optimizers, scaler, model, checkpoint):
     try:
         saved = checkpoint['optimizer']
         for optimizer in optimizers:
-            groups = saved.get('param_groups', ())
-            if len(groups) == len(optimizer.param_groups):
+            if len(saved.get('param_groups', ())) == len(optimizer.param_groups):
                 numbered = saved['state']  # an earlier version numbered them, in the same order
             else:
                 states = saved[type(optimizer).__name__]
@@ -250,7 +234,7 @@ def load_optimizers(optimizers, scaler, model, checkpoint):
             f'the checkpoint has no state of {e}, as of another optimizer or an earlier version: '
             'it can be read, not resumed'
         ) from None
-    except (ValueError, RuntimeError, TypeError, AttributeError) as e:
+    except Exception as e:  # whatever a state that is not theirs makes of them
         raise UserError(
             f"the checkpoint's optimizer does not fit, it cannot be resumed ({one_line(e, 300)})"
         ) from None
@@ -259,27 +243,33 @@ def load_optimizers(optimizers, scaler, model, checkpoint):
 # ---- Budgets -------------------------------------------------------------------------------------
 
 
-def read_budgets(text, out_dir, model, policy=None):
-    """The setting `budgets` as KVCache takes it: None, a number, or a list of one for each layer.
+def read_budgets(text, out_dir, model, policy):
+    """The setting `budgets`: None, or a list of a number for each layer.
 
     text: 'none', a number, a list like 4,9,16,8 or a budgets.json of prune.py; '' is
-    <out_dir>/budgets.json if there is one. Raises UserError for anything else, and for a file that
-    was made for other weights or, where the policy is given, for another policy.
+    <out_dir>/budgets.json if there is one. Raises UserError for anything else, for budgets that
+    the model cannot have, and for a file that was made for other weights or another policy.
     """
-    own = os.path.join(out_dir, 'budgets.json')
+    own = f'{out_dir}/budgets.json'
     if text == 'none' or not text and not os.path.isfile(own):
         return None
-    if re.fullmatch('[0-9]{1,9}(,[0-9]{1,9})*', text):
-        numbers = [int(n) for n in text.split(',')]
-        return numbers if ',' in text else numbers[0]
-    path = text or own
-    hint = 'run prune.py again, or give a number, a list like 4,9,16,8 or none'
-    found = files.read_json(path, hint, budgets=[int], checkpoint=str, policy=(str, None))
-    if found['checkpoint'] != fingerprint(model):
-        raise UserError(f'{path} was made for another checkpoint: {hint}')
-    if policy not in (None, found.get('policy')):
-        raise UserError(f'{path} was made for --policy={found.get("policy")}, this is {policy}')
-    return found['budgets']
+    if re.fullmatch('[0-9]{1,9}', text):
+        budgets = int(text)
+    elif re.fullmatch('[0-9]{1,9}(,[0-9]{1,9})+', text):
+        budgets = [int(n) for n in text.split(',')]
+    else:
+        path = text or own
+        hint = 'run prune.py again, or give a number, a list like 4,9,16,8 or none'
+        found = files.read_json(path, hint, budgets=[int], checkpoint=str, policy=str)
+        if found['checkpoint'] != fingerprint(model):
+            raise UserError(f'{path} was made for another checkpoint: {hint}')
+        if found['policy'] != policy:
+            raise UserError(f'{path} was made for --policy={found["policy"]}, this is {policy}')
+        budgets = found['budgets']
+    try:
+        return check_budgets(model.config, budgets, policy)
+    except ValueError as e:
+        raise UserError(f'--budgets, --policy: {e}') from None
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -293,47 +283,39 @@ class Log:
 
     def __init__(self, cfg, start):
         """start: the step that the run begins with. Lines of later steps go: they come again."""
-        self.path = os.path.join(cfg.out_dir, 'log.jsonl')
+        path = f'{cfg.out_dir}/log.jsonl'
         lines = []
-        if start and os.path.isfile(self.path):
-            for line in read_lines(self.path):
-                evaluated = 'val_loss' in line and line['iter'] == start
-                if 'config' in line or line['iter'] < start or evaluated:
+        if start and os.path.isfile(path):
+            for line in read_lines(path):
+                step = line.get('iter', -1)  # -1: settings
+                if step < start or step == start and 'val_loss' in line:
                     lines.append(line)
-        lines.append({'config': dataclasses.asdict(cfg), 'from': start})
-        files.write_file(self.path, ''.join(json.dumps(line) + '\n' for line in lines))
-        self.file = open(self.path, 'a', buffering=1)
+        lines.append({'config': vars(cfg), 'from': start})
+        files.write_file(path, ''.join(json.dumps(line) + '\n' for line in lines))
+        self.file = open(path, 'a', buffering=1)
 
     def write(self, **figures):
         """Append a line of figures."""
         self.file.write(json.dumps(figures) + '\n')
 
 
-def read_log(out_dir):
-    """The figures of a run as dictionaries, in order, without the settings."""
-    lines = read_lines(os.path.join(out_dir, 'log.jsonl'))
-    return [line for line in lines if 'config' not in line]
+def read_log(out_dir, figure='iter'):
+    """The lines of a run that have this figure as dictionaries, in order; all have 'iter'."""
+    lines = read_lines(f'{out_dir}/log.jsonl')
+    return [line for line in lines if figure in line]
 
 
 def read_lines(path):
-    """The lines of a log.jsonl, settings and figures. Leaves out those that a kill cut short."""
+    """The lines of a log.jsonl, settings and figures. Leaves out those that a kill cut short.
+
+    Raises OSError where there is no such file.
+    """
     lines = []
-    try:
-        with open(path, encoding='utf-8', errors='replace') as f:
-            for text in f:
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError):
-                    continue
-                if is_line(line):
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for text in f:
+            with contextlib.suppress(ValueError, RecursionError, TypeError):
+                line = json.loads(text)
+                numbers = {**dict.fromkeys(line, float), 'iter': int}  # of any name
+                if not files.misfit(line, {'config': dict}) or not files.misfit(line, numbers):
                     lines.append(line)
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {e.strerror}') from None
     return lines
-
-
-def is_line(line):
-    """Whether a value from a log is a line of settings, or of a step with numbers of any names."""
-    if not isinstance(line, dict) or 'config' in line:
-        return isinstance(line, dict)
-    return not files.misfit(line, {**dict.fromkeys(line, float), 'iter': int})

@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import re
 import signal
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from support.settings import UserError
+from support.settings import UserError, one_line
 
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
 # operations a second of dense bfloat16, by NVIDIA's datasheets of the SXM modules
@@ -22,13 +21,10 @@ def pick_device(name='auto'):
         if torch.cuda.is_available():
             return 'cuda'
         return 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if not re.fullmatch('cpu|mps|cuda(:[0-9]{1,3})?', name):
-        raise UserError(f"device {name!r}: it is 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f'device {name!r} cannot be used here: {why}') from None
+        torch.zeros(1, device=name).item()
+    except Exception as e:  # whatever torch makes of a name
+        raise UserError(f'device {name!r} cannot be used here: {one_line(e, 150)}') from None
     return name
 
 
@@ -88,9 +84,9 @@ def catch_signals(say):
         caught.append(number)
         say('\nfinishing the step …')
 
-    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':  # a terminal sends the last as it closes
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+    # a terminal sends SIGHUP as it closes
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
     return caught
 
@@ -124,11 +120,11 @@ class Processes:
             dist.barrier()
             dist.destroy_process_group()
 
-    def say(self, *words):
+    def say(self, text):
         """Print, in the master alone."""
         if self.master:
             with contextlib.suppress(OSError):  # a closed terminal, or a full disk under its log
-                print(*words, flush=True)
+                print(text, flush=True)
 
     def after_master(self, function, *args):
         """function(*args) in each process, in the others once the master has finished its own."""

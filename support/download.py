@@ -1,7 +1,5 @@
 """Downloads that survive failures: they wait, continue where they were cut, and show progress."""
 
-import datetime
-import random
 import sys
 import time
 
@@ -24,14 +22,13 @@ class Server:
     without a byte that count as a failure.
     """
 
-    def __init__(self, base_url, retries=8, backoff=1.0, timeout=30.0):
+    def __init__(self, base_url, retries, backoff, timeout):
         self.base_url = base_url.rstrip('/')
         self.retries = retries
         self.backoff = backoff
-        self.timeout = timeout
+        self.timeout = (5, timeout)  # to connect, to read
         self.session = requests.Session()
         self.answered = False  # whether the server ever answered
-        self.received = 0  # bytes of the current file so far
 
     def read(self, name):
         """The bytes of the file <base_url>/<name>, in chunks.
@@ -43,7 +40,7 @@ class Server:
         """
         url = f'{self.base_url}/{name}'
         failures = 0
-        self.received = 0
+        self.received = 0  # bytes of the file so far
         while True:
             try:
                 for chunk in self.attempt(url):
@@ -56,21 +53,22 @@ class Server:
                 wait = 0
                 if isinstance(e, requests.HTTPError):
                     problem = str(e)
-                    wait = wanted_wait(e.response)
+                    asked = e.response.headers.get('Retry-After', '')
+                    if asked.isdecimal():
+                        wait = float(asked)
             if not self.answered:
                 raise UserError(
                     f'{url} cannot be reached ({problem}): check the network and --base_url'
                 )
             if wait > LONGEST_WAIT:
                 raise UserError(f'{url}: busy for {wait / 60:,.0f} minutes, it says: run it later')
+            wait = max(wait, min(60.0, self.backoff * 2**failures))
             failures += 1
             where = f'{name}: {problem} at byte {self.received:,}'
             if failures > self.retries:
                 raise UserError(
                     f'{where}, {failures} times in a row: run it again later, it continues'
                 )
-            backoff = min(60.0, self.backoff * 2 ** (failures - 1))
-            wait = max(wait, backoff * random.uniform(0.75, 1))
             print(f'{where}, trying again in {wait:.1f} s', file=sys.stderr)
             time.sleep(wait)
 
@@ -80,8 +78,7 @@ class Server:
         headers = {'Accept-Encoding': 'identity'}
         if got:
             headers['Range'] = f'bytes={got}-'
-        timeout = (5, self.timeout)  # to connect, to read
-        with self.session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        with self.session.get(url, headers=headers, stream=True, timeout=self.timeout) as answer:
             self.answered = True
             status = answer.status_code
             if status == 416:  # there is nothing from this place on
@@ -106,12 +103,6 @@ class Server:
                     yield fresh
 
 
-def wanted_wait(answer):
-    """Seconds that a busy server asks to wait, 0 where it does not say."""
-    text = answer.headers.get('Retry-After', '')
-    return float(text) if text.isdecimal() else 0.0
-
-
 class Progress:
     """One line of progress: redrawn on a terminal, else printed every 10 seconds.
 
@@ -120,8 +111,11 @@ class Progress:
     """
 
     def __init__(self):
-        self.terminal = sys.stderr.isatty()
-        self.interval = 0.2 if self.terminal else 10
+        self.end = '\n'
+        self.interval = 10
+        if sys.stderr.isatty():
+            self.end = '\r'
+            self.interval = 0.2
         self.began = time.time()
         self.shown = self.began
 
@@ -138,15 +132,10 @@ class Progress:
         megabytes = received / 1e6
         line = f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s'
         if fraction:
-            left = datetime.timedelta(seconds=int(seconds / fraction - seconds))
-            line += f', {left} left'
-        self.write(line, '\n')
-
-    def write(self, line, end):
-        if self.terminal:
-            line = line.ljust(78)
-            end = '\r'
-        print(line, end=end, file=sys.stderr, flush=True)
+            left = seconds / fraction - seconds
+            line += f', {left / 60:,.0f} minutes left'
+        print(line.ljust(78), end=self.end, file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
-        self.write('', '')  # on a terminal: an empty line for what is printed next
+        if self.end == '\r':  # leave no line behind
+            print(' ' * 78, end='\r', file=sys.stderr)

@@ -1,6 +1,7 @@
 """Files: the one way to write them and the one way to read JSON."""
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -10,30 +11,20 @@ import sys
 
 from support.settings import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then write to one folder
-    fcntl = None
-
 # ---- Writing -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def made(folder):
-    """Make a folder and the ones above it. If the block fails, those that it made go, if empty.
-
-    Raises UserError where that fails.
-    """
+    """Make a folder and the ones above it. If the block fails, those that it made go, if empty."""
     missing = []
-    while not os.path.isdir(folder):
-        missing.append(folder)
-        folder = os.path.dirname(folder) or '.'
+    above = os.path.abspath(folder)
+    while not os.path.isdir(above):
+        missing.append(above)
+        above = os.path.dirname(above)
     try:
-        try:
-            for new in reversed(missing):
-                os.makedirs(new, exist_ok=True)
-        except OSError as e:
-            raise UserError(f'cannot make the folder {missing[0]}: {e.strerror}') from None
+        for new in reversed(missing):
+            os.makedirs(new, exist_ok=True)
         yield
     except BaseException:
         for new in missing:
@@ -52,17 +43,13 @@ def locked(folder, shared=False):
     with made(folder):
         fd = os.open(folder, os.O_RDONLY)
         try:
-            if fcntl:
+            try:
                 kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise UserError(
-                f'{folder} is in use by another process: wait for it, or choose another folder'
-            ) from None
-        except OSError:  # some network file systems have no locks
-            pass
-        try:
+            except BlockingIOError:
+                raise UserError(f'{folder} is in use by another process: wait for it') from None
+            except OSError:  # some network file systems have no locks
+                pass
             yield
         finally:
             os.close(fd)
@@ -78,7 +65,7 @@ def replacing(path):
     Makes the folder. On an error it removes what it made. Raises OSError where writing fails.
     """
     part = f'{path}.{secrets.token_hex(4)}.tmp'  # two processes may write the same file
-    with made(os.path.dirname(path) or '.'):
+    with made(os.path.dirname(path)):
         try:
             with open(part, 'xb') as f:
                 yield f
@@ -86,10 +73,9 @@ def replacing(path):
                 os.fsync(f.fileno())
             with contextlib.suppress(FileNotFoundError):  # another process wrote the same first
                 os.replace(part, path)
-        except BaseException:
+        finally:
             with contextlib.suppress(OSError):
                 os.remove(part)
-            raise
     for stale in glob.glob(glob.escape(path) + '.*.tmp'):  # left by processes that were killed
         with contextlib.suppress(OSError):
             os.remove(stale)
@@ -109,7 +95,7 @@ def replacing_folder(path):
         for stale in glob.glob(glob.escape(path) + '.*.tmp'):  # left by processes that were killed
             shutil.rmtree(stale, ignore_errors=True)
         new = f'{path}.{secrets.token_hex(4)}.tmp'
-        old = f'{path}.{secrets.token_hex(4)}.tmp'
+        old = f'{new}.tmp'
         try:
             os.mkdir(new)
             yield new
@@ -131,16 +117,13 @@ def check_output(path, ending, sign):
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    if not os.access(f'{folder}/.', os.W_OK):  # the dot: a file does not do
         raise UserError(f'cannot write {path}: {folder} is not a folder that takes files')
-    if not os.path.lexists(path):
-        return
     beginning = b''
-    with contextlib.suppress(OSError):
-        if os.path.isfile(path):
-            with open(path, 'rb') as f:
-                beginning = f.read(4096)
-    if sign.encode() not in beginning:
+    if os.path.isfile(path):
+        with open(path, 'rb') as f:
+            beginning = f.read(4096)
+    if os.path.lexists(path) and sign.encode() not in beginning:
         raise UserError(f'{path} is there and was not written by this script: choose another name')
 
 
@@ -149,7 +132,7 @@ def write_file(path, content):
     if isinstance(content, str):
         content = content.encode()
     try:
-        with replacing(os.fspath(path)) as f:
+        with replacing(str(path)) as f:
             f.write(content)
     except OSError as e:
         raise UserError(f'cannot write {path}: {e.strerror or e}') from None
@@ -158,25 +141,20 @@ def write_file(path, content):
 # ---- Reading -------------------------------------------------------------------------------------
 
 
-def read_text(start, errors='strict'):
+def read_text(start):
     """The text of a setting `start`: text itself, FILE:path, or - for standard input.
 
-    errors: 'replace' makes U+FFFD of what is not UTF-8, 'strict' a UserError.
+    What is not UTF-8 becomes U+FFFD. Raises UserError where there is no such file.
     """
+    if start == '-':
+        return sys.stdin.buffer.read().decode('utf-8', 'replace')
     path = start.removeprefix('FILE:')
-    if start == path and start != '-':
+    if start == path:
         return start
-    try:
-        if start == '-':
-            return sys.stdin.buffer.read().decode('utf-8', errors)
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise UserError(f'--start: {path} is not a file of text')  # a folder, an endless device
-        with open(path, 'rb') as f:
-            return f.read().decode('utf-8', errors)
-    except OSError as e:
-        raise UserError(f'--start: {path}: {e.strerror}') from None
-    except UnicodeDecodeError:
-        raise UserError(f'--start: {path} is not UTF-8 text') from None
+    if not os.path.isfile(path):
+        raise UserError(f'--start: {path} is not a file')
+    with open(path, 'rb') as f:
+        return f.read().decode('utf-8', 'replace')
 
 
 def read_json(path, hint, **types):
@@ -188,10 +166,8 @@ def read_json(path, hint, **types):
     try:
         with open(path, encoding='utf-8') as f:
             found = json.load(f)
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: {hint}') from None
     except OSError as e:
-        raise UserError(f'cannot read {path} ({e.strerror}): {hint}') from None
+        raise UserError(f'{path} is missing or cannot be read ({e.strerror}): {hint}') from None
     except (ValueError, RecursionError):
         raise UserError(f'{path} is damaged (it is not JSON): {hint}') from None
     if problem := misfit(found, types):
@@ -208,16 +184,15 @@ def misfit(found, types):
     if not isinstance(found, dict):
         return 'it is not an object'
     for name, wanted in types.items():
-        options = wanted if isinstance(wanted, tuple) else (wanted,)
-        if not any(is_a(found.get(name), option) for option in options):
+        if not is_a(found.get(name), wanted):
             return f"'{name}' is missing or of another type"
     return ''
 
 
 def is_a(value, wanted):
     """Whether a value is of the type, see `misfit`."""
-    if wanted is None:
-        return value is None
+    if isinstance(wanted, tuple):
+        return value is None or is_a(value, wanted[0])
     if isinstance(wanted, list):
         return isinstance(value, list) and all(is_a(item, wanted[0]) for item in value)
     if isinstance(value, bool):

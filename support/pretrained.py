@@ -12,7 +12,7 @@ import os
 
 from support import checkpoint as ckpt
 from support import files
-from support.settings import UserError
+from support.settings import UserError, one_line
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # given by the weights, not by the settings
@@ -39,12 +39,6 @@ def load_model(init_from, out_dir, device='cpu'):
     return ckpt.build(checkpoint).to(device).eval(), checkpoint
 
 
-def check(name):
-    """Raise UserError unless name is one of MODELS or an existing folder."""
-    if name not in MODELS and not os.path.isdir(name):
-        raise UserError(f'init_from {name!r}: no such folder, and none of {", ".join(MODELS)}')
-
-
 def load(name):
     """The weights of a GPT-2 as a checkpoint for `checkpoint.build`.
 
@@ -57,19 +51,25 @@ def load(name):
         raise UserError(
             f'init_from {name!r} needs the package safetensors: pip install safetensors'
         ) from None
-    check(name)
-    folder = fetch(name) if name in MODELS else name
-    args = read_config(os.path.join(folder, 'config.json'))
-    path = os.path.join(folder, 'model.safetensors')
+    folder = name
+    if name in MODELS:
+        folder = fetch(name)
+    elif not os.path.isdir(name):
+        raise UserError(f'init_from {name!r}: no such folder, and none of {", ".join(MODELS)}')
+    args = read_config(f'{folder}/config.json')
+    path = f'{folder}/model.safetensors'
     try:
         state = convert(safetensors.torch.load_file(path))
-    except FileNotFoundError:
-        raise UserError(f'{path} does not exist; other formats are not read') from None
-    except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(f'{path} cannot be read, download it again ({e})') from None
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+        raise UserError(f'{path} does not exist or cannot be read ({e})') from None
     tokenizer = 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'
-    found = {'model': state, 'model_args': args, 'pretrained': name, 'tokenizer': tokenizer}
-    return {**ckpt.ABSENT, **found}
+    return {
+        **ckpt.ABSENT,
+        'model': state,
+        'model_args': args,
+        'pretrained': name,
+        'tokenizer': tokenizer,
+    }
 
 
 def read_config(path):
@@ -77,16 +77,14 @@ def read_config(path):
 
     Raises UserError for what model.py does not compute.
     """
-    hint = 'it must describe a GPT-2, as transformers writes it'
     sizes = dict.fromkeys(['n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'], int)
-    c = files.read_json(path, hint, **sizes, n_inner=(int, None), activation_function=str)
-    for key, wanted in ONLY.items():
-        if c.get(key, wanted) != wanted:
+    c = files.read_json(path, 'it must describe a GPT-2', **sizes, activation_function=str)
+    for key, wanted in {**ONLY, 'n_inner': 4 * c['n_embd']}.items():
+        if c.get(key) not in (None, wanted):
             raise UserError(f'{path}: {key} is {c[key]!r}, model.py computes only with {wanted!r}')
-    if c.get('n_inner') not in (None, 4 * c['n_embd']):
-        raise UserError(f'{path}: n_inner is {c["n_inner"]}, model.py has 4 * n_embd')
-    if c['activation_function'] not in GELUS:
-        raise UserError(f'{path}: activation_function {c["activation_function"]!r} is not a GELU')
+    activation = c['activation_function']
+    if activation not in GELUS:
+        raise UserError(f'{path}: activation_function {activation!r} is not a GELU')
     return {
         'block_size': c['n_positions'],
         'vocab_size': c['vocab_size'],
@@ -94,7 +92,7 @@ def read_config(path):
         'n_head': c['n_head'],
         'n_embd': c['n_embd'],
         'bias': True,
-        'gelu': GELUS[c['activation_function']],
+        'gelu': GELUS[activation],
     }
 
 
@@ -109,7 +107,7 @@ def convert(tensors):
         # causal masks, and the tied weight
         if name.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):
             continue
-        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) and x.dim() == 2:
+        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
             x = x.t()
         state[name] = x.float().contiguous()
     if 'transformer.wte.weight' in state:
@@ -119,16 +117,13 @@ def convert(tensors):
 
 def fetch(name):
     """The folder of one of MODELS, where the library of the hub keeps it. It is downloaded once."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(
-            f'init_from {name!r} needs the package huggingface_hub: pip install huggingface_hub'
-        ) from None
     files = ['config.json', 'model.safetensors']
     try:
+        import huggingface_hub
+
         return huggingface_hub.snapshot_download(f'openai-community/{name}', allow_patterns=files)
-    except Exception as e:  # whatever a network may do
+    except Exception as e:  # whatever a network may do, or a package that is not there
         raise UserError(
-            f'{name} cannot be downloaded ({type(e).__name__}): check the network, or give a folder'
+            f'{name} cannot be downloaded ({type(e).__name__}: {one_line(e, 300)}): '
+            'check the network, or give a folder'
         ) from None

@@ -8,18 +8,17 @@
 
     cfg = settings.parse(SampleConfig)      # in: python sample.py config/file.py --top_k=20
 
-Config files are Python and may import one another. Later arguments win over earlier ones. Numbers
-are finite, and text has no control characters but tabs and line ends.
+Config files are Python and may import one another. Later arguments win over earlier ones. Text has
+no control characters but tabs and line ends.
 """
 
 import dataclasses
 import difflib
 import inspect
-import math
 import os
+import re
 import reprlib
 import runpy
-import signal
 import sys
 import types
 
@@ -28,7 +27,7 @@ NAMES = {
     int: 'a whole number',
     float: 'a number',
     str: 'text',
-    list: 'a list',
+    list: 'a list of text',
 }
 TRUTH = {'true': True, '1': True, 'false': False, '0': False}
 
@@ -68,17 +67,14 @@ def run(main):
         sys.stdout.flush()
     except KeyboardInterrupt:
         fail('interrupted', 130)
-    except BrokenPipeError:  # the reader has gone, as in `| head`: a shell reports 141 for that
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain at the end
-        sys.exit(128 + signal.SIGPIPE)
-    except UserError as e:
-        fail(str(e))
-    except OSError as e:
-        fail(f'{e.filename or "input or output"}: {e.strerror or e}')
+    except BrokenPipeError:  # the reader has gone, as in `| head`
+        os._exit(141)  # as a shell reports it, without a last try to write
+    except (UserError, OSError) as e:
+        fail(e)
     except (MemoryError, RuntimeError) as e:
         if 'by peer' in str(e):  # what torch's gloo says of it, in each process that is left
             fail('another process of this run has ended')
-        if not is_out_of_memory(e):
+        if not re.search('MemoryError|out of memory|allocate memory', repr(e)):
             raise
         fail('not enough memory: use a smaller model, batch_size or block_size')
 
@@ -87,14 +83,6 @@ def fail(text, code=1):
     """End the process with one line on stderr."""
     print(f'{os.path.basename(sys.argv[0])}: {one_line(text)}', file=sys.stderr)
     sys.exit(code)
-
-
-def is_out_of_memory(error):
-    """Whether an exception, of torch or Python, says so."""
-    text = str(error)
-    if isinstance(error, MemoryError):
-        return True
-    return 'out of memory' in text or "can't allocate memory" in text
 
 
 def one_line(text, length=600):
@@ -113,7 +101,8 @@ def parse(cls, argv=None, positional=None):
     or -h. Raises UserError for an unknown key (with the nearest one), an invalid value, or a config
     file that cannot be run.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     if '--help' in argv or '-h' in argv:
         print(help_text(cls))
         sys.exit(0)
@@ -127,12 +116,11 @@ def parse(cls, argv=None, positional=None):
                     raise UserError(f'--{key}: it needs a value, --{key}=…')
                 text = 'True'
             values[key] = checked(cls, key, text, f'--{key}')
-        elif positional is not None:
+        elif positional:
             words = values.get(positional, []) + [arg]
             values[positional] = checked(cls, positional, words, positional)
         else:
-            for key, value in run_config(arg, cls).items():
-                values[key] = checked(cls, key, value, f'{arg}: {key}')
+            values.update(run_config(arg, cls))
     return cls(**values)
 
 
@@ -142,44 +130,41 @@ def help_text(cls):
     for field in dataclasses.fields(cls):
         setting = f'--{field.name}={getattr(cls, field.name, "")}'
         line = f'  {setting:<38} {field.metadata["help"]}'
-        if valid := described(field.metadata):
-            line += f' [{valid}]'
+        if len(field.metadata) > 1:
+            line += f' [{valid(field.metadata)}]'
         lines.append(line)
     return '\n'.join(lines)
 
 
-def described(limits):
-    """The limits of an option in words, '' where it has none."""
+def valid(limits):
+    """The values that a field with limits may have, in words."""
     if 'choices' in limits:
         return ', '.join(map(repr, limits['choices']))
-    if 'low' in limits or 'high' in limits:
-        return f'{limits.get("low", 0)} to {limits.get("high", 10**9):,}'
-    return ''
-
-
-def check(cls, values, where):
-    """values, {name: value}, as valid values of the dataclass cls; UserError for an invalid one."""
-    found = {}
-    for name, value in values.items():
-        found[name] = checked(cls, name, value, f'{where}: {name}')
-    return found
+    return f'{limits.get("low", 0)} to {limits.get("high", 10**9):,}'
 
 
 def checked(cls, key, value, where):
     """A valid value for the field `key` of cls; it may be text from the command line."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = cls.__dataclass_fields__
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, 1)
-        hint = f"did you mean '{near[0]}'?" if near else '--help lists them all'
-        raise UserError(f'{where}: unknown setting; {hint}')
+        near = difflib.get_close_matches(key, fields, 1, cutoff=0)
+        raise UserError(
+            f'{where}: unknown setting; did you mean {near[0]!r}? --help lists them all'
+        )
     field = fields[key]
+    limits = field.metadata
+    shown = reprlib.repr(value)
     try:
         value = typed(field.type, value)
     except (ValueError, KeyError, OverflowError, TypeError):
-        raise UserError(f'{where}: {reprlib.repr(value)} is not {NAMES[field.type]}') from None
-    for item in value if isinstance(value, list) else [value]:
-        if problem := misfit(item, field.metadata):
-            raise UserError(f'{where}: {problem}')
+        raise UserError(f'{where}: {shown} is not {NAMES[field.type]}') from None
+    if field.type in (int, float):
+        if not limits.get('low', 0) <= value <= limits.get('high', 10**9):
+            raise UserError(f'{where}: {shown} is not in the range {valid(limits)}')
+    elif 'choices' in limits:
+        for item in value if field.type is list else [value]:
+            if item not in limits['choices']:
+                raise UserError(f'{where}: {reprlib.repr(item)} is not one of {valid(limits)}')
     return value
 
 
@@ -188,55 +173,31 @@ def typed(want, value):
     if want is bool and isinstance(value, str):
         return TRUTH[value.lower()]
     if want in (int, float):
-        if isinstance(value, bool):
-            raise ValueError
-        if isinstance(value, str) and not value.isascii():
+        if isinstance(value, bool) or not str(value).isascii():
             raise ValueError  # '²' and '٣' are digits, too
-        number = float(value)
-        if want is float:
-            return number
-        if number != int(number):  # 1_000 and 1e6 are ways to write a whole number
+        number = want(float(value))  # 1_000 and 1e6 are ways to write a whole number
+        if number != float(value):
             raise ValueError
-        return int(number)
+        return number
     if type(value) is not want:
         raise ValueError
-    if want is list and not all(isinstance(item, str) for item in value):
-        raise ValueError
+    if want is not bool:
+        for c in ''.join(value):
+            if not c.isprintable() and c not in '\t\r\n':
+                raise ValueError
     return value
-
-
-def misfit(value, limits):
-    """What is wrong with a value of the right type, in a few words; '' if it is valid."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f'{value} is not a finite number'
-    if isinstance(value, str) and not all(c.isprintable() or c in '\t\r\n' for c in value):
-        return f'{reprlib.repr(value)} has characters that are no text'
-    if 'choices' in limits and value not in limits['choices']:
-        return f'{reprlib.repr(value)} is not one of {described(limits)}'
-    if type(value) in (int, float):
-        low = limits.get('low', 0)
-        high = limits.get('high', 10**9)
-        if not low <= value <= high:
-            return f'{reprlib.repr(value)} is not in the range {low} to {high:,}'
-    return ''
 
 
 def run_config(path, cls):
     """The settings that a config file assigns: its public names, without modules and functions."""
     if not os.path.isfile(path):
         raise UserError(f"config file '{path}' does not exist (settings are written --key=value)")
-    # so that `from config.base_small import *` is found
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         raise UserError(f'{path}: {type(e).__name__}: {e}') from None
-    finally:
-        sys.path.pop(0)
     found = {}
     for name, value in names.items():
-        if name.startswith('_') or isinstance(value, types.ModuleType):
-            continue
-        if hasattr(cls, name) or not callable(value):
-            found[name] = value
+        if not (name.startswith('_') or callable(value) or isinstance(value, types.ModuleType)):
+            found[name] = checked(cls, name, value, f'{path}: {name}')
     return found

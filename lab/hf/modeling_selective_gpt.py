@@ -130,17 +130,16 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
         no loss is wanted.
         """
         keep = logits_to_keep or input_ids.size(1)
-        memory = past_key_values
-        if memory is None and use_cache:
-            memory = Memory(self)
-        if memory is None:
+        if use_cache and past_key_values is None:
+            past_key_values = Memory(self)
+        if past_key_values is None:
             logits = self.score(input_ids, attention_mask)[:, -keep:]
         else:
-            logits = memory.read(input_ids, attention_mask, keep)
+            logits = past_key_values.read(input_ids, attention_mask, keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=memory)
+        return CausalLMOutputWithPast(loss, logits, past_key_values)
 
     def score(self, ids, mask=None):
         """Logits (B, T, V) of whole texts. Padding on the left moves to the right, unseen there."""
