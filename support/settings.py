@@ -160,7 +160,7 @@ def checked(cls, key, value, where):
         raise UserError(f'{where}: {shown} is not {NAMES[field.type]}') from None
     if field.type in (int, float):
         if not limits.get('low', 0) <= value <= limits.get('high', 10**9):
-            raise UserError(f'{where}: {shown} is not in the range {valid(limits)}')
+            raise UserError(f'{where}: {value} is not in the range {valid(limits)}')
     elif 'choices' in limits:
         for item in value if field.type is list else [value]:
             if item not in limits['choices']:
