@@ -344,6 +344,7 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
                         'dataset': cfg.dataset,
                         'tokenizer': dataset.tokenizer_name,
                         'data': dataset.fingerprint(),
+                        'code': ckpt.code_fingerprint(),
                     },
                 )
             since = time.time()

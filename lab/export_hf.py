@@ -67,9 +67,11 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     state = model.state_dict()
     del state['lm_head.weight']  # tied
     code = []
-    if budgets is None and is_plain(c, state):
+    plain = budgets is None and is_plain(c, state)
+    if plain:
         config, tensors = gpt2(c, state)
-    else:
+        plain = agrees(model, config, tensors)
+    if not plain:
         fields.update(budgets=budgets, policy=policy)
         config = {**OURS, **fields}
         tensors = {f'gpt.{name}': x for name, x in state.items()}
@@ -102,6 +104,17 @@ def is_plain(c, state):
     """Whether GPT-2 computes the same: each field that it does not know has its default value."""
     known = {name: getattr(c, name) for name in GPT2}
     return c.learned_positions and c == type(c)(**known) and all(map(m.is_gpt2, state))
+
+
+@torch.no_grad()
+def agrees(model, config, tensors):
+    """Whether transformers' GPT-2 has the model's logits: an edit of model.py may have no flag."""
+    import transformers
+
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+    theirs.load_state_dict(tensors, strict=False)
+    idx = torch.arange(min(64, config['n_positions'], config['vocab_size']))[None]
+    return torch.allclose(theirs(idx).logits, model(idx, idx)[0], rtol=1e-3, atol=1e-3)
 
 
 def gpt2(c, state):

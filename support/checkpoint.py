@@ -11,7 +11,7 @@ A checkpoint is a dictionary of plain values and tensors, <out_dir>/ckpt.pt:
     val_loss, val_iter      validation loss at the last evaluation, and its step; None before it
     pretrained              init_from of the weights that the run began with; None: from scratch
     dataset, tokenizer      names: what it was trained on, and what turns its tokens into text
-    data                    a hash of the data set's tokens
+    data, code              hashes of the data set's tokens and of model.py
 """
 
 import contextlib
@@ -95,6 +95,8 @@ def check_resume(checkpoint, cfg):
                 f'{cfg.out_dir} would become another run by {change}: resume it as it was, '
                 'or with --resume_changed'
             )
+    if checkpoint.get('code') not in (None, code_fingerprint()):
+        changes.append('another model.py, which may be another rule')
     done = checkpoint['iter_num']
     if not 0 <= done < cfg.max_iters:
         raise UserError(f'{cfg.out_dir} has {done} of {cfg.max_iters} steps: raise --max_iters')

@@ -125,5 +125,5 @@ def fetch(name):
     except Exception as e:  # whatever a network may do, or a package that is not there
         raise UserError(
             f'{name} cannot be downloaded ({type(e).__name__}: {one_line(e, 300)}): '
-            'check the network, or give a folder'
+            'check the network, pip install huggingface_hub, or give a folder'
         ) from None

@@ -292,18 +292,12 @@ def test_the_page_refuses_votes_that_it_cannot_draw(tree, dataset):
 
 
 @pytest.mark.slow
-def test_a_flag_that_gpt2_does_not_know_is_exported_with_its_code(tree, dataset):
+def test_an_edit_without_a_flag_is_exported_with_its_code(tree, dataset):
     pytest.importorskip('transformers')
-    tree('model.py', FIELD, f"    rmsnorm: bool = option(False, 'RMSNorm')\n{FIELD}")
-    tree(
-        'model.py',
-        '        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)\n',
-        '        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)\n'
-        '        if config.rmsnorm:\n'
-        '            self.ln_1 = nn.RMSNorm(config.n_embd)\n',
-    )
+    norm = '        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)\n'
+    tree('model.py', norm, '        self.ln_1 = nn.RMSNorm(config.n_embd)\n')
     args = [arg for arg in TRAIN if arg != '--selective']
-    tree.run(*args, dataset, '--out_dir=x', '--max_iters=2', '--rmsnorm')
+    tree.run(*args, dataset, '--out_dir=x', '--max_iters=2')
     tree.run('-m', 'lab.export_hf', '--out_dir=x', '--folder=hf')
     code = """
 import torch
