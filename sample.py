@@ -24,7 +24,7 @@ import kernels
 from model import POLICIES, KVCache, stream
 from support import checkpoint as ckpt
 from support import devices, files, pretrained
-from support.settings import UserError, option
+from support.settings import option
 
 
 @dataclass
@@ -71,10 +71,7 @@ def main():
     # the memory
     folder = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
     budgets = ckpt.read_budgets(cfg.budgets, folder, model, cfg.policy)
-    try:
-        cache = KVCache(model, 1, budgets, cfg.policy, getattr(torch, dtype))
-    except ValueError as e:
-        raise UserError(f'--budgets, --policy: {e}') from None
+    cache = KVCache(model, 1, budgets, cfg.policy, getattr(torch, dtype))
     memory = f'KV cache {cache.bytes():,} bytes a text'
     if budgets:
         full = KVCache(model, 1, dtype=getattr(torch, dtype)).bytes()

@@ -47,7 +47,7 @@ class Run:
     @property
     def evaluations(self):
         """The figures of each evaluation as a dictionary."""
-        return [line for line in ckpt.read_log(self.folder) if 'val_loss' in line]
+        return ckpt.read_log(self.folder, 'val_loss')
 
 
 @dataclass
