@@ -5,11 +5,11 @@
     python prepare_text.py src/ --ext=.py,.md --tokenizer=bytes
 
 A document is a file, and ends with <|endoftext|>. Files that cannot be read as UTF-8 text are
-skipped and counted. Data sets in a folder are left out, and folders that cannot be read. About 1
-document in 30 is for validation, chosen by a hash of its path inside the folder named, so the same
-files give the same split on every machine. A single file is cut at a line: its last thirtieth is
-for validation. Without an argument the text is the .py sources of Python's own standard library
-(without its tests), in bytes.
+skipped and counted. Data sets in a folder are left out. About 1 document in 30 is for validation,
+chosen by a hash of its path inside the folder named, so the same files give the same split on
+every machine. A single file is cut at a line: its last thirtieth is for validation. Without an
+argument the text is the .py sources of Python's own standard library (without its tests), in
+bytes.
 """
 
 import hashlib
@@ -92,6 +92,8 @@ def list_documents(paths, endings):
         for file in sorted(path.rglob('*')):
             key = file.relative_to(path).as_posix()
             hidden = '/.' in f'/{key}'
+            if file.is_dir() and not hidden and not os.access(file, os.R_OK | os.X_OK):
+                raise UserError(f'{file} cannot be read: name what to read without it')
             if key.endswith(endings) and not hidden and not known_meta(file.parent):
                 found.setdefault(os.path.realpath(file), (key, file))
     return [

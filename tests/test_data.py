@@ -258,6 +258,13 @@ def test_one_file_is_cut_at_a_line(prepare, tmp_path, text):
         assert 0.02 < len(val) / len(train) < 0.05
 
 
+def test_a_folder_that_cannot_be_read_is_named(prepare, tmp_path, monkeypatch):
+    (tmp_path / 'text' / 'closed').mkdir(parents=True)
+    (tmp_path / 'text' / 'a.txt').write_text('a\nb\n')
+    monkeypatch.setattr(os, 'access', lambda path, _: path.name != 'closed')
+    assert 'text/closed cannot be read' in prepare('text')
+
+
 def test_own_output_is_no_text(prepare, tmp_path):
     """A data set in the folder is left out, and a file with two names counts once."""
     for n in range(9):
