@@ -69,6 +69,8 @@ def get_tokenizer(name):
                 'network, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer '
                 'bytes'
             ) from None
+        if name == 'gpt2':
+            return gpt2
         pattern = gpt2._pat_str
         ranks = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < end}
     return tiktoken.Encoding(

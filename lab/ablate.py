@@ -54,7 +54,6 @@ import contextlib
 import dataclasses
 import math
 import sys
-from dataclasses import dataclass
 
 from support import settings  # before torch, see support/__init__.py
 
@@ -228,18 +227,13 @@ RULES = {
 }
 
 
-@dataclass
-class Limit:
-    K: int = settings.option(2, 'tokens that a row sees', low=2)
-
-
 def parse(rule):
     """(name of the rule, its K, which may be infinite); UserError if there is no such rule."""
     name, equals, K = rule.partition('=')
     limit = math.inf
     if equals:
         name += '=K'
-        limit = settings.checked(Limit, 'K', K, rule)
+        limit = settings.fitting(int, {'low': 2}, K, rule)
     if name not in RULES:
         raise UserError(f'the rule comes first, one of {", ".join(RULES)}')
     return name, limit

@@ -46,7 +46,6 @@ MODELS = {
     'SSA': ('qv', ''),
     'selective + SSA': ('qv', 'auto'),
 }
-LENGTHS = '64', '128', '256', '512', '1024', '2048', '4096', '8192', '16384', '32768', '65536'
 LISTING = 2048  # the longest T of the listing in attention alone: it takes T x T memory
 
 
@@ -55,7 +54,7 @@ class BenchConfig:
     what: str = option('attention,step,memory,decode,generate', 'parts, with commas')
     out_dir: str = option('', "folders of trained selective runs, with commas; '': random weights")
     shapes: str = option('small,124m', 'sizes of the models with random weights')
-    lengths: str = option('256,512,1024,2048,4096', 'context lengths T of these, powers of two')
+    lengths: str = option('256,512,1024,2048,4096', 'context lengths T of these, from 64 on')
     tokens: int = option(4096, 'tokens of a batch of B = tokens / T, at least 1', low=1)
     rounds: int = option(5, 'rounds of which the median is taken', low=1, high=60)
     quick: bool = option(False, 'the small shape, two lengths, three rounds')
@@ -263,12 +262,12 @@ def main():
         cfg.rounds = 3
     parts = listed('what', cfg.what, PARTS)
     sources = listed('shapes', cfg.shapes, measure.SHAPES)
-    lengths = listed('lengths', cfg.lengths, LENGTHS)
+    lengths = settings.numbers(cfg.lengths, '--lengths', low=64, high=2**20)
     files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
     if cfg.out_dir:
         sources = cfg.out_dir.split(',')
-        lengths = ['0']  # a run has its own
+        lengths = [0]  # a run has its own
         for out_dir in sources:
             print(f'{out_dir}: {measure.Subject(cfg, out_dir, 0).kernel}')
     machine = f'{platform.machine()}, {torch.get_num_threads()} threads'
@@ -279,7 +278,7 @@ def main():
     for part, source, T in itertools.product(parts, sources, lengths):
         if part == 'generate' and T != lengths[-1]:  # it is slow
             continue
-        subject = measure.Subject(cfg, source, int(T))
+        subject = measure.Subject(cfg, source, T)
         for name, unit, values in PARTS[part](subject):
             rows += measure.group(subject, name, unit, values)
     content = {

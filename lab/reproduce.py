@@ -28,7 +28,7 @@ import torch
 import data
 import prepare_text
 import train
-from lab import ablate, plot, runs, tasks
+from lab import plot, runs, tasks
 from lab.runs import LEGEND, Run, holds, kinds_table, spread, table
 from support import files
 from support.settings import UserError, option
@@ -77,7 +77,7 @@ def gate(r):
     """Whether text and runs can show anything: standard attention must beat the same model trained
     on token 0 and the newest K - 1 tokens, for every K, and those with K = 32 and fewer must lose
     0.05 nats at least. Takes 40 minutes."""
-    Ks = numbers(r.cfg.windows, '--windows')
+    Ks = settings.numbers(r.cfg.windows, '--windows', low=2)
     models = {'standard': ''}
     for K in Ks:
         models[f'newest {K}'] = f'window={K} --selective'
@@ -107,7 +107,7 @@ def headline(r):
         'memory loss 0.02': '--selective --memory_loss=0.02',
     }
     parts = [LEGEND]
-    for T in numbers(r.cfg.contexts, '--contexts'):
+    for T in settings.numbers(r.cfg.contexts, '--contexts', low=32):
         arms = r.train(models, 1000, text(r, T))
         table = kinds_table(r, 'attention', arms)
         parts += [f'**Context {T}**', table, equal_memory(r, T, arms)]
@@ -378,11 +378,6 @@ Runs of one thread each, torch {torch.__version__}. A word in FLAGS is a rule:
 `python -m lab.ablate WORD` then takes the place of `python train.py`. The runs:
 
 {commands}"""
-
-
-def numbers(text, option):
-    """Numbers of tokens from the text of an option; UserError for what is none."""
-    return [settings.checked(ablate.Limit, 'K', word, option) for word in text.split(',')]
 
 
 @dataclass

@@ -151,18 +151,26 @@ def checked(cls, key, value, where):
         raise UserError(
             f'{where}: unknown setting; did you mean {near[0]!r}? --help lists them all'
         )
-    field = fields[key]
-    limits = field.metadata
+    return fitting(fields[key].type, fields[key].metadata, value, where)
+
+
+def numbers(text, where, **limits):
+    """Whole numbers within limits, see `option`, from text with commas between them."""
+    return [fitting(int, limits, word, where) for word in text.split(',')]
+
+
+def fitting(kind, limits, value, where):
+    """value as one of a kind, within limits; it may be text. UserError if it is none."""
     shown = reprlib.repr(value)
     try:
-        value = typed(field.type, value)
+        value = typed(kind, value)
     except (ValueError, KeyError, OverflowError, TypeError):
-        raise UserError(f'{where}: {shown} is not {NAMES[field.type]}') from None
-    if field.type in (int, float):
+        raise UserError(f'{where}: {shown} is not {NAMES[kind]}') from None
+    if kind in (int, float):
         if not limits.get('low', 0) <= value <= limits.get('high', 10**9):
             raise UserError(f'{where}: {value} is not in the range {valid(limits)}')
     elif 'choices' in limits:
-        for item in value if field.type is list else [value]:
+        for item in value if kind is list else [value]:
             if item not in limits['choices']:
                 raise UserError(f'{where}: {reprlib.repr(item)} is not one of {valid(limits)}')
     return value

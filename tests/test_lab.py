@@ -113,7 +113,7 @@ def test_peak_memory_of_a_process():
     [
         ('--what=nothing', "'nothing' is not one of attention, step"),
         ('--shapes=huge', "'huge' is not one of small, 124m"),
-        ('--lengths=256,63', "'63' is not one of 64, 128"),
+        ('--lengths=256,63', '--lengths: 63 is not in the range 64 to 1,048,576'),
         ('--rounds=900', '--rounds'),
         ('--out_dir=nowhere', 'nowhere'),
         ('--to=mine.txt', 'mine.txt'),

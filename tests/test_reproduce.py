@@ -61,6 +61,7 @@ def test_spread(values, form, text):
         (['nothing'], "'nothing' is not one of 'gate'"),
         (['gate', '--windows=1'], '--windows: 1 is not in the range 2 to'),
         (['headline', '--contexts=64,'], "--contexts: '' is not a whole number"),
+        (['headline', '--contexts=31'], '--contexts: 31 is not in the range 32 to'),
     ],
 )
 def test_messages(run, tmp_path, args, words):
