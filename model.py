@@ -20,7 +20,9 @@ R rows of a block, N columns that they may look at. Outside attention, `pos` is 
 """
 
 import math
+import re
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -41,17 +43,28 @@ class GPTConfig:
     n_embd: int = option(768, 'channels; a multiple of n_head')
     dropout: float = option(0.0, 'probability; 0.1 and up for fine-tuning')
     bias: bool = option(False, 'biases in linear layers and layer norms, as GPT-2 has them')
+    llama: bool = option(False, 'RMSNorm and SwiGLU, as in Llama; False: LayerNorm and GELU')
+    n_kv_head: int = option(0, 'heads of keys and values; 0: n_head')
+    n_inner: int = option(0, 'channels inside an MLP; 0: 4 * n_embd')
+    tied: bool = option(True, 'the output layer has the weights of the token embedding')
     rope: bool = option(False, 'rotary positions on q and k; False: learned position embeddings')
+    rope_base: float = option(10000.0, 'rope: the base of its angles', low=1)
     qk_norm: bool = option(False, 'q and k are RMS-normalised per head, with a learned gain')
     selective: bool = option(False, 'selective attention (2410.02703): tokens mask earlier tokens')
     vote_scale: bool = option(False, "selective: a learned factor on each layer's votes, from 0")
+    voter: int = option(0, 'selective: channels of a voter of its own in each layer; 0: head 0')
     ssa: str = option('', "SSA (2411.12892): which of q, k, v get a temperature; the paper's: 'qv'")
     ssa_sharing: bool = option(True, 'temperatures read q, k, v; False: their own hidden layer')
+    ssa_alpha: float = option(-4.0, 'where α starts; -8 in a trained model', low=-100, high=100)
     gelu: str = option('none', "GELU: exact, or GPT-2's by tanh", choices=('none', 'tanh'))
 
     @property
     def head_size(self):
         return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
 
     @property
     def learned_positions(self):
@@ -74,7 +87,7 @@ def selective_attention_listing(q, k, v, rule, dropout=0.0, memory_tau=None):
     F = rule.accumulate(L.new_zeros(B, T), S)[:, :-1]  # (B, T, T) a vote acts on later rows
     P = (L - F[:, None]).masked_fill(j > i, -math.inf).softmax(dim=-1)  # all heads read the same F
     P = fn.dropout(P, dropout, training=dropout > 0)
-    y = P.to(v.dtype) @ v
+    y = weighted_sum(P, v)
     if memory_tau is None:
         return y, None
     return y, memory_requirement(F, i[:, 0], memory_tau)
@@ -84,13 +97,14 @@ def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
     """One block of rows: the core of training, prefill (many rows) and decoding (one row).
 
     q (B, H, R, D): queries of the tokens at positions i (R,).
-    k, v (B, H, N, D): keys and values of the tokens at positions j (B or 1, N), in any order.
+    k, v (B, H, N, D): keys and values of the tokens at positions j (B or 1, N), in any order. They
+        may have fewer heads, each of which then serves as many heads of q (arXiv 2305.13245).
     F (B, N): how much the rows before this block have masked each column.
     rule: the layer whose votes mask tokens. None: standard attention, which leaves F as it is.
     forget: (F of each row (B, R, N), i, j) -> which columns each row has lost (B, R, N).
 
-    Returns y (B, H, R, D); F (B, R+1, N) for each row and, last, for the row after the block; and
-    which columns are hidden from each row (B or 1, R, N).
+    Returns y (B, H, R, D); F (B, R+1, N) for each row and, last, for the row after the block; which
+    columns are hidden from each row (B or 1, R, N); and the attention weights P (B, H, R, N).
     """
     i = i[:, None]  # (R, 1)
     j = j[:, None, :]  # (B or 1, 1, N)
@@ -106,7 +120,7 @@ def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
         hidden = hidden | forget(F[:, :-1], i, j)
     P = (L - F[:, None, :-1]).masked_fill(hidden[:, None], -math.inf).softmax(dim=-1)
     P = fn.dropout(P, dropout, training=dropout > 0)
-    return P.to(v.dtype) @ v, F, hidden
+    return weighted_sum(P, v), F, hidden, P
 
 
 def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None, rows=128):
@@ -133,7 +147,7 @@ def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None, rows=128):
         b = min(a + rows, T)
         F = fn.pad(F, (0, b - a))  # (B, b) nobody has voted on the new columns yet
         block = q[:, :, a:b], k[:, :, :b], v[:, :, :b]
-        y, F, _ = attend(*block, F, pos[a:b], pos[None, :b], rule, dropout=dropout)
+        y, F, _, _ = attend(*block, F, pos[a:b], pos[None, :b], rule, dropout=dropout)
         ys.append(y)
         if memory_tau is not None:
             Ms.append(memory_requirement(F[:, :-1], pos[a:b], memory_tau))
@@ -146,9 +160,19 @@ def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None, rows=128):
 
 def logits(q, k):
     """L (B, H, R, N) = q.k / sqrt(D), in the dtype of F, which is subtracted from it."""
+    B, H, R, D = q.shape
     dtype = F_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        return (q.to(dtype) * q.size(-1) ** -0.5) @ k.to(dtype).transpose(-2, -1)
+        q = q.to(dtype) * D**-0.5
+        q = q.reshape(B, k.size(1), -1, D)  # queries that share a key head lie side by side
+        return (q @ k.to(dtype).transpose(-2, -1)).view(B, H, R, -1)
+
+
+def weighted_sum(P, v):
+    """y (B, H, R, D) = P v, of P (B, H, R, N) and v (B, H or fewer, N, D)."""
+    B, H, R, N = P.shape
+    P = P.to(v.dtype).reshape(B, v.size(1), -1, N)
+    return (P @ v).view(B, H, R, -1)
 
 
 def votes(rule, L0, i, j):
@@ -190,23 +214,27 @@ class Temperature(nn.Module):
     is for queries only: later queries see more keys and need a sharper softmax. With weight
     sharing f(x) = w . gelu(W x), where W x are the activations that the layer computes anyway;
     else W is a layer of its own. One temperature per head, rows w of zeros and α = -4 are our
-    choice: a fresh layer is close to standard attention.
+    choice: a fresh layer is close to standard attention. In a trained model α = -8 is closer.
     """
 
-    def __init__(self, config, position_aware):
+    def __init__(self, config, heads, position_aware):
         super().__init__()
+        width = heads * config.head_size
         self.hidden = None
         if not config.ssa_sharing:
-            self.hidden = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+            self.hidden = nn.Linear(config.n_embd, width, bias=config.bias)
             nn.init.normal_(self.hidden.weight, std=0.02)
-        self.w = nn.Linear(config.n_embd, config.n_head, bias=False)
+        self.w = nn.Linear(width, heads, bias=False)
         nn.init.zeros_(self.w.weight)
         self.alpha = None
         if position_aware:
-            self.alpha = nn.Parameter(torch.full((config.n_head,), -4.0))
+            self.alpha = nn.Parameter(torch.full((heads,), config.ssa_alpha))
 
     def forward(self, x, activations, pos):
-        """x, activations (B, T, C): the layer's input and its q, k or v; pos (T,). τ (B, T, H)."""
+        """x (B, T, C): the layer's input; activations (B, T, H*D): its q, k or v; pos (T,).
+
+        Returns τ (B, T, H).
+        """
         hidden = activations.contiguous()  # GELU takes half the time on a copy
         if self.hidden is not None:
             hidden = self.hidden(x)
@@ -216,23 +244,57 @@ class Temperature(nn.Module):
         return tau
 
 
-def rotate(x, pos):
-    """Rotary positions (arXiv 2104.09864) of queries or keys x (B, T, H, D) at positions pos (T,).
+def rotation(pos, D, base, dtype):
+    """Cosine and sine (T, 1, D/2) by which `rotate` turns tokens at positions pos (T,).
 
-    Channels c and c + D/2 are turned by the angle pos * 10000^(-2c/D). q.k then depends on
-    positions by their difference alone.
+    Channels c and c + D/2 of a head are turned by the angle pos * base^(-2c/D).
     """
-    D = x.size(-1)
-    dtype = F_dtype(x.dtype)
-    channel = torch.arange(0, D, 2, device=x.device, dtype=dtype)
-    angle = pos[:, None].to(dtype) * 10000 ** (-channel / D)  # (T, D/2)
-    cos = angle.cos()[:, None]  # (T, 1, D/2)
-    sin = angle.sin()[:, None]
+    channel = torch.arange(0, D, 2, device=pos.device, dtype=dtype)
+    angle = pos[:, None].to(dtype) * base ** (-channel / D)  # (T, D/2)
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x, turn):
+    """Rotary positions (arXiv 2104.09864) of queries or keys x (B, T, H, D); turn: see `rotation`.
+
+    q.k then depends on positions by their difference alone.
+    """
+    cos, sin = turn
     a, b = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 # ---- The model -----------------------------------------------------------------------------------
+
+
+class Voter(nn.Module):
+    """Queries and keys that vote in place of head 0. Ours, for models that are already trained.
+
+    A trained head 0 has large logits where it looks, so its votes would mask what it needs.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.q = nn.Linear(config.n_embd, config.voter, bias=False)
+        self.k = nn.Linear(config.n_embd, config.voter, bias=False)
+        nn.init.normal_(self.q.weight, std=0.02)
+        nn.init.normal_(self.k.weight, std=0.02)
+
+    def forward(self, x, q, k, v):
+        """q, k, v (B, T, heads, D) with a head in front that votes, and whose output is zero.
+
+        x (B, T, C): the layer's input. The voter's channels are filled up with zeros to D. Where
+        a key head serves several heads of q, the voter's does, too; all but the first are zero.
+        """
+        B, T, H, D = q.shape
+        G = H // k.size(2)
+        W = self.q.out_features
+        voting_q = self.q(x) * (D / W) ** 0.5  # attention divides by √D, a voter by √W
+        voting_q = fn.pad(voting_q, (0, G * D - W)).view(B, T, G, D)
+        voting_k = fn.pad(self.k(x), (0, D - W)).view(B, T, 1, D)
+        q = torch.cat([voting_q.to(q.dtype), q], dim=2)
+        k = torch.cat([voting_k.to(k.dtype), k], dim=2)
+        return q, k, fn.pad(v, (0, 0, 1, 0))
 
 
 class CausalSelfAttention(nn.Module):
@@ -247,7 +309,8 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.selects = config.selective
         C, D = config.n_embd, config.head_size
-        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)  # q, k, v of all heads
+        self.heads = {'q': config.n_head, 'k': config.kv_heads, 'v': config.kv_heads}
+        self.c_attn = nn.Linear(C, sum(self.heads.values()) * D, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
@@ -256,10 +319,13 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = nn.RMSNorm(D, eps=1e-5)
         self.ssa = nn.ModuleDict()
         for name in config.ssa:
-            self.ssa[name] = Temperature(config, position_aware=name == 'q')
+            self.ssa[name] = Temperature(config, self.heads[name], position_aware=name == 'q')
         self.vote_scale = None
         if config.vote_scale:
             self.vote_scale = nn.Parameter(torch.zeros(()))
+        self.voter = None
+        if config.voter:
+            self.voter = Voter(config)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def vote(self, L0):
@@ -287,27 +353,31 @@ class CausalSelfAttention(nn.Module):
     def make_cache(self, B, K, policy, dtype=None):
         """The memory of B sequences in this layer, of at most K tokens; see LayerCache."""
         w = self.c_attn.weight
-        return LayerCache(
-            B, self.config.n_head, K, self.config.head_size, policy, w.device, dtype or w.dtype
-        )
+        return LayerCache(self.config, B, K, policy, w.device, dtype or w.dtype)
 
-    def forward(self, x, pos, cache=None, memory_tau=None):
-        """x (B, T, C) at positions pos (T,). Returns y (B, T, C), and M (B, T) with memory_tau."""
+    def forward(self, x, pos, turn=None, cache=None, memory_tau=None):
+        """x (B, T, C) at positions pos (T,). Returns y (B, T, C), and M (B, T) with memory_tau.
+
+        turn: rotary positions, see `rotation`.
+        """
         B, T, _ = x.shape
         H, D = self.config.n_head, self.config.head_size
-        q_in, k_in, v_in = self.c_attn(x).chunk(3, dim=2)  # (B, T, C) each
-        q = self.q_norm(q_in.view(B, T, H, D))
-        k = self.k_norm(k_in.view(B, T, H, D))
-        v = v_in.view(B, T, H, D)
-        if self.config.rope:
-            q = rotate(q, pos)
-            k = rotate(k, pos)
+        widths = [heads * D for heads in self.heads.values()]
+        q_in, k_in, v_in = self.c_attn(x).split(widths, dim=2)  # (B, T, heads * D) each
+        q = self.q_norm(q_in.view(B, T, -1, D))
+        k = self.k_norm(k_in.view(B, T, -1, D))
+        v = v_in.view(B, T, -1, D)
+        if turn is not None:
+            q = rotate(q, turn)
+            k = rotate(k, turn)
         if 'q' in self.ssa:
             q = q * self.ssa['q'](x, q_in, pos)[..., None]
         if 'k' in self.ssa:
             k = k * self.ssa['k'](x, k_in, pos)[..., None]
         if 'v' in self.ssa:
             v = v * self.ssa['v'](x, v_in, pos)[..., None]
+        if self.voter is not None:
+            q, k, v = self.voter(x, q, k, v)  # a head in front
         # under autocast norms and temperatures may be wider; attention has the dtype of c_attn's
         # output
         q = q.to(q_in.dtype).transpose(1, 2)  # (B, H, T, D)
@@ -316,6 +386,9 @@ class CausalSelfAttention(nn.Module):
 
         rule = self if self.selects else None
         dropout = self.config.dropout if self.training else 0.0
+        if cache is None and self.config.kv_heads < H:  # kernels want as many of k and v as of q
+            k = k.repeat_interleave(H // self.config.kv_heads, dim=1)
+            v = v.repeat_interleave(H // self.config.kv_heads, dim=1)
         M = None
         if cache is not None:
             y = cache.attend(q, k, v, pos, rule)
@@ -325,39 +398,58 @@ class CausalSelfAttention(nn.Module):
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
             if memory_tau is not None:
                 M = pos.to(F_dtype(q.dtype)).expand(B, T)  # without votes a row needs all tokens
-        y = y.transpose(1, 2).reshape(B, T, H * D)  # heads side by side
+        y = y[:, -H:].transpose(1, 2).reshape(B, T, H * D)  # heads side by side, without a voter
         return self.resid_dropout(self.c_proj(y)), M
 
 
 class MLP(nn.Module):
+    """GPT-2's MLP, or Llama's, in which one more layer gates the hidden channels (SwiGLU)."""
+
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        width = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_gate = None
+        if config.llama:
+            self.c_gate = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.gelu = config.gelu
 
     def forward(self, x):
-        x = fn.gelu(self.c_fc(x), approximate=self.gelu)
-        return self.dropout(self.c_proj(x))
+        hidden = self.c_fc(x)
+        if self.c_gate is None:
+            hidden = fn.gelu(hidden, approximate=self.gelu)
+        else:
+            hidden = fn.silu(self.c_gate(x)) * hidden
+        return self.dropout(self.c_proj(hidden))
+
+
+def make_norm(config):
+    if config.llama:
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, pos, cache=None, memory_tau=None):
-        y, M = self.attn(self.ln_1(x), pos, cache, memory_tau)
+    def forward(self, x, pos, turn=None, cache=None, memory_tau=None):
+        y, M = self.attn(self.ln_1(x), pos, turn, cache, memory_tau)
         x = x + y
         return x + self.mlp(self.ln_2(x)), M
 
 
 class GPT(nn.Module):
-    """A GPT-2 whose attention is standard, selective, SSA or both. ValueError for a bad config."""
+    """A GPT-2 or Llama whose attention is standard, selective, SSA or both.
+
+    Raises ValueError for a bad config.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -372,9 +464,10 @@ class GPT(nn.Module):
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.drop = nn.Dropout(config.dropout)
         self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # weight tying
+        if config.tied:
+            self.transformer.wte.weight = self.lm_head.weight
         # GPT-2's initialisation of its own parameters; others keep what their module chose
         for name, p in self.named_parameters():
             if not is_gpt2(name):
@@ -392,6 +485,13 @@ class GPT(nn.Module):
         if self.config.learned_positions:
             x = x + self.transformer.wpe(pos)
         return self.transformer.drop(x)
+
+    def rotation(self, pos):
+        """What the layers turn queries and keys at positions pos (T,) by; None without rope."""
+        c = self.config
+        if not c.rope:
+            return None
+        return rotation(pos, c.head_size, c.rope_base, F_dtype(self.lm_head.weight.dtype))
 
     def forward(self, idx, targets=None, cache=None, memory_tau=None):
         """Logits of the next tokens, and the mean cross-entropy in nats where targets are given.
@@ -413,10 +513,11 @@ class GPT(nn.Module):
         if self.config.learned_positions and end > self.config.block_size:
             raise ValueError(f'{end} tokens do not fit into block_size {self.config.block_size}')
         x = self.embed(idx, pos)  # (B, T, C)
+        turn = self.rotation(pos)
         Ms = []
         for l, block in enumerate(self.transformer.h):
             layer_cache = cache.layers[l] if cache is not None else None
-            x, M = block(x, pos, layer_cache, memory_tau)
+            x, M = block(x, pos, turn, layer_cache, memory_tau)
             Ms.append(M)
         x = self.transformer.ln_f(x)
         if cache is not None:
@@ -456,15 +557,17 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, ssa_lr=1.0):
         """A list of optimizers: AdamW, which decays matrices and embeddings, not vectors.
 
-        A group's 'initial_lr' is the top of its schedule. ssa_lr: if it is not 1, SSA's
-        temperatures get their own group, at ssa_lr * learning_rate and without decay.
+        A group's 'initial_lr' is the top of its schedule. ssa_lr: if it is not 1, what the methods
+        add (temperatures, voters and their scale) gets its own group, at ssa_lr * learning_rate and
+        without decay.
         """
         params = {}  # (weight decay, learning rate) -> parameters
         for name, p in self.named_parameters():
             if not p.requires_grad:
                 continue
             kind = weight_decay, learning_rate
-            if '.ssa.' in name and ssa_lr != 1:
+            added = {'ssa', 'voter', 'vote_scale'} & set(name.split('.'))
+            if added and ssa_lr != 1:
                 kind = 0.0, learning_rate * ssa_lr
             elif p.dim() < 2:
                 kind = 0.0, learning_rate
@@ -483,19 +586,21 @@ class GPT(nn.Module):
 
 
 def is_gpt2(name):
-    """Whether GPT-2 has a parameter of this name. The others belong to a method or a variant."""
+    """Whether GPT-2 or Llama has such a parameter. The others belong to a method or a variant."""
     module = name.split('.')[-2]
-    return module in ('wte', 'wpe', 'ln_1', 'c_attn', 'c_proj', 'ln_2', 'c_fc', 'ln_f', 'lm_head')
+    return module in 'wte wpe ln_1 c_attn c_proj ln_2 c_fc c_gate ln_f lm_head'.split()
 
 
 def check_config(config):
     """Raise ValueError, in one line, for a config that no model can have."""
     c = config
-    for name in 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd':
+    for name in 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'kv_heads':
         if getattr(c, name) < 1:
             raise ValueError(f'{name} is {getattr(c, name)}; it must be at least 1')
     if c.n_embd % c.n_head:
         raise ValueError(f'n_embd {c.n_embd} is not divisible by n_head {c.n_head}')
+    if c.n_head % c.kv_heads:
+        raise ValueError(f'n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}')
     if c.rope and c.head_size % 2:
         raise ValueError('rope turns pairs of channels: n_embd / n_head must be even')
     if not 0 <= c.dropout < 1:
@@ -504,6 +609,10 @@ def check_config(config):
         raise ValueError(f"ssa {c.ssa!r}: letters of 'qkv', each once")
     if c.vote_scale and not c.selective:
         raise ValueError('vote_scale needs selective=True: there are no votes to scale')
+    if c.voter and not c.selective:
+        raise ValueError('voter needs selective=True: there is nothing to vote on')
+    if not 0 <= c.voter <= c.head_size:
+        raise ValueError(f'voter {c.voter}: it has at most the {c.head_size} channels of a head')
     if c.gelu not in ('none', 'tanh'):
         raise ValueError(f"gelu {c.gelu!r}: it is 'none' or 'tanh'")
 
@@ -511,65 +620,208 @@ def check_config(config):
 # ---- You may stop here ---------------------------------------------------------------------------
 # That is all of training. Next, generation with context pruning, 2410.02703 section 5: a layer
 # remembers at most K tokens. Token i first drops the token of largest F if K are held, then is
-# stored with F = 0, attends, and votes.
+# stored with F = 0, attends, and votes. The other policies, which need no votes, are the same
+# recurrence with another number A for each token in the place of F.
 
-POLICIES = ('selective', 'oldest', 'random')
-EMPTY = 2**30  # position of an empty slot: later than any row, so the causal mask hides it
+
+class Policy:
+    """Which token a full layer of K tokens drops: that of the highest score, never token 0.
+
+    A: a number for each token that is held, (B, N). Heads share the decision.
+    """
+
+    needs_P = False  # the weights of every row decide, so rows are read one by one
+
+    def __init__(self, K):
+        self.K = K
+
+    def start(self, k):
+        """A of new tokens (B, R), from their keys k (B, H, R, D)."""
+        return k.new_zeros(len(k), k.size(2))
+
+    def update(self, A, P):
+        """A (B, N) after a row with the attention weights P (B, N), the mean over the heads."""
+        return A
+
+    def score(self, A, F, i, j):
+        """Scores, seen from rows i, of tokens at positions j; shapes broadcast to that of F."""
+        raise NotImplementedError
+
+
+class Selective(Policy):
+    """The token of largest F: 2410.02703 section 5."""
+
+    def score(self, A, F, i, j):
+        return F
+
+
+class Oldest(Policy):
+    """The oldest but for the first `sinks` tokens: StreamingLLM, arXiv 2309.17453.
+
+    There positions are counted anew inside the cache; here a token keeps its own.
+    """
+
+    sinks = 1
+
+    def score(self, A, F, i, j):
+        sink = j < min(self.sinks, self.K - 1)
+        return (-j).to(F.dtype).masked_fill(sink, -math.inf).expand(F.shape)
+
+
+class Random(Policy):
+    """Any token: a hash of row and column, so that every way of computing agrees."""
+
+    def score(self, A, F, i, j):
+        x = i * 1_000_003 + j
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+        return (x & 0xFFFFFF).to(F.dtype).expand(F.shape)  # 24 bits, which float32 holds exactly
+
+
+class KNorm(Policy):
+    """The largest |k|: Devoto et al., arXiv 2406.11430. There each head decides for itself."""
+
+    def start(self, k):
+        return k.norm(dim=-1).mean(dim=1)
+
+    def score(self, A, F, i, j):
+        return A.expand(F.shape)
+
+
+class TOVA(Policy):
+    """The least attention from the row before, arXiv 2401.06104. A row may drop the one before it.
+
+    There a layer drops after the row has seen K + 1 tokens; here before it is stored.
+    """
+
+    needs_P = True
+
+    def update(self, A, P):
+        return P
+
+    def score(self, A, F, i, j):
+        return -A
+
+
+class H2O(TOVA):
+    """The least attention received in all, but the newest K/2 stay: arXiv 2306.14048.
+
+    There each head decides for itself.
+    """
+
+    def update(self, A, P):
+        return A + P
+
+    def score(self, A, F, i, j):
+        return (-A).masked_fill(j > i - self.K // 2, -math.inf)
+
+
+class H2OMean(H2O):
+    """As H2O, by the mean over the rows that saw the token: ObservedAttention of kvpress."""
+
+    def score(self, A, F, i, j):
+        return super().score(A / (i - j), F, i, j)
+
+
+POLICIES = {
+    'selective': Selective,
+    'oldest': Oldest,
+    'random': Random,
+    'streaming': Oldest,
+    'knorm': KNorm,
+    'tova': TOVA,
+    'h2o': H2O,
+    'h2o_mean': H2OMean,
+}
+
+
+def make_policy(name, K):
+    """The policy of this name; 'streaming:8' keeps the first 8 tokens, 'streaming' 4."""
+    name, _, sinks = name.partition(':')
+    policy = POLICIES[name](K)
+    if name == 'streaming':
+        policy.sinks = int(sinks or 4)
+    return policy
 
 
 class LayerCache:
-    """What one layer remembers: K slots of keys, values, F and positions, allocated once.
+    """What one layer remembers: K slots of keys, values, F, A and positions, allocated once.
 
-    policy: which token a full layer drops, never token 0: 'selective', that of largest F; 'oldest';
-    'random'.
+    The first n slots are in use. policy: see POLICIES.
     """
 
-    def __init__(self, B, H, K, D, policy, device, dtype):
-        self.k = torch.zeros(B, H, K, D, device=device, dtype=dtype)
-        self.v = torch.zeros(B, H, K, D, device=device, dtype=dtype)
+    def __init__(self, config, B, K, policy, device, dtype):
+        heads = config.kv_heads
+        if config.voter:
+            heads += 1  # in front
+        self.k = torch.zeros(B, heads, K, config.head_size, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
         self.F = torch.zeros(B, K, device=device, dtype=F_dtype(dtype))
-        self.j = torch.full((B, K), EMPTY, device=device)
+        self.A = torch.zeros_like(self.F)
+        self.j = torch.zeros(B, K, device=device, dtype=torch.long)
+        self.n = 0
         self.K = K
-        self.policy = policy
+        self.config = config
+        self.policy = make_policy(policy, K)
 
     def attend(self, q, k, v, i, rule):
-        """The next tokens, at positions i (R,), with q, k, v (B, H, R, D); returns y (B, H, R, D).
+        """The next tokens, at positions i (R,): q (B, H, R, D), k and v; returns y (B, H, R, D).
 
         rule: the layer whose votes mask tokens; None: standard attention.
         """
-        if q.size(2) > 1:
-            return self._prefill(q, k, v, i, rule)
-        # One row. Shapes are fixed and the host reads no value, so that a step can be captured as a
-        # CUDA graph.
-        score = self.score(self.F, i, self.j)
-        score = score.masked_fill(self.j == EMPTY, math.inf)  # an empty slot goes first
-        worst = score == score.amax(dim=1, keepdim=True)
-        slot = self.j.masked_fill(~worst, EMPTY + 1).argmin(dim=1)  # (B,) of equals the oldest
-        b = torch.arange(len(slot), device=slot.device)  # every sequence of the batch drops its own
+        R = q.size(2)
+        if R == 1:
+            return self._row(q, k, v, i, rule)
+        if not self.policy.needs_P:
+            return self._rows(q, k, v, i, rule)
+        rows = []
+        for r in range(R):
+            one = slice(r, r + 1)
+            rows.append(self._row(q[:, :, one], k[:, :, one], v[:, :, one], i[one], rule))
+        return torch.cat(rows, dim=2)
+
+    def _row(self, q, k, v, i, rule):
+        B = len(q)
+        if self.n < self.K:
+            slot = torch.full((B,), self.n, device=i.device)
+            self.n += 1
+        else:
+            score = self.score(self.A, self.F, i, self.j)
+            worst = score == score.amax(dim=1, keepdim=True)
+            slot = self.j.masked_fill(~worst, 2**62).argmin(dim=1)  # (B,) of equals the oldest
+        b = torch.arange(B, device=i.device)  # every sequence of the batch drops its own
         self.k[b, :, slot] = k[:, :, 0].to(self.k.dtype)  # (B, H, D)
         self.v[b, :, slot] = v[:, :, 0].to(self.v.dtype)
         self.F[b, slot] = 0.0
+        self.A[b, slot] = self.start(k)[:, 0]
         self.j[b, slot] = i
-        y, F, _ = attend(q, self.k, self.v, self.F, i, self.j, rule)
-        self.F.copy_(F[:, -1])
+        n = self.n
+        held = self.k[:, :, :n], self.v[:, :, :n], self.F[:, :n]
+        y, F, _, P = attend(q, *held, i, self.j[:, :n], rule)
+        self.F[:, :n] = F[:, -1]
+        if self.policy.needs_P:
+            P = P[:, -self.config.n_head :, 0].mean(dim=1)  # (B, n) without a voter's
+            self.A[:, :n] = self.policy.update(self.A[:, :n], P)
         return y
 
-    def _prefill(self, q, k, v, i, rule):
+    def _rows(self, q, k, v, i, rule):
         # A block of R rows over the n tokens remembered and the block itself: n + R columns, in the
         # order of age.
         B, _, R, _ = q.shape
-        n = min(int(i[0]), self.K)
+        n = self.n
         age = self.j[:, :n].argsort(dim=1)  # decoding fills slots in any order
+        A = torch.cat([self.A.gather(1, age), self.start(k)], dim=1)  # (B, n+R)
         k = torch.cat([take(self.k, age), k.to(self.k.dtype)], dim=2)  # (B, H, n+R, D)
         v = torch.cat([take(self.v, age), v.to(self.v.dtype)], dim=2)
         j = torch.cat([self.j.gather(1, age), i.expand(B, R)], dim=1)  # (B, n+R)
         F = fn.pad(self.F.gather(1, age), (0, R))  # (B, n+R)
-        y, F, hidden = attend(q, k, v, F, i, j, rule, self.forget)
-        m = min(n + R, self.K)  # the same number is left in every sequence
+        y, F, hidden, _ = attend(q, k, v, F, i, j, rule, partial(self.forget, A))
+        self.n = m = min(n + R, self.K)  # the same number is left in every sequence
         left = hidden[:, -1].int().argsort(dim=1, stable=True)[:, :m]  # (B, m) in the order of age
         self.k[:, :, :m] = take(k, left)
         self.v[:, :, :m] = take(v, left)
         self.j[:, :m] = j.gather(1, left)
+        self.A[:, :m] = A.gather(1, left)
         self.F[:, :m] = F[:, -1].gather(1, left)
         return y
 
@@ -577,35 +829,46 @@ class LayerCache:
         """{name: tensor} of all that it remembers; the first dimension is the batch."""
         return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
 
-    def score(self, F, i, j):
+    def start(self, k):
+        """A of new tokens (B, R), from their keys (B, H, R, D), a voter's left out."""
+        return self.policy.start(k[:, -self.config.kv_heads :]).to(self.A.dtype)
+
+    def score(self, A, F, i, j):
         """Eviction score of each column, seen from rows i; the highest goes first."""
-        if self.policy == 'selective':
-            score = F
-        elif self.policy == 'oldest':
-            score = -j.to(F.dtype)
-        else:  # a hash of (row, column), so that every way of computing agrees
-            x = i * 1_000_003 + j
-            x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
-            x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
-            score = (x & 0xFFFFFF).to(F.dtype)  # 24 bits, which float32 holds exactly
+        score = self.policy.score(A, F, i, j)
         return score.masked_fill(j == 0, -math.inf)  # the first token stays for ever
 
-    def forget(self, F, i, j):
+    @torch.no_grad()
+    def forget(self, A, F, i, j):
         """Simulate eviction row by row: which columns each row has lost, (B, R, N).
 
-        F (B, R, N); i (R, 1); j (B, 1, N), sorted by age: the buffer, then the R rows' own tokens.
+        A (B, N); F (B, R, N); i (R, 1); j (B, 1, N), sorted by age: the buffer, then the rows' own
+        tokens.
         """
         B, R, N = F.shape
-        score = self.score(F, i, j).masked_fill(j >= i, -math.inf).expand(B, R, N)
+        score = self.score(A[:, None], F, i, j).masked_fill(j >= i, -math.inf)
         out = score.new_zeros(B, N)  # -inf where a column was dropped
         dropped_at = torch.full((B, N), R, device=F.device)  # the row that dropped it; R: none
         for r in range(max(0, self.K - (N - R)), R):  # before that the buffer has room
-            worst = (score[:, r] + out).argmax(
-                dim=1, keepdim=True
-            )  # of equals the first, the oldest
+            worst = (score[:, r] + out).argmax(dim=1, keepdim=True)  # of equals the oldest
             out.scatter_(1, worst, -math.inf)
             dropped_at.scatter_(1, worst, r)
         return dropped_at[:, None] <= torch.arange(R, device=F.device)[:, None]
+
+
+def selective_attention_within(q, k, v, rule, dropout=0.0, memory_tau=None, K=None):
+    """As `selective_attention`, in layers that keep K tokens: training as generation will be.
+
+    Who is dropped is found from F, without a gradient. What is left learns through F. Ours.
+    """
+    B, _, T, _ = q.shape
+    i = torch.arange(T, device=q.device)
+    F = q.new_zeros(B, T, dtype=F_dtype(q.dtype))
+    forget = partial(rule.make_cache(B, K, 'selective').forget, F)
+    y, F, _, _ = attend(q, k, v, F, i, i[None], rule, forget, dropout)
+    if memory_tau is None:
+        return y, None
+    return y, memory_requirement(F[:, :-1], i, memory_tau)
 
 
 def take(x, columns):
@@ -646,14 +909,14 @@ class KVCache:
 
 def check_budgets(config, budgets, policy='selective'):
     """budgets as a list of one number for each layer; ValueError if they do not fit the model."""
-    if policy not in POLICIES:
-        raise ValueError(f'policy {policy!r}: it is one of {", ".join(POLICIES)}')
+    if policy not in POLICIES and not re.fullmatch('streaming:[0-9]{1,9}', policy):
+        raise ValueError(f'policy {policy!r}: it is one of {", ".join(POLICIES)}, or streaming:8')
     if budgets is None:
         return [config.block_size] * config.n_layer
     if policy == 'selective' and not config.selective:
         raise ValueError(
             'a model without selective attention has no F to prune by: '
-            "use policy 'oldest' or 'random'"
+            'use another policy, such as h2o_mean'
         )
     if isinstance(budgets, int):
         budgets = [budgets] * config.n_layer

@@ -55,7 +55,7 @@ class PruneConfig:
     target_loss: float = option(0.0, 'the target, in nats')
     tolerance: float = option(0.0, "the target is the model's own loss and this much")
     # how
-    policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
+    policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
     search: str = option('quick', "plain is the paper's search", choices=('quick', 'plain'))
     bite: int = option(8, 'tokens taken at a time in the plain search', low=1)
     to: str = option('', "file in out_dir; '': budgets.json, for controls budgets_<policy>.json")
@@ -78,6 +78,7 @@ class Trials:
         self.dtype = dtype
         x, _ = batches[0]
         self.pos = torch.arange(x.size(1), device=x.device)
+        self.turn = model.rotation(self.pos)
         self.budgets = [x.size(1)] * model.config.n_layer
         self.known = {}  # budgets as text -> loss
         # inputs[n][l]: what layer l reads of batch n under self.budgets, as far as it was needed
@@ -119,7 +120,7 @@ class Trials:
         if budget < len(self.pos):
             layer = self.model.transformer.h[l].attn
             cache = layer.make_cache(len(x), budget, self.policy, self.dtype)
-        y, _ = self.model.transformer.h[l](x, self.pos, cache)
+        y, _ = self.model.transformer.h[l](x, self.pos, self.turn, cache)
         return y
 
 
@@ -243,8 +244,7 @@ def main():
     cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
     dtype = getattr(torch, cfg.dtype)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg.device)
-    if cfg.policy == 'selective' and not model.config.selective:
-        raise UserError(f'{cfg.out_dir} has no F to prune by: use --policy=oldest or random')
+    ckpt.read_budgets('2', cfg.out_dir, model, cfg.policy)  # is there such a policy?
     reference = model
     if cfg.baseline:
         reference, other = ckpt.load_model(cfg.baseline, cfg.device)

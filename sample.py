@@ -38,7 +38,7 @@ class SampleConfig:
     top_k: int = option(200, 'only the k most likely tokens; 0: all')
     seed: int = option(1337, 'same seed, same text')
     budgets: str = option('', "tokens of a layer: 8, or 4,9,16,8, or a budgets.json; 'none'")
-    policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
+    policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
     device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
     dtype: str = option('auto', "'auto': bfloat16 where a GPU has it", choices=devices.DTYPES)
 

@@ -455,7 +455,7 @@ def test_pruned_attention_against_the_rules(K, rows, policy, selective):
         -q[1, 0].abs(),
         k[1, 0].abs(),
     )  # the second sequence never votes: ties go to the oldest
-    cache = m.LayerCache(B, H, K, D, policy, 'cpu', torch.float64)
+    cache = m.LayerCache(m.GPTConfig(n_head=H, n_embd=H * D), B, K, policy, 'cpu', torch.float64)
     rule = Rule(fn.relu) if selective else None
     q[0, 0], k[0, 0, 7:30:9] = (
         q[0, 0].abs(),
@@ -469,7 +469,7 @@ def test_pruned_attention_against_the_rules(K, rows, policy, selective):
         torch.testing.assert_close(y, expected[:, :, t : t + R])
         t += R
         for b in range(B):
-            assert sorted(j for j in cache.j[b].tolist() if j != m.EMPTY) == held[b][t - 1]
+            assert sorted(cache.j[b, : cache.n].tolist()) == held[b][t - 1]
     if policy == 'selective' and K == 11:  # what nobody masks stays; without votes the newest stay
         assert {0, 7, 16, 25} < set(held[0][-1])
         assert held[1][-1] == [0, *range(30, 40)]

@@ -36,7 +36,7 @@ class ExportConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
     folder: str = option('', "where the files go; '': <out_dir>/hf")
     budgets: str = option('', "a number, 4,9,16,8 or a budgets.json; '': its own; 'none'")
-    policy: str = option('selective', 'what is dropped at the budget', choices=m.POLICIES)
+    policy: str = option('selective', f'what is dropped at the budget: {", ".join(m.POLICIES)}')
 
 
 # config.json of an export that takes our code along

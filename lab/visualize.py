@@ -14,6 +14,7 @@ import json
 import pathlib
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 from support import settings  # before torch, see support/__init__.py
 
@@ -35,7 +36,7 @@ class VisualizeConfig:
     to: str = option('', "the page; '': <out_dir>/visualize.html")
     cut: bool = option(False, 'of a text longer than block_size, read what fits')
     budgets: str = option('', 'tokens that a layer keeps: a number, 4,9,16,8, a budgets.json; none')
-    policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
+    policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
     memory_tau: float = option(1.0, 'the F of a token that is wholly masked', low=1e-3)
     device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
 
@@ -57,13 +58,13 @@ class Reading:
 class Recorder(LayerCache):
     """A layer's memory that reads all rows at once, with context pruning in its parallel form."""
 
-    def __init__(self, K, policy):
-        self.K = K
-        self.policy = policy
+    def __init__(self, layer):
+        vars(self).update(vars(layer))
 
     def attend(self, q, k, v, i, rule):
         F = q.new_zeros(len(q), len(i), dtype=F_dtype(q.dtype))
-        y, F, hidden = attend(q, k, v, F, i, i[None], rule, self.forget)
+        forget = partial(self.forget, self.start(k))
+        y, F, hidden, _ = attend(q, k, v, F, i, i[None], rule, forget)
         self.F = F[:, :-1]  # (1, T, T)
         self.votes = F.diff(dim=1).masked_fill(hidden, 0)
         # A column is dropped for good, so the rows that see it come one after the other.
@@ -74,7 +75,9 @@ class Recorder(LayerCache):
 def record(model, idx, budgets, policy):
     """What each layer makes of idx (1, T), in numpy: F, votes (L, T, T) and dropped_at (L, T)."""
     cache = KVCache(model, 1, budgets, policy)
-    cache.layers = [Recorder(layer.K, layer.policy) for layer in cache.layers]
+    if budgets and cache.layers[0].policy.needs_P:
+        raise UserError(f'the page cannot draw --policy={policy}, which needs attention weights')
+    cache.layers = [Recorder(layer) for layer in cache.layers]
     model(idx, cache=cache)
     found = []
     for name in 'F', 'votes', 'dropped_at':

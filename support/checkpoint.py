@@ -253,9 +253,10 @@ def read_budgets(text, out_dir, model, policy):
     the model cannot have, and for a file that was made for other weights or another policy.
     """
     own = f'{out_dir}/budgets.json'
+    budgets = None
     if text == 'none' or not text and not os.path.isfile(own):
-        return None
-    if re.fullmatch('[0-9]{1,9}', text):
+        pass
+    elif re.fullmatch('[0-9]{1,9}', text):
         budgets = int(text)
     elif re.fullmatch('[0-9]{1,9}(,[0-9]{1,9})+', text):
         budgets = [int(n) for n in text.split(',')]
@@ -269,9 +270,10 @@ def read_budgets(text, out_dir, model, policy):
             raise UserError(f'{path} was made for --policy={found["policy"]}, this is {policy}')
         budgets = found['budgets']
     try:
-        return check_budgets(model.config, budgets, policy)
+        checked = check_budgets(model.config, budgets, policy)
     except ValueError as e:
         raise UserError(f'--budgets, --policy: {e}') from None
+    return budgets and checked
 
 
 # ---- The log -------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ def six_tokens():
         torch.zeros(1, 6),
     )  # v = 1: what attention returns are its weights P
     rule = m.CausalSelfAttention(m.GPTConfig(n_head=2, n_embd=12))
-    P, F, _ = m.attend(q, k, v, F0, i, i[None], rule)
+    P, F, _, _ = m.attend(q, k, v, F0, i, i[None], rule)
     S = F[0].diff(dim=0)
-    without, _, _ = m.attend(q, k, v, F0, i, i[None])
-    cache = m.LayerCache(1, 2, 4, 6, 'selective', 'cpu', torch.float32)
-    lost = cache.forget(F[:, :-1], i[:, None], i[None, None])[0]
+    without, _, _, _ = m.attend(q, k, v, F0, i, i[None])
+    cache = m.LayerCache(rule.config, 1, 4, 'selective', 'cpu', torch.float32)
+    lost = cache.forget(F0, F[:, :-1], i[:, None], i[None, None])[0]
 
     def table(code, title, rows, show):
         lines = ['# ' + code, title.ljust(29) + ''.join(name.rjust(6) for name in names)]
