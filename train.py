@@ -61,7 +61,7 @@ class TrainConfig(GPTConfig):
     min_lr: float = option(6e-5, 'at the end of the decay')
     warmup_iters: int = option(2000, 'steps of linear warmup')
     lr_decay_iters: int = option(0, 'step that ends the cosine; 0: max_iters')
-    ssa_lr: float = option(1.0, "multiple for SSA's temperatures")
+    ssa_lr: float = option(1.0, "multiple for SSA's temperatures, voters and vote_scale")
     weight_decay: float = option(0.1, 'of matrices and embeddings')
     beta1: float = option(0.9, "AdamW's memory of the gradient", high=0.999999)
     beta2: float = option(0.95, "AdamW's memory of its square", high=0.999999)
@@ -69,6 +69,7 @@ class TrainConfig(GPTConfig):
     # memory loss, 2410.02703 section 6
     memory_loss: float = option(0.0, 'its weight, 0.1 in the paper; 0: off')
     memory_tau: float = option(1.0, 'the F of a token wholly masked', low=1e-3)
+    train_budgets: str = option('', 'tokens that layers keep in turn: 0,64 is all, then 64, …')
     # machine
     kernel: str = option('auto', "'none': model.py's own code", choices=tuple(kernels.KERNELS))
     device: str = option('auto', "'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is")
@@ -82,6 +83,10 @@ def check(cfg, world):
         raise UserError(f'gradient_accumulation_steps: {world} processes cannot share them evenly')
     if cfg.memory_loss and not cfg.selective:
         raise UserError('memory_loss needs selective=True: only that masks tokens')
+    if cfg.train_budgets:
+        if not cfg.selective:
+            raise UserError('train_budgets needs selective=True: F decides what is dropped')
+        settings.numbers(cfg.train_budgets, '--train_budgets')
 
 
 def schedule(cfg, iter_num):
@@ -178,7 +183,7 @@ def make_model(cfg, start, say):
         for name, p in model.named_parameters():
             p.requires_grad_(not is_gpt2(name))
         if not any(p.requires_grad for p in model.parameters()):
-            raise UserError("freeze='base' trains nothing: set ssa or vote_scale")
+            raise UserError("freeze='base' trains nothing: set ssa, voter or vote_scale")
     return model
 
 
@@ -272,7 +277,7 @@ def train(cfg, processes):
     model = make_model(cfg, start, say)
     say(
         f'{model.num_params() / 1e6:.2f}M parameters on {cfg.device} in {cfg.dtype}; '
-        f'data {cfg.dataset} ({dataset.tokenizer_name})'
+        f'data {cfg.dataset} ({data.label(dataset.tokenizer_name)})'
     )
     progress = {name: start[name] for name in ckpt.ABSENT}
     if cfg.eval_only:
@@ -392,14 +397,19 @@ def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale):
     # forward and backward of all micro-steps; every process has batches of its own
     torch.manual_seed((cfg.seed * 1_000_003 + iter_num) * 1009 + processes.rank)  # of dropout
     micro_steps = cfg.gradient_accumulation_steps // processes.world
+    budget = 0
+    if cfg.train_budgets and iter_num >= cfg.warmup_iters:
+        turns = settings.numbers(cfg.train_budgets, '--train_budgets')
+        budget = turns[iter_num % len(turns)]
     mean_loss = mean_memory = 0.0
     for micro in range(micro_steps):
         index = (iter_num * micro_steps + micro) * processes.world + processes.rank
         if processes.world > 1:  # gradients are synchronised in the last one only
             model.require_backward_grad_sync = micro == micro_steps - 1
-        _, _, loss, *memory = forward(
-            cfg, model, dataset, 'train', index, cfg.seed, cfg.memory_loss
-        )
+        with kernels.within(model, budget):
+            _, _, loss, *memory = forward(
+                cfg, model, dataset, 'train', index, cfg.seed, cfg.memory_loss
+            )
         mean_loss += loss.detach() / micro_steps
         if cfg.memory_loss:
             mean_memory += memory[0].detach() / micro_steps
