@@ -25,13 +25,17 @@ GIVES = 'kernels/cpu.py, which gives the numbers of model.py'
 DIFFERS = 'not kernels/cpu.py: on an example it gives other numbers'
 
 
+def at_once(F, S):
+    """Votes act on their own row, too."""
+    return F[:, None] + fn.pad(S, (0, 0, 0, 1)).cumsum(1)
+
+
 @pytest.mark.parametrize(
     'name, rule, words',
     [
         ('vote', lambda layer, L0: fn.softplus(layer.c_proj.weight[0, 0] * L0), GIVES),
         ('vote', lambda layer, L0: L0.softmax(-1), DIFFERS),
-        # votes act at once
-        ('accumulate', lambda layer, F, S: F[:, None] + fn.pad(S, (0, 0, 0, 1)).cumsum(1), DIFFERS),
+        ('accumulate', lambda layer, F, S: at_once(F, S), DIFFERS),
     ],
 )
 def test_a_kernel_follows_the_rule_or_steps_aside(monkeypatch, name, rule, words):
@@ -114,17 +118,74 @@ def test_what_cannot_be_installed(kernel, dtype, word):
 
 def test_vote_scale_is_checked_away_from_zero():
     """At its start, 0, a factor hides what strong votes do, and a kernel that caps them passes."""
-
-    def caps(q, k, v, layer, dropout=0.0, memory_tau=None):
-        rule = copy.copy(layer)
-        rule.vote = lambda L0: layer.vote(L0).clamp(max=0.1)
-        return m.selective_attention(q, k, v, rule, dropout, memory_tau)
-
     gpt = make(vote_scale=True)
     layer = gpt.transformer.h[0].attn
+    caps = with_rule(vote=lambda L0: L0.relu().clamp(max=0.1))
     assert 'which gives the numbers' in kernels.install(gpt)
     assert layer.vote_scale == 0
     assert 'other numbers' in kernels.check(caps, layer, CPU, torch.float32)
+
+
+def with_rule(**parts):
+    """model.py's function with these functions in place of the layer's."""
+
+    def attention(q, k, v, layer, dropout=0.0, memory_tau=None):
+        rule = copy.copy(layer)
+        vars(rule).update(parts)
+        return m.selective_attention(q, k, v, rule, dropout, memory_tau)
+
+    return attention
+
+
+def one_head_sees_all(q, k, v, *args, **options):
+    y, M = m.selective_attention(q, k, v, *args, **options)
+    standard = fn.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return torch.cat([y[:, :-1], standard[:, -1:]], dim=1), M
+
+
+def wrong_scale(q, *args, **options):
+    return m.selective_attention(1.02 * q, *args, **options)
+
+
+def votes_on_token_0(monkeypatch):
+    def attention(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(m, 'votes', lambda rule, L0, i, j: torch.where(j < i, rule.vote(L0), 0.0))
+            return m.selective_attention(*args, **options)
+
+    return attention
+
+
+def in_bfloat16(edit):
+    """A function that is right in float32, in which more shows."""
+
+    def attention(q, *args, **options):
+        if q.dtype == torch.bfloat16:
+            return edit(q, *args, **options)
+        return m.selective_attention(q, *args, **options)
+
+    return attention
+
+
+LARGE = [pytest.param(heads, 64, marks=pytest.mark.slow) for heads in (8, 12)]
+
+
+@pytest.mark.parametrize('heads, size', [(4, 32), *LARGE])
+def test_rounding_to_bfloat16_passes_and_an_edit_does_not(heads, size, monkeypatch):
+    layer = make(n_head=heads, n_embd=heads * size, n_layer=1).transformer.h[0].attn
+    edits = {
+        'votes act at once': with_rule(accumulate=at_once),
+        'no gradient of F': with_rule(accumulate=lambda F, S: layer.accumulate(F, S).detach()),
+        'one head without F': one_head_sees_all,
+        'token 0 is masked': votes_on_token_0(monkeypatch),
+        'a scale of 1.02': wrong_scale,
+    }
+    for seed in range(10):
+        assert not kernels.check(m.selective_attention, layer, CPU, torch.bfloat16, seed)
+    for name, edit in edits.items():
+        for seed in range(2):
+            found = kernels.check(in_bfloat16(edit), layer, CPU, torch.bfloat16, seed)
+            assert 'other numbers' in found, name
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 24), (1, 3, 24), (0, 24)])
