@@ -228,7 +228,7 @@ class Temperature(nn.Module):
         nn.init.zeros_(self.w.weight)
         self.alpha = None
         if position_aware:
-            self.alpha = nn.Parameter(torch.full((heads,), config.ssa_alpha))
+            self.alpha = nn.Parameter(torch.full((heads,), float(config.ssa_alpha)))
 
     def forward(self, x, activations, pos):
         """x (B, T, C): the layer's input; activations (B, T, H*D): its q, k or v; pos (T,).
@@ -594,9 +594,12 @@ def is_gpt2(name):
 def check_config(config):
     """Raise ValueError, in one line, for a config that no model can have."""
     c = config
-    for name in 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'kv_heads':
+    for name in 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd':
         if getattr(c, name) < 1:
             raise ValueError(f'{name} is {getattr(c, name)}; it must be at least 1')
+    for name in 'n_kv_head', 'n_inner':
+        if getattr(c, name) < 0:
+            raise ValueError(f'{name} is {getattr(c, name)}; it cannot be negative')
     if c.n_embd % c.n_head:
         raise ValueError(f'n_embd {c.n_embd} is not divisible by n_head {c.n_head}')
     if c.n_head % c.kv_heads:
