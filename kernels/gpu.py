@@ -41,7 +41,6 @@ import triton.language as tl
 from torch import Tensor, library
 
 import model
-from kernels.cpu import bounds
 
 HEAD_SIZES = (16, 32, 64, 128)
 DEVICES = ('cuda',)
@@ -345,6 +344,19 @@ def blocks_alive(q, k, C, scale, tau):
     if tau is not None:
         dead &= F > tau
     return (~dead).sum(dim=1, dtype=torch.int32)
+
+
+def bounds(q, k):
+    """|k|, and Q and m as they hold from each row on, all (B, H, T), from k, q/√D (B, H, T, D)."""
+    keys = k, k.roll(1, dims=2), k[:, :, :1]  # the row's own, the one before, token 0's
+    # not as products of matrices, which autocast and TF32 would round
+    logits = torch.stack([(q * key).sum(dim=3) for key in keys])
+    logits[1, :, :, :1] = -math.inf  # row 0 has none before
+    logits[2, :, :, :2] = -math.inf  # of rows 0 and 1, token 0 is one of these
+    l = logits.logsumexp(dim=0)
+    Q = q.norm(dim=3).flip(2).cummax(dim=2).values.flip(2)
+    m = l.flip(2).cummin(dim=2).values.flip(2)
+    return k.norm(dim=3), Q, m
 
 
 def live_columns(alive, kernel, q):

@@ -1,0 +1,629 @@
+/* Selective attention on a CPU. kernels/cpu.py calls this; its docstring has the mathematics.
+
+   Part 1 is attention over lists of columns, with a bias for each pair of a row and a column, and
+   its gradient. It knows nothing of votes. Part 2 is the walk down the rows: logits of head 0, from
+   which Python makes votes, running sums F of the votes, the lists of columns that are still alive,
+   and back up again, the gradient of the votes.
+
+       rows i      a block of 64; block n begins at row 64 n; the last one may be short
+       columns j   those of the block's list: the living ones of earlier blocks, in their order, and
+                   then the block's own. Each sequence of the batch has a list of its own
+       panels      what a row and a column share is stored with the column first, 64 rows side by
+                   side: L[c][i]. So eight or sixteen rows fill a vector, the softmax needs no sum
+                   across a vector, and nothing but a block's queries is ever transposed
+
+   A block's columns are worked through in chunks of 64, so that all panels stay in the cache. The
+   last chunk is the block's own columns, where rows above the diagonal are left out.
+
+   q, k, v, y and their gradients are (B, T, H, D) in memory, with a distance of their own from one
+   token to the next. Everything is deterministic; only the number of groups of blocks that
+   `gradients` adds up, which Python chooses, depends on the number of threads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef real
+#define real float /* -Dreal=double is for tests */
+#endif
+#if defined __AVX512F__
+#define BYTES 64
+#elif defined __AVX__
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef real vec __attribute__((vector_size(BYTES), may_alias));
+typedef real unaligned __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+typedef __typeof__((vec){0} < (vec){0}) ivec;
+enum { ROWS = 64, LANES = BYTES / sizeof(real), TILE = BYTES == 32 ? 4 : 8 };
+#define EACH(x, from, to) for (int64_t x = from; x < to; x++)
+#define SMALLEST -69.0 /* a P below exp of it, 1e-30, is 0: products of denormals are slow */
+
+/* As kernels/cpu.py has it, field by field: sizes, and addresses of arrays. */
+typedef struct {
+    int64_t B, H, T, D, blocks, threads;
+    int64_t q_step, k_step, v_step, dy_step; /* from one token to the next */
+    const real *q, *k, *v;
+    real *y, *l;           /* l (B, H, T): log of the sum of exp(L - F) over a row */
+    real *F, *M;           /* F (B, T) as it enters the next block; M (B, T) */
+    real *norm, *Q, *m;    /* of the bound: (B, H, T), (B, H, blocks), (B, H, blocks) */
+    int32_t *list, *count; /* (blocks, B, T) columns; (blocks, B) how many they are */
+    const real *dy, *dM;
+    real *dq, *dk, *dv; /* dk and dv (groups, B, T, H, D) */
+    real *G;            /* (B, T) sums of dF over the rows of later blocks */
+    int64_t groups;
+    int64_t bounded; /* whether norm, Q and m have been computed */
+} problem;
+
+_Static_assert(sizeof(void *) == 8, "a field of `problem` has 64 bits");
+
+/* A block's panels (B, N, 64), N being the longest list: F of each row; dF, and then the gradient
+   of the votes; the gradient of head 0's logits through the votes, or NULL. */
+typedef struct {
+    int64_t N;
+    real *F, *dF;
+    const real *dL0;
+} panels;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+static vec load(const real *x) { return *(const unaligned *)x; }
+static vec at(const real *x) { return *(const vec *)x; }
+static void put(real *x, vec v) { *(vec *)x = v; }
+static vec where(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+/* exp(x) for x <= 0: 2^n times the series of exp(r), with r = x - n log 2 between -0.35 and 0.35.
+   NaN stays NaN. */
+static vec exponential(vec x)
+{
+    vec y;
+    if (sizeof(real) == 8) {
+        EACH(i, 0, LANES) y[i] = exp(x[i]);
+    } else {
+        const vec one = (vec){0} + 1;
+        vec shifted = x * (real)1.44269504 + (real)12582912; /* 1.5 * 2^23 rounds to integers */
+        vec n = shifted - (real)12582912;
+        vec r = x - n * (real)0.693359375 + n * (real)2.12194440e-4; /* log 2 in two parts */
+        y = one / 5040;
+        y = y * r + one / 720;
+        y = y * r + one / 120;
+        y = y * r + one / 24;
+        y = y * r + one / 6;
+        y = y * r + one / 2;
+        y = y * r + one;
+        y = y * r + one;
+        y *= (vec)(((ivec)shifted << 23) + (ivec)one); /* n is added to the exponent of 1 */
+    }
+    return (vec)((ivec)y & ~(x < (real)SMALLEST));
+}
+
+/* ---- Products of panels -------------------------------------------------------------------- */
+
+/* TILE rows and `vectors` vectors of   out[r][x] (+)= sum over k of a[r*ar + k*ak] x[k*xs + x] */
+static inline __attribute__((always_inline)) void tile(
+    real *out, int64_t os, const real *a, int64_t ar, int64_t ak, const real *x, int64_t xs,
+    int64_t depth, int add, int vectors)
+{
+    vec sum[TILE][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE; r++)
+        for (int c = 0; c < vectors; c++)
+            sum[r][c] = add ? at(out + r * os + c * LANES) : (vec){0};
+    EACH(k, 0, depth) {
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE; r++)
+            for (int c = 0; c < vectors; c++)
+                sum[r][c] += a[r * ar + k * ak] * at(x + k * xs + c * LANES);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE; r++)
+        for (int c = 0; c < vectors; c++)
+            put(out + r * os + c * LANES, sum[r][c]);
+}
+
+/* The same for a width of any number of vectors. */
+static inline __attribute__((always_inline)) void product(
+    real *out, int64_t os, const real *a, int64_t ar, int64_t ak, const real *x, int64_t xs,
+    int64_t width, int64_t depth, int add)
+{
+    int64_t c = 0;
+    for (; c + 2 * LANES <= width; c += 2 * LANES)
+        tile(out + c, os, a, ar, ak, x + c, xs, depth, add, 2);
+    if (c < width)
+        tile(out + c, os, a, ar, ak, x + c, xs, depth, add, 1);
+}
+
+/* L[c][i] = sum over d of k[c][d] qt[d][i], for `rows` from row `from` on */
+static void across(real *L, const real *k, const real *qt, int64_t D, int64_t W, int64_t from)
+{
+    product(L + from, ROWS, k, W, 1, qt + from, ROWS, ROWS - from, D, 0);
+}
+
+/* y[i][d] += sum over c of P[c][i] v[c][d] */
+static void down(real *y, const real *P, const real *v, int64_t W, int64_t depth)
+{
+    product(y, W, P, 1, ROWS, v, W, W, depth, 1);
+}
+
+/* dk[c][d] = sum over i of dL[c][i] q[i][d], for i from row `from` on */
+static void back(real *dk, const real *dL, const real *q, int64_t W, int64_t from)
+{
+    product(dk, W, dL + from, ROWS, 1, q + from * W, W, W, ROWS - from, 0);
+}
+
+/* ---- Chunks of a list ------------------------------------------------------------------------ */
+
+/* What a thread works with. W is D, filled up with zeros to whole vectors. */
+typedef struct {
+    int64_t W;
+    real *q, *qt, *dy, *dyt, *k, *v, *sum, *out; /* (64, W); qt and dyt (W, 64) */
+    real *P, *dL;                                /* panels (64, 64) */
+    real m[ROWS] __attribute__((aligned(64))), total[ROWS], l[ROWS], delta[ROWS];
+} workspace;
+
+static workspace *new_workspace(int64_t D)
+{
+    int64_t W = up(D, LANES), head = up(sizeof(workspace), 64), n = 8 * ROWS * W + 2 * ROWS * ROWS;
+    char *memory = aligned_alloc(64, head + up(n * sizeof(real), 64));
+    if (!memory)
+        abort();
+    workspace *w = (workspace *)memory;
+    real *next = (real *)(memory + head);
+    w->W = W;
+    real **parts[] = {&w->q, &w->qt, &w->dy, &w->dyt, &w->k, &w->v, &w->sum, &w->out};
+    EACH(i, 0, 8) {
+        *parts[i] = next;
+        next += ROWS * W;
+    }
+    w->P = next;
+    w->dL = next + ROWS * ROWS;
+    return w;
+}
+
+typedef struct {
+    int64_t start, n, diagonal; /* columns list[start .. start+n); whether they are the block's own */
+} chunk;
+
+/* The next chunk of a list of `count` columns, of which the last `own` are the block's; or 0. */
+static int next_chunk(chunk *c, int64_t count, int64_t own)
+{
+    c->start += c->n;
+    c->diagonal = c->start == count - own;
+    c->n = c->diagonal ? own : least(ROWS, count - own - c->start);
+    return c->start < count;
+}
+
+/* The first row from which column c of a chunk is computed, and the columns that a row needs. */
+static int64_t first_row(chunk c, int64_t column) { return c.diagonal ? column & ~15 : 0; }
+static int64_t depth(chunk c, int64_t row) { return c.diagonal ? least(c.n, row + TILE) : c.n; }
+
+/* x[list[c]], or x[c] without a list, for n rows of head h, times `scale`; zeros around it */
+static void gather(
+    real *to, int64_t W, const real *x, int64_t step, const int32_t *list, int64_t n, int64_t D,
+    real scale)
+{
+    EACH(c, 0, n) {
+        const real *from = x + (list ? list[c] : c) * step;
+        EACH(d, 0, D) to[c * W + d] = from[d] * scale;
+        EACH(d, D, W) to[c * W + d] = 0;
+    }
+    memset(to + n * W, 0, (up(n, TILE) - n) * W * sizeof(real));
+}
+
+/* The rows of a block, n of 64, and their transpose. */
+static void gather_rows(
+    real *to, real *transposed, int64_t W, const real *x, int64_t step, int64_t n, int64_t D,
+    real scale)
+{
+    gather(to, W, x, step, NULL, n, D, scale);
+    memset(to + n * W, 0, (ROWS - n) * W * sizeof(real));
+    EACH(d, 0, D) EACH(i, 0, ROWS) transposed[d * ROWS + i] = to[i * W + d];
+}
+
+static void add_rows(
+    real *to, int64_t step, const int32_t *list, const real *x, int64_t W, int64_t n, int64_t D,
+    real scale)
+{
+    EACH(c, 0, n) {
+        real *row = to + (list ? list[c] : c) * step;
+        EACH(d, 0, D) row[d] += x[c * W + d] * scale;
+    }
+}
+
+/* 0 where row i sees a column of its own block, -inf where that is the future: (i - column + 64) */
+static real seen[2 * ROWS];
+
+static void __attribute__((constructor)) fill_seen(void)
+{
+    EACH(x, 0, ROWS) seen[x] = -INFINITY;
+}
+
+/* ---- Part 1: attention over lists ------------------------------------------------------------ */
+
+/* Head h of block n of sequence s. The softmax is made in one go: its largest logit so far is m,
+   and when that grows, what has been summed up is scaled down. */
+static void attend(const problem *p, workspace *w, const panels *block, int64_t s, int64_t n, int64_t h)
+{
+    int64_t D = p->D, W = w->W, a = n * ROWS, R = least(ROWS, p->T - a), step = p->H * D;
+    int64_t token = s * p->T, count = p->count[n * p->B + s];
+    const int32_t *list = p->list + (n * p->B + s) * p->T;
+    const real *F = block->F + s * block->N * ROWS;
+    real *P = w->P, *y = w->sum, largest[ROWS] __attribute__((aligned(64)));
+
+    gather_rows(w->q, w->qt, W, p->q + (token + a) * p->q_step + h * D, p->q_step, R, D, 1 / sqrt(D));
+    memset(y, 0, ROWS * W * sizeof(real));
+    EACH(i, 0, ROWS) {
+        w->m[i] = -1e30;
+        w->total[i] = 0;
+    }
+    for (chunk c = {0}; next_chunk(&c, count, R);) {
+        gather(w->k, W, p->k + token * p->k_step + h * D, p->k_step, list + c.start, c.n, D, 1);
+        gather(w->v, W, p->v + token * p->v_step + h * D, p->v_step, list + c.start, c.n, D, 1);
+        for (int64_t j = 0; j < c.n; j += TILE)
+            across(P + j * ROWS, w->k + j * W, w->qt, D, W, first_row(c, j));
+        memcpy(largest, w->m, sizeof(largest));
+        EACH(j, 0, c.n) for (int64_t i = first_row(c, j); i < ROWS; i += LANES) {
+            vec L = at(P + j * ROWS + i) - at(F + (c.start + j) * ROWS + i);
+            if (c.diagonal)
+                L += load(seen + ROWS + i - j);
+            put(P + j * ROWS + i, L);
+            vec m = at(largest + i);
+            put(largest + i, where(L > m, L, m));
+        }
+        for (int64_t i = 0; i < ROWS; i += LANES) {
+            vec factor = exponential(at(w->m + i) - at(largest + i));
+            put(w->total + i, at(w->total + i) * factor);
+            put(w->m + i, factor);
+        }
+        if (c.start)
+            EACH(i, 0, ROWS) for (int64_t d = 0; d < W; d += LANES)
+                put(y + i * W + d, at(y + i * W + d) * w->m[i]);
+        memcpy(w->m, largest, sizeof(largest));
+        EACH(j, 0, c.n) for (int64_t i = first_row(c, j); i < ROWS; i += LANES) {
+            vec e = exponential(at(P + j * ROWS + i) - at(w->m + i));
+            put(P + j * ROWS + i, e);
+            put(w->total + i, at(w->total + i) + e);
+        }
+        for (int64_t i = 0; i < R; i += TILE)
+            down(y + i * W, P + i, w->v, W, depth(c, i));
+    }
+    EACH(i, 0, R) {
+        real *to = p->y + (token + a + i) * step + h * D;
+        p->l[(s * p->H + h) * p->T + a + i] = w->m[i] + log(w->total[i]);
+        EACH(d, 0, D) to[d] = y[i * W + d] / w->total[i];
+    }
+}
+
+void forward(const problem *p, const panels *blocks)
+{
+#pragma omp parallel num_threads(p->threads)
+    {
+        workspace *w = new_workspace(p->D);
+#pragma omp for schedule(dynamic)
+        EACH(task, 0, p->blocks * p->B * p->H) { /* the last blocks, which are long, come first */
+            int64_t n = p->blocks - 1 - task / (p->B * p->H), h = task % p->H;
+            attend(p, w, blocks + n, task / p->H % p->B, n, h);
+        }
+        free(w);
+    }
+}
+
+/* Gradients of the same, with P = exp(L - F - l) and delta[i] = dy[i].y[i]:
+
+       dL = P (dP - delta)       dP = dy v^T
+       dq = dL k / sqrt(D)       dk = dL^T q / sqrt(D)       dv = P^T dy       dF = -dL, summed over heads
+
+   dk and dv are those of group g. */
+static void attend_back(
+    const problem *p, workspace *w, const panels *block, int64_t s, int64_t n, int64_t h, int64_t g)
+{
+    int64_t D = p->D, W = w->W, a = n * ROWS, R = least(ROWS, p->T - a), step = p->H * D;
+    int64_t token = s * p->T, count = p->count[n * p->B + s], all = p->B * p->T * step;
+    const int32_t *list = p->list + (n * p->B + s) * p->T;
+    const real *F = block->F + s * block->N * ROWS;
+    real *dF = block->dF + s * block->N * ROWS;
+    real *P = w->P, *dL = w->dL, scale = 1 / sqrt(D);
+
+    gather_rows(w->q, w->qt, W, p->q + (token + a) * p->q_step + h * D, p->q_step, R, D, scale);
+    gather_rows(w->dy, w->dyt, W, p->dy + (token + a) * p->dy_step + h * D, p->dy_step, R, D, 1);
+    memset(w->sum, 0, ROWS * W * sizeof(real));
+    EACH(i, 0, ROWS) {
+        const real *y = p->y + (token + a + i) * step + h * D;
+        w->l[i] = i < R ? p->l[(s * p->H + h) * p->T + a + i] : INFINITY; /* then P is 0 */
+        w->delta[i] = 0;
+        if (i < R)
+            EACH(d, 0, D) w->delta[i] += w->dy[i * W + d] * y[d];
+    }
+    for (chunk c = {0}; next_chunk(&c, count, R);) {
+        const int32_t *columns = list + c.start;
+        gather(w->k, W, p->k + token * p->k_step + h * D, p->k_step, columns, c.n, D, 1);
+        gather(w->v, W, p->v + token * p->v_step + h * D, p->v_step, columns, c.n, D, 1);
+        for (int64_t j = 0; j < c.n; j += TILE) {
+            across(P + j * ROWS, w->k + j * W, w->qt, D, W, first_row(c, j));
+            across(dL + j * ROWS, w->v + j * W, w->dyt, D, W, first_row(c, j));
+        }
+        EACH(j, 0, c.n) for (int64_t i = first_row(c, j); i < ROWS; i += LANES) {
+            int64_t x = j * ROWS + i, bias = c.start * ROWS + x;
+            vec L = at(P + x) - at(F + bias) - at(w->l + i);
+            if (c.diagonal)
+                L += load(seen + ROWS + i - j);
+            vec e = exponential(L);
+            vec gradient = e * (at(dL + x) - at(w->delta + i));
+            put(P + x, e);
+            put(dL + x, gradient);
+            if (h)
+                gradient -= at(dF + bias); /* the heads before this one are in it */
+            put(dF + bias, -gradient);
+        }
+        for (int64_t i = 0; i < R; i += TILE)
+            down(w->sum + i * W, dL + i, w->k, W, depth(c, i));
+        for (int64_t j = 0; j < c.n; j += TILE)
+            back(w->out + j * W, dL + j * ROWS, w->q, W, first_row(c, j));
+        add_rows(p->dk + g * all + token * step + h * D, step, columns, w->out, W, c.n, D, 1);
+        for (int64_t j = 0; j < c.n; j += TILE)
+            back(w->out + j * W, P + j * ROWS, w->dy, W, first_row(c, j));
+        add_rows(p->dv + g * all + token * step + h * D, step, columns, w->out, W, c.n, D, 1);
+    }
+    add_rows(p->dq + (token + a) * step + h * D, step, NULL, w->sum, W, R, D, scale);
+}
+
+/* ---- Part 2: the walk ------------------------------------------------------------------------ */
+
+/* The first row of a block from which on votes on its column count: all rows but for token 0 and
+   for the block's own columns. */
+static int64_t first_vote(int64_t j, int64_t a)
+{
+    if (j == 0)
+        return ROWS;
+    return j < a ? 0 : j - a + 1;
+}
+
+/* Head 0's logits of block n (B, N, 64). A list that is shorter than N is filled up with token 0. */
+void voter_logits(const problem *p, int64_t n, int64_t N, real *L)
+{
+    int64_t D = p->D, a = n * ROWS, R = least(ROWS, p->T - a), chunks = up(N, ROWS) / ROWS;
+#pragma omp parallel num_threads(p->threads)
+    {
+        workspace *w = new_workspace(D);
+        int64_t of = -1; /* the sequence whose rows are in w */
+#pragma omp for schedule(static)
+        EACH(task, 0, p->B * chunks) {
+            int64_t s = task / chunks, start = task % chunks * ROWS, here = least(ROWS, N - start);
+            int32_t *list = p->list + (n * p->B + s) * p->T + start;
+            if (s != of)
+                gather_rows(
+                    w->q, w->qt, w->W, p->q + (s * p->T + a) * p->q_step, p->q_step, R, D,
+                    1 / sqrt(D));
+            of = s;
+            gather(w->k, w->W, p->k + s * p->T * p->k_step, p->k_step, list, here, D, 1);
+            for (int64_t j = 0; j < here; j += TILE)
+                across(w->P + j * ROWS, w->k + j * w->W, w->qt, D, w->W, 0);
+            memcpy(L + (s * N + start) * ROWS, w->P, here * ROWS * sizeof(real));
+        }
+        free(w);
+    }
+}
+
+/* F of the rows of block n from the votes, both (B, N, 64), and F as it leaves the block. With tau,
+   what M[i] of a row loses: masked (B, chunks, 64), sums of min(F, tau). Returns whether a vote is
+   negative; *most is the largest F. */
+static int add_votes(
+    const problem *p, int64_t n, int64_t N, const real *votes, real *F, double tau, real *masked,
+    real *most)
+{
+    int64_t a = n * ROWS, R = least(ROWS, p->T - a), chunks = up(N, ROWS) / ROWS;
+    int negative = 0;
+    real largest = 0;
+#pragma omp parallel for num_threads(p->threads) reduction(|:negative) reduction(max:largest)
+    EACH(task, 0, p->B * chunks) {
+        int64_t s = task / chunks, start = task % chunks * ROWS;
+        int64_t end = least(start + ROWS, p->count[n * p->B + s]);
+        const int32_t *list = p->list + (n * p->B + s) * p->T;
+        real *lost = masked + task * ROWS;
+        EACH(i, 0, ROWS) lost[i] = 0;
+        EACH(c, start, end) {
+            const real *S = votes + (s * N + c) * ROWS;
+            real *row = F + (s * N + c) * ROWS, *sum = p->F + s * p->T + list[c], f = *sum;
+            int64_t first = least(first_vote(list[c], a), R);
+            EACH(i, 0, first) row[i] = f;
+            EACH(i, first, R) {
+                row[i] = f;
+                f += S[i];
+                negative |= S[i] < 0;
+            }
+            EACH(i, R, ROWS) row[i] = f;
+            *sum = f;
+            largest = f > largest ? f : largest;
+            if (tau)
+                EACH(i, 0, R) lost[i] += row[i] < (real)tau ? row[i] : (real)tau;
+        }
+    }
+    *most = largest;
+    return negative;
+}
+
+/* |k|, and at each block's first row the largest |q|/sqrt(D) and the smallest l of all rows from
+   there on, l being the log of the sum of exp L over token 0, the row before and the row itself. */
+static void compute_bounds(problem *p)
+{
+    int64_t T = p->T, D = p->D;
+    real scale = 1 / sqrt(D);
+#pragma omp parallel for num_threads(p->threads)
+    EACH(x, 0, p->B * p->H) {
+        const real *k0 = p->k + x / p->H * T * p->k_step + x % p->H * D;
+        const real *q0 = p->q + x / p->H * T * p->q_step + x % p->H * D;
+        real Q = 0, m = INFINITY;
+        for (int64_t i = T - 1; i >= 0; i--) {
+            const real *q = q0 + i * p->q_step, *k = k0 + i * p->k_step;
+            const real *before = i ? k - p->k_step : k;
+            real qq = 0, kk = 0, own = 0, last = 0, zero = 0;
+            EACH(d, 0, D) {
+                qq += q[d] * q[d];
+                kk += k[d] * k[d];
+                own += q[d] * k[d];
+                last += q[d] * before[d];
+                zero += q[d] * k0[d];
+            }
+            own *= scale;
+            last = i > 0 ? last * scale : -INFINITY;
+            zero = i > 1 ? zero * scale : -INFINITY;
+            real top = fmax(own, fmax(last, zero));
+            m = fmin(m, top + log(exp(own - top) + exp(last - top) + exp(zero - top)));
+            Q = fmax(Q, sqrt(qq) * scale);
+            p->norm[x * T + i] = sqrt(kk);
+            p->Q[x * p->blocks + i / ROWS] = Q;
+            p->m[x * p->blocks + i / ROWS] = m;
+        }
+    }
+    p->bounded = 1;
+}
+
+/* Whether no row from block n on gives column j of sequence s more than rounding. */
+static int dead(const problem *p, int64_t s, int64_t n, int64_t j, double tau, double log_eps)
+{
+    real F = p->F[s * p->T + j];
+    if (j == 0 || (tau && !(F > tau))) /* token 0 stays column 0 of what votes see */
+        return 0;
+    EACH(x, s * p->H, (s + 1) * p->H) {
+        real reach = p->Q[x * p->blocks + n] * p->norm[x * p->T + j] - p->m[x * p->blocks + n];
+        if (!(reach - F < log_eps))
+            return 0;
+    }
+    return 1;
+}
+
+/* A step down: from the votes of block n its F (B, N, 64), M, and the list of block n+1. Before the
+   first block, n is -1. Columns die if `skip`. Returns the length of the longest list, or -1 if a
+   vote is negative although columns may have died. */
+int64_t walk(
+    problem *p, int64_t n, int64_t N, const real *votes, real *F, double tau, double log_eps,
+    int64_t skip)
+{
+    int64_t T = p->T, a = n * ROWS, b = least(a + ROWS, T), chunks = up(N, ROWS) / ROWS;
+    int64_t longest = 0, end = least(b + ROWS, T);
+    real most = 0;
+    if (n >= 0) {
+        real *masked = malloc((p->B * chunks * ROWS + 1) * sizeof(real));
+        int negative = add_votes(p, n, N, votes, F, tau, masked, &most);
+        if (tau)
+            EACH(s, 0, p->B) EACH(i, a, b) {
+                real lost = 0;
+                EACH(x, s * chunks, (s + 1) * chunks) lost += masked[x * ROWS + i - a];
+                p->M[s * T + i] = i - (b - p->count[n * p->B + s]) - lost / tau;
+            }
+        free(masked);
+        if (skip && negative)
+            return -1;
+    }
+    if (b == T)
+        return 0;
+    skip = skip && most > -log_eps; /* before that nothing dies by votes */
+    if (skip && !p->bounded)
+        compute_bounds(p);
+#pragma omp parallel for num_threads(p->threads) reduction(max:longest)
+    EACH(s, 0, p->B) {
+        int32_t *list = p->list + ((n + 1) * p->B + s) * T;
+        int64_t count = 0;
+        if (n >= 0)
+            EACH(c, 0, p->count[n * p->B + s]) {
+                int32_t j = list[c - p->B * T];
+                list[count] = j;
+                count += !(skip && dead(p, s, n + 1, j, tau, log_eps));
+            }
+        EACH(j, b, end) list[count++] = j;
+        p->count[(n + 1) * p->B + s] = count;
+        longest = count > longest ? count : longest;
+    }
+    EACH(s, 0, p->B) EACH(c, p->count[(n + 1) * p->B + s], longest)
+        p->list[((n + 1) * p->B + s) * T + c] = 0;
+    return longest;
+}
+
+/* The recurrence of F run backwards: dS[k][j] = sum of dF[i][j] over i > k, in the place of dF. The
+   columns of a sequence are dealt out in parts. */
+static void walk_back(const problem *p, const panels *blocks, double tau, int64_t parts)
+{
+#pragma omp parallel for num_threads(p->threads) collapse(2)
+    EACH(s, 0, p->B) EACH(part, 0, parts) for (int64_t n = p->blocks - 1; n >= 0; n--) {
+        int64_t a = n * ROWS, R = least(ROWS, p->T - a), N = blocks[n].N;
+        const int32_t *list = p->list + (n * p->B + s) * p->T;
+        const real *dM = p->dM + s * p->T + a;
+        EACH(c, 0, p->count[n * p->B + s]) {
+            int64_t j = list[c], first = least(first_vote(j, a), R);
+            if (j / ROWS % parts != part)
+                continue;
+            const real *F = blocks[n].F + (s * N + c) * ROWS;
+            real *dF = blocks[n].dF + (s * N + c) * ROWS, g = p->G[s * p->T + j];
+            EACH(i, R, ROWS) dF[i] = 0;
+            for (int64_t i = R - 1; i >= first; i--) {
+                real gradient = dF[i];
+                if (tau && F[i] <= (real)tau)
+                    gradient -= dM[i] / (real)tau;
+                dF[i] = g;
+                g += gradient;
+            }
+            EACH(i, 0, first) dF[i] = 0;
+            p->G[s * p->T + j] = g;
+        }
+        EACH(c, p->count[n * p->B + s], N) if (c % parts == part)
+            memset(blocks[n].dF + (s * N + c) * ROWS, 0, ROWS * sizeof(real));
+    }
+}
+
+/* dq, dk, dv by attention, and dS of every block. A group of blocks has its own dk and dv, so that
+   groups can be worked on at the same time. */
+void backward(const problem *p, const panels *blocks, double tau)
+{
+#pragma omp parallel num_threads(p->threads)
+    {
+        workspace *w = new_workspace(p->D);
+#pragma omp for schedule(dynamic)
+        EACH(task, 0, p->B * p->groups) {
+            int64_t s = task / p->groups, g = task % p->groups;
+            for (int64_t n = g; n < p->blocks; n += p->groups)
+                EACH(h, 0, p->H) attend_back(p, w, blocks + n, s, n, h, g);
+        }
+        free(w);
+    }
+    walk_back(p, blocks, tau, p->groups);
+}
+
+/* To dq and dk of head 0, what comes through the votes. */
+void voter_gradients(const problem *p, const panels *blocks)
+{
+    int64_t D = p->D, step = p->H * D;
+#pragma omp parallel num_threads(p->threads)
+    {
+        workspace *w = new_workspace(D);
+        int64_t W = w->W;
+#pragma omp for schedule(dynamic)
+        EACH(task, 0, p->B * p->groups) {
+            int64_t s = task / p->groups, g = task % p->groups;
+            for (int64_t n = g; n < p->blocks; n += p->groups) {
+                int64_t a = n * ROWS, R = least(ROWS, p->T - a), token = s * p->T;
+                const real *q = p->q + (token + a) * p->q_step, *k = p->k + token * p->k_step;
+                const int32_t *list = p->list + (n * p->B + s) * p->T;
+                real *dk = p->dk + (g * p->B * p->T + token) * step;
+                if (!blocks[n].dL0)
+                    continue;
+                gather(w->q, W, q, p->q_step, NULL, R, D, 1 / sqrt(D));
+                memset(w->q + R * W, 0, (ROWS - R) * W * sizeof(real));
+                memset(w->sum, 0, ROWS * W * sizeof(real));
+                for (chunk c = {0}; next_chunk(&c, p->count[n * p->B + s], R);) {
+                    const real *dL = blocks[n].dL0 + (s * blocks[n].N + c.start) * ROWS;
+                    gather(w->k, W, k, p->k_step, list + c.start, c.n, D, 1);
+                    memcpy(w->dL, dL, c.n * ROWS * sizeof(real));
+                    for (int64_t i = 0; i < R; i += TILE)
+                        down(w->sum + i * W, w->dL + i, w->k, W, depth(c, i));
+                    for (int64_t j = 0; j < c.n; j += TILE)
+                        back(w->out + j * W, w->dL + j * ROWS, w->q, W, first_row(c, j));
+                    add_rows(dk, step, list + c.start, w->out, W, c.n, D, 1);
+                }
+                add_rows(p->dq + (token + a) * step, step, NULL, w->sum, W, R, D, 1 / sqrt(D));
+            }
+        }
+        free(w);
+    }
+}
