@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 
 import model as m
-from kernels import linear
+from kernels import cpu, linear
 from kernels.cpu import live_share as live_share  # train.py and lab/bench.py say it
 from support.settings import one_line
 
@@ -59,7 +59,7 @@ def install(model, kernel='auto', dtype=torch.float32):
     if not why_not:
         for layer in layers:
             layer.attention = attention
-        return f'attention: {KERNELS[name]}, which gives the numbers of model.py'
+        return f'attention: {KERNELS[name]}, which gives the numbers of model.py{cpu.note}'
     if kernel != 'auto':
         raise ValueError(f'--kernel={kernel} cannot run: {why_not}')
     return f"attention: model.py's plain code, not {KERNELS[name]}: {why_not}"
