@@ -176,17 +176,17 @@ class DoubleHeads(m.CausalSelfAttention):
 
 
 class NoPosition(m.Temperature):
-    def __init__(self, config, position_aware):
-        super().__init__(config, False)
+    def __init__(self, config, heads, position_aware):
+        super().__init__(config, heads, False)
 
 
 class PositionOnValues(m.Temperature):
-    def __init__(self, config, position_aware):
-        super().__init__(config, True)
+    def __init__(self, config, heads, position_aware):
+        super().__init__(config, heads, True)
 
 
 class PositionOnly(nn.Module):
-    def __init__(self, config, position_aware):
+    def __init__(self, config, heads, position_aware):
         super().__init__()
         self.beta = nn.Parameter(torch.tensor([1.5]))  # the authors' start: 1 + 0.011 log n
 
@@ -196,9 +196,9 @@ class PositionOnly(nn.Module):
 
 
 class ScalableSoftmax(nn.Module):
-    def __init__(self, config, position_aware):
+    def __init__(self, config, heads, position_aware):
         super().__init__()
-        self.s = nn.Parameter(torch.full((config.n_head,), 0.43))  # 1 at the ninth token
+        self.s = nn.Parameter(torch.full((heads,), 0.43))  # 1 at the ninth token
 
     def forward(self, x, activations, pos):
         return self.s * torch.log(pos + 2.0)[:, None]  # (T, H); n + 1, as log 1 = 0

@@ -6,15 +6,13 @@
     python -m lab.reproduce gate --dataset=mine --steps=20000       on a text of yours, for longer
 
 Runs are python train.py, or python -m lab.ablate, in processes of one thread each. Finished runs
-are kept, and stopped ones are resumed. A claim prints its section of RESULTS.md and writes it
-there, between two markers, with a picture in results/; the words around the markers stay. A quick
-version goes into <out_dir>/quick instead. Begin with the gate, which says whether text and runs can
-show anything about long context.
+are kept, and stopped ones are resumed. A claim prints its tables and writes them into
+results/CLAIM.md, with a picture beside it. A quick version goes into <out_dir>/quick instead. Begin
+with the gate, which says whether text and runs can show anything about long context.
 """
 
 import math
 import os
-import pathlib
 import shlex
 import signal
 import sys
@@ -29,9 +27,11 @@ import data
 import prepare_text
 import train
 from lab import plot, runs, tasks
+from lab.real import eviction, finetune, retrofit
 from lab.runs import LEGEND, Run, holds, kinds_table, spread, table
+from lab.ssa import denoising, graph
 from support import files
-from support.settings import UserError, option
+from support.settings import option
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -226,47 +226,7 @@ def ssa(r):
         'qv without sharing': '--ssa=qv --ssa_sharing=False',
     }
     arms = r.train(models, 300, [*text(r, 128), *SMALL, '--eval_interval=20'])
-    return against(arms, 'standard'), r.curves(arms)
-
-
-def against(arms, base):
-    """The table of models with temperatures beside one without, the arm `base`."""
-    goal = mean(arms[base].last('val_loss'))
-
-    def cells(arm):
-        losses = arm.last('val_loss')
-        first = arm.first(lambda line: line['val_loss'] <= goal)
-        return {
-            'validation loss': spread(losses),
-            f'against {base}': f'{mean(losses) - goal:+.4f}',
-            'first evaluation with its loss, step': spread(first, '{:.0f}'),
-            'position part': spread(runs.position_part(arm)),
-        }
-
-    return table('temperatures', arms, cells)
-
-
-def finetune(r):
-    """2411.12892: with SSA added to it, a trained model reaches the loss of continued training in
-    1.45x fewer steps (theirs, second-hand). Here one model is trained, and continued with several
-    seeds. Takes 15 minutes."""
-    # GPT-2's build, so that the model can be exported as GPT-2
-    flags = [*text(r, 128), *SMALL, '--rope=False', '--bias=True', '--gelu=tanh']
-    base = r.train({'base': ''}, 600, flags, seeds=[1])['base'].runs[0]
-    folder = f'{base.folder}/hf'
-    if not os.path.isfile(f'{folder}/config.json'):
-        runs.command(['-m', 'lab.export_hf', f'--out_dir={base.folder}', f'--folder={folder}'])
-    models = {
-        'going on': '',
-        'qv, learning rate x 1': '--ssa=qv --ssa_lr=1',
-        'qv, learning rate x 10': '--ssa=qv --ssa_lr=10',
-        'qv, learning rate x 100': '--ssa=qv --ssa_lr=100',
-        'position only (their code)': 'position_only --ssa=q --ssa_lr=100',
-    }
-    flags += [f'--init_from={folder}', '--learning_rate=5e-4', '--min_lr=5e-5']
-    flags.append('--eval_interval=10')
-    arms = r.train(models, 200, flags)
-    return against(arms, 'going on'), r.curves(arms)
+    return runs.against(arms, 'standard'), r.curves(arms)
 
 
 def variable_assignment(r):
@@ -350,23 +310,12 @@ def memory_of(r, task, steps):
 
 
 CLAIMS = {}
-for claim in gate, headline, heads, rules, ssa, finetune, variable_assignment, passkey, memory:
+CLAIMED = gate, headline, heads, rules, ssa, variable_assignment, passkey, memory
+for claim in *CLAIMED, graph, denoising, eviction, retrofit, finetune:
     CLAIMS[claim.__name__] = claim
 
 
-# ---- Sections ------------------------------------------------------------------------------------
-
-
-def section(page, title, body):
-    """The page with the section of this title replaced, or put at the end."""
-    begin = f'<!-- lab.reproduce {title} -->'
-    end = f'<!-- end of {title} -->'
-    before, found, rest = page.partition(begin)
-    if not found:
-        return f'{page.rstrip()}\n\n{begin}\n{body}\n{end}\n'
-    if end not in rest:
-        raise UserError(f"the marker '{end}' is missing: put it back where the section ends")
-    return f'{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}'
+# ---- The command -------------------------------------------------------------------------------
 
 
 def footer(r):
@@ -391,13 +340,15 @@ class ReproduceConfig:
     config: str = option('config/claims.py', 'model and steps of the claims about text')
     windows: str = option('8,16,32,64', 'gate: the newest tokens that its models are trained on')
     contexts: str = option('256,512,1024', 'headline: tokens of context')
+    model: str = option(
+        'HuggingFaceTB/SmolLM2-135M', 'eviction, retrofit, finetune: a language model, or a run'
+    )
+    texts: str = option('wikitext', 'of the same: what they are measured on, data/<name>,…')
     device: str = option('cpu', 'of the runs')
     workers: int = option(os.cpu_count(), 'runs at a time', low=1)
     out_dir: str = option('out/reproduce', 'folder of the runs')
     data_dir: str = option('data', 'where the data sets are, or are made')
-    to: str = option(
-        'RESULTS.md', 'its sections are written here, pictures into results/ beside it'
-    )
+    to: str = option('results', 'folder of the tables and pictures')
 
 
 def main():
@@ -414,18 +365,15 @@ def main():
         cfg.windows = '16,64'
         cfg.contexts = '256'
         cfg.out_dir += '/quick'
-        cfg.to = f'{cfg.out_dir}/page.md'
-        files.write_file(cfg.to, '')
-    page = pathlib.Path(cfg.to)
-    page.read_text('utf-8')  # before the work
+        cfg.to = cfg.out_dir
     for name in cfg.claims:
         title = name
         if cfg.dataset != 'stdlib':
-            title += f' {cfg.dataset}'
+            title += f'_{os.path.basename(cfg.dataset)}'
         r = runs.Runner(cfg, title)
         body = '\n\n'.join([*CLAIMS[name](r), footer(r)])
         print(body)
-        files.write_file(page, section(page.read_text('utf-8'), title, body))
+        files.write_file(f'{cfg.to}/{title}.md', f'# {title}\n\n{body}\n')
 
 
 if __name__ == '__main__':

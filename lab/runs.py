@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import pathlib
-import re
 import shlex
 import subprocess
 import sys
@@ -152,7 +151,7 @@ class Runner:
         """Draw a figure of the arms against steps, mean and pale each seed; returns a link to it.
 
         Without the first evaluation, which would leave no room for differences. The picture is
-        results/<title>.png beside the page.
+        <title>.png beside the table.
         """
         means = {}
         pale = {}
@@ -162,9 +161,9 @@ class Runner:
                 curves += plot.curve(run.folder, run.evaluations[1:], 'iter', name)
             means[arm.name] = curves[0], np.mean(curves[1::2], axis=0)
             pale[arm.name] = curves
-        link = f'results/{re.sub("[ /]", "_", self.title)}.png'
+        link = f'{self.title}.png'
         figure = plot.draw(means, pale, self.title, 'step', y)
-        plot.save_figure(figure, pathlib.Path(self.cfg.to).parent / link)
+        plot.save_figure(figure, pathlib.Path(self.cfg.to) / link)
         return f'![{self.title}]({link})'
 
 
@@ -247,7 +246,6 @@ def kinds_of(x, y, near=NEAR):
     return kinds.masked_fill(newest == 0, 0)
 
 
-@torch.no_grad()
 def token_losses(run, windows, budgets=None, policy='selective'):
     """The Losses of a run on so many validation windows or a few more, which prune.py does not see.
 
@@ -256,11 +254,18 @@ def token_losses(run, windows, budgets=None, policy='selective'):
     model, checkpoint = load(run)
     text = data.load_dataset(checkpoint['dataset'])
     T = model.config.block_size
+    bos = ckpt.starts_with_bos(checkpoint)
+    return losses_on(model, text, T, windows, bos, budgets, policy)
+
+
+@torch.no_grad()
+def losses_on(model, text, T, windows, bos, budgets=None, policy='selective'):
+    """The Losses of a model on windows of T tokens of a Dataset; see `token_losses`."""
     size = max(1, 4096 // T)
     nats = []
     kinds = []
     for n in range(math.ceil(windows / size)):
-        x, y = text.batch('val', n, size, T, 1, ckpt.starts_with_bos(checkpoint))
+        x, y = text.batch('val', n, size, T, 1, bos)
         cache = None
         if budgets:
             cache = m.KVCache(model, size, budgets, policy)
@@ -385,3 +390,20 @@ def kinds_table(runner, first, arms):
         }
 
     return table(first, arms, cells)
+
+
+def against(arms, base):
+    """The table of models with temperatures beside one without, the arm `base`."""
+    goal = np.mean(arms[base].last('val_loss'))
+
+    def cells(arm):
+        losses = arm.last('val_loss')
+        first = arm.first(lambda line: line['val_loss'] <= goal)
+        return {
+            'validation loss': spread(losses),
+            f'against {base}': f'{np.mean(losses) - goal:+.4f}',
+            'first evaluation with its loss, step': spread(first, '{:.0f}'),
+            'position part': spread(position_part(arm)),
+        }
+
+    return table('temperatures', arms, cells)

@@ -7,8 +7,6 @@ the most likely one.
 
 import random
 
-import datasets
-
 INTRO = (
     'There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. '
     'I will quiz you about the important information there.\n'
@@ -20,8 +18,8 @@ KEY = '\nThe pass key is {0}. Remember it. {0} is the pass key.\n'
 QUESTION = '\nWhat is the pass key? The pass key is'
 
 
-def docs(length=1000, keys=20, **_):
-    """The data set: prompts of exactly `length` characters, with `keys` numbers at each depth.
+def prompts(length, keys):
+    """Prompts of exactly `length` characters, with `keys` numbers at each depth, as dictionaries.
 
     The depth is how many percent of the filler come before the number: 0, 25, 50, 75 or 100.
     """
@@ -38,7 +36,14 @@ def docs(length=1000, keys=20, **_):
             before = room * depth // 100
             text = INTRO + filler[:before] + key + filler[: room - before] + QUESTION
             items.append({'text': text, 'key': number, 'depth': depth})
-    return {'test': datasets.Dataset.from_list(items)}
+    return items
+
+
+def docs(length=1000, keys=20, **_):
+    """The data set of the harness; see `prompts`."""
+    import datasets
+
+    return {'test': datasets.Dataset.from_list(prompts(length, keys))}
 
 
 def results(doc, answers):
