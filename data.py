@@ -6,10 +6,11 @@ A data set is a folder data/<name> with
     meta.json               {"tokenizer", "vocab_size", "source", "complete",
                             "files": {"train.bin": tokens, ...}}
 
-Each document ends with <|endoftext|>. A data set of questions and
-answers consists of records instead, all of the same number of tokens, and meta.json has two more
-entries. "record_len" is this number. "answers" are the places in a record, counted from 0, of the
-tokens that are learned and scored; the rest is only read.
+"tokenizer" is a name, or a whole vocabulary, see support/bpe.py. Each document ends with
+<|endoftext|>. A data set of questions and answers consists of records instead, all of the same
+number of tokens, and meta.json has two more entries. "record_len" is this number. "answers" are the
+places in a record, counted from 0, of the tokens that are learned and scored; the rest is only
+read.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ def vocabulary(name):
 def get_tokenizer(name):
     """The tiktoken.Encoding 'gpt2' (50,257 tokens), 'gpt2:N' (N) or 'bytes' (256 and the end).
 
-    Or that of a folder with tokenizer.json, whose name is then the text that `bpe.read` makes.
+    Or that of a folder with tokenizer.json, or of its text by `full_name`, which needs no folder.
 
     'gpt2:N' is for small models: the first N - 1 entries of GPT-2's table, then <|endoftext|>. The
     table lists the single bytes and then the merges in the order in which they were learned, so
@@ -59,8 +60,7 @@ def get_tokenizer(name):
     table once and keeps it, in the folder named by TIKTOKEN_CACHE_DIR if that is set. Raises
     UserError if it is out of reach.
     """
-    if os.path.isdir(name):
-        name = bpe.read(name)
+    name = full_name(name)
     if name.startswith('{'):
         return bpe.encoding(name)
     end = vocabulary(name) - 1
@@ -84,6 +84,13 @@ def get_tokenizer(name):
     return tiktoken.Encoding(
         name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end}
     )
+
+
+def full_name(name):
+    """The name of a tokenizer as files keep it: for a folder the whole vocabulary as a text."""
+    if name not in ('gpt2', 'bytes') and os.path.isdir(name):
+        return bpe.read(name)
+    return name
 
 
 def label(name):
@@ -302,8 +309,11 @@ def new_dataset(folder, tokenizer, source, **records):
 
 
 def write_tokens(file, tokens):
-    """Append tokens to a file that is open for writing."""
-    file.write(np.asarray(tokens, TOKEN).tobytes())
+    """Append tokens to a file that is open for writing. UserError for one above 65,535."""
+    try:
+        file.write(np.asarray(tokens, TOKEN).tobytes())
+    except OverflowError:
+        raise UserError('the tokenizer has more than 65,536 tokens: a data set cannot') from None
 
 
 def write_meta(folder, tokenizer, source, complete, **records):

@@ -23,8 +23,10 @@ from pathlib import Path
 
 from data import (
     file_tokens,
+    full_name,
     get_tokenizer,
     known_meta,
+    label,
     output_folder,
     summary,
     write_meta,
@@ -55,7 +57,7 @@ class C4Config:
     base_url: str = option(HUB, 'folder of the shards')
     data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')
     name: str = option('c4', "the data set's name")
-    tokenizer: str = option('gpt2', 'gpt2, gpt2:N (N tokens, for small models) or bytes')
+    tokenizer: str = option('gpt2', "gpt2, gpt2:N (N tokens), bytes, or a Llama's folder")
     processes: int = option(0, 'threads that tokenize; 0: one for each core, at most 16')
     retries: int = option(8, 'failures in a row of one download before giving up')
     backoff: float = option(
@@ -77,10 +79,11 @@ def prepare(cfg):
             f"--shards: '{cfg.shards}' is not first:end with 0 <= first < end <= {TRAIN_SHARDS}"
         )
     shards = range(int(match[1]), int(match[2]))
-    made_with = known_meta(folder).get('tokenizer', cfg.tokenizer)
-    if made_with != cfg.tokenizer:
+    tokenizer = full_name(cfg.tokenizer)
+    made_with = known_meta(folder).get('tokenizer', tokenizer)
+    if made_with != tokenizer:
         raise UserError(
-            f"{folder} was made with the tokenizer '{made_with}': choose another --name, "
+            f"{folder} was made with the tokenizer '{label(made_with)}': choose another --name, "
             'or delete it'
         )
     preparation = Preparation(folder, cfg)

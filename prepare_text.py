@@ -3,6 +3,7 @@
     python prepare_text.py                                      the offline default, data/stdlib
     python prepare_text.py notes/ book.txt --name=mine          all of a folder, and one more file
     python prepare_text.py src/ --ext=.py,.md --tokenizer=bytes
+    python prepare_text.py notes/ --tokenizer=out/smollm2       that of a folder of Hugging Face
 
 A document is a file, and ends with <|endoftext|>. Files that cannot be read as UTF-8 text are
 skipped and counted. Data sets in a folder are left out. About 1 document in 30 is for validation,
@@ -34,7 +35,7 @@ class TextConfig:
     paths: list = option([], 'files and folders, written without dashes')
     name: str = option('', "data set's name; '': that of the first path, 'stdlib' without paths")
     tokenizer: str = option(
-        '', "gpt2, gpt2:N (N tokens, for small models) or bytes; '': gpt2, bytes without paths"
+        '', "gpt2, gpt2:N (N tokens), bytes, or a Llama's folder; '': gpt2, bytes without paths"
     )
     ext: str = option('', "only files in folders with these endings, as .py,.md; '': all")
     data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')

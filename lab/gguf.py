@@ -8,12 +8,11 @@ Quantised weights become the float32 numbers that they stand for. Needs the pack
 transformers and accelerate.
 """
 
-import logging
 import os
 from dataclasses import dataclass
 
 from support import files, settings
-from support.settings import UserError, option
+from support.settings import UserError, one_line, option
 
 
 @dataclass
@@ -26,49 +25,45 @@ def convert(path, folder):
 
     Raises UserError for a file of another family, and for one that cannot be read.
     """
-    try:
-        import transformers
-        from gguf import GGUFReader
-        from tokenizers import pre_tokenizers
-    except ImportError as e:
-        raise UserError(f'lab.gguf needs a package: pip install {e.name} accelerate') from None
-    for name in 'transformers', 'gguf':
-        logging.getLogger(name).setLevel(logging.ERROR)
     if os.path.isdir(folder) and os.listdir(folder):
-        raise UserError(f'{folder} is there and not empty: choose another folder')
-    where, name = os.path.split(os.path.abspath(path))
+        raise UserError(f'{folder} has files: choose another folder')
     try:
-        fields = GGUFReader(path).fields
+        import gguf
+        import transformers
+        from tokenizers import pre_tokenizers
+
+        fields = gguf.GGUFReader(path).fields
         family = fields['general.architecture'].contents()
         kind = fields['tokenizer.ggml.model'].contents()
         cut = fields['tokenizer.ggml.pre'].contents()
-        if family != 'llama' or kind != 'gpt2':
-            raise ValueError(f'{family} with a tokenizer of the kind {kind}, not llama with gpt2')
-        gpt = transformers.AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=name, dtype='float32'
-        )
+        if (family, kind) != ('llama', 'gpt2'):
+            raise ValueError(f'{family} with a {kind} tokenizer, not llama with gpt2')
+        where, name = os.path.split(os.path.abspath(path))
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(where, gguf_file=name, dtype='float32')
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
+    except ImportError as e:
+        raise UserError(f'lab.gguf needs a package: pip install {e.name}') from None
     except Exception as e:  # whatever a damaged file makes of these packages
-        raise UserError(f'{path} cannot be read as a Llama ({settings.one_line(e, 300)})') from None
+        raise UserError(f'{path} cannot be read as a Llama ({one_line(repr(e), 300)})') from None
     fast = tokenizer.backend_tokenizer
-    bytes_only = fast.pre_tokenizer
-    if cut == 'smollm':  # digits one by one, which transformers does not know of
+    if cut == 'smollm':  # it takes digits one by one, which transformers does not know
         digits = pre_tokenizers.Digits(individual_digits=True)
-        fast.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_only])
-    elif cut != 'gpt-2' and isinstance(bytes_only, pre_tokenizers.ByteLevel):
-        raise UserError(f'{path}: how its tokenizer cuts text, {cut!r}, is unknown here')
-    gpt.hf_quantizer = None  # the weights are plain numbers now
-    del gpt.config.quantization_config
+        fast.pre_tokenizer = pre_tokenizers.Sequence([digits, fast.pre_tokenizer])
+    elif cut != 'gpt-2' and isinstance(fast.pre_tokenizer, pre_tokenizers.ByteLevel):
+        raise UserError(f'{path}: its tokenizer cuts text by {cut!r}, which is unknown here')
+    model.hf_quantizer = None  # its weights are plain numbers now
+    del model.config.quantization_config
     with files.replacing_folder(folder) as new:
-        gpt.save_pretrained(new)
+        model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-    print(f'{folder}: {gpt.num_parameters():,} parameters, {len(tokenizer):,} tokens')
+    print(f'{folder}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens')
 
 
 def main():
     cfg = settings.parse(GgufConfig, positional='paths')
     if len(cfg.paths) != 2:
-        raise UserError('give a GGUF file and a folder: python -m lab.gguf FILE.gguf FOLDER')
+        raise UserError('give a file and a folder: python -m lab.gguf FILE.gguf FOLDER')
     convert(*cfg.paths)
 
 

@@ -77,7 +77,7 @@ def read(folder):
             left, right = pair.split(' ') if isinstance(pair, str) else pair
             made.append(left + right)
             number = numbers[left + right]
-            if number <= last:  # tiktoken merges what has the lowest number first
+            if number < last:  # tiktoken merges what has the lowest number first
                 raise ValueError('its merges are not in the order of their tokens')
             last = number
         tokens = [''] * len(numbers)

@@ -14,9 +14,8 @@ import re
 
 import torch
 
-import data
+from support import bpe, files
 from support import checkpoint as ckpt
-from support import files
 from support.settings import UserError, one_line
 
 MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -99,10 +98,9 @@ def load(name):
     args = read_config(f'{folder}/config.json')
     tensors = read_tensors(folder)
     if args['llama']:
-        tokenizer = data.get_tokenizer(folder)
-        if tokenizer.n_vocab > args['vocab_size']:
+        tokenizer = bpe.read(folder)
+        if bpe.encoding(tokenizer).n_vocab > args['vocab_size']:
             raise UserError(f'{folder}: its tokenizer has more tokens than config.json tells')
-        tokenizer = tokenizer.name
         state = convert_llama(tensors)
     else:
         tokenizer = 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'

@@ -1,5 +1,6 @@
 """support/pretrained.py against transformers."""
 
+import fnmatch
 import functools
 import json
 import os
@@ -30,7 +31,6 @@ else:
 
 SHAPE = dict(vocab_size=300, n_positions=40, n_embd=32, n_layer=2, n_head=4)
 WEIGHTS = 'model.safetensors'
-BOTH = ('config.json', WEIGHTS)
 NEW = dict(selective=True, vote_scale=True, ssa='qv')
 TOKENS = torch.randint(257, (3, 40), generator=torch.Generator().manual_seed(1))
 # in float64, so that what differs is the rule and not the rounding
@@ -129,7 +129,7 @@ def test_what_a_method_adds(folder):
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'model_type': 'llama'}, 'model_type'),
+        ({'model_type': 'opt'}, 'model_type'),
         ({'n_inner': 50}, 'n_inner'),
         ({'layer_norm_epsilon': 1e-6}, 'layer_norm'),
         ({'activation_function': 'relu'}, 'activation_function'),
@@ -184,20 +184,27 @@ def test_no_such_name_and_no_package(folder, monkeypatch):
 
 @pytest.fixture
 def hub(folder, monkeypatch):
-    """The library of the hub, which gives this folder. hub: the calls that it got."""
+    """The library of the hub, which gives this folder. hub: the names that it was asked for."""
     calls = []
 
     def snapshot_download(name, allow_patterns):
-        calls.append((name, allow_patterns))
+        for file in os.listdir(folder):
+            if file != 'generation_config.json':
+                assert any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
+        calls.append(name)
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
     return calls
 
 
-def test_download(hub):
-    close(logits(load('gpt2-medium')), logits(make()))
-    assert hub == [('openai-community/gpt2-medium', list(BOTH))]
+@pytest.mark.parametrize(
+    'name, wanted',
+    [('gpt2-medium', 'openai-community/gpt2-medium'), ('some_one/GPT.2-x', 'some_one/GPT.2-x')],
+)
+def test_download(hub, name, wanted):
+    close(logits(load(name)), logits(make()))
+    assert hub == [wanted]
 
 
 def test_no_network(monkeypatch):
@@ -205,7 +212,7 @@ def test_no_network(monkeypatch):
         raise ConnectionError('long\nstory')
 
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', refused)
-    with pytest.raises(UserError, match='gpt2-xl cannot be downloaded .ConnectionError.'):
+    with pytest.raises(UserError, match='gpt2-xl is no folder, and cannot be downloaded .Conn'):
         load('gpt2-xl')
 
 
