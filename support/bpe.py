@@ -69,24 +69,20 @@ def read(folder):
     found = files.read_json(path, hint, model=dict, added_tokens=[dict])
     try:
         pattern = pattern_of(found)
-        added = {token['content']: token['id'] for token in found['added_tokens']}
-        numbers = {**found['model']['vocab'], **added}
-        made = [byte for byte in BYTES if byte in numbers]
-        last = -1
-        for pair in found['model']['merges']:
-            left, right = pair.split(' ') if isinstance(pair, str) else pair
-            made.append(left + right)
-            number = numbers[left + right]
-            if number < last:  # tiktoken merges what has the lowest number first
-                raise ValueError('its merges are not in the order of their tokens')
-            last = number
+        numbers = dict(found['model']['vocab'])
+        for token in found['added_tokens']:
+            numbers[token['content']] = token['id']
+        merged = [''.join(pair).replace(' ', '') for pair in found['model']['merges']]
+        order = [numbers[token] for token in merged]
+        if order != sorted(order):  # tiktoken merges what has the lowest number first
+            raise ValueError('its merges are not in the order of their tokens')
         tokens = [''] * len(numbers)
-        for token in made:
+        for token in [*numbers.keys() & BYTES.keys(), *merged]:
             tokens[numbers[token]] = token
         special = {token: n for token, n in numbers.items() if not tokens[n]}
         if END_OF_TEXT not in special:
-            end = files.read_json(f'{folder}/tokenizer_config.json', 'it must name the eos_token')
-            end = end['eos_token']
+            names = files.read_json(f'{folder}/tokenizer_config.json', 'it must name the eos_token')
+            end = names['eos_token']
             if isinstance(end, dict):
                 end = end['content']
             special[END_OF_TEXT] = special.pop(end)
@@ -98,24 +94,22 @@ def read(folder):
 def pattern_of(found):
     """The regular expression that cuts text as a tokenizer.json does. ValueError if unknown."""
     model = found['model']
-    if model['type'] != 'BPE' or model.get('byte_fallback'):
+    if model['type'] != 'BPE' or model.get('byte_fallback') or model.get('end_of_word_suffix'):
         raise ValueError('it is no byte-level BPE')
-    for name in 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix':
-        if model.get(name):
-            raise ValueError(f'{name} is unknown here')
     if found.get('normalizer'):
         raise ValueError('it normalizes text, which is unknown here')
-    *before, last = found['pre_tokenizer'].get('pretokenizers', [found['pre_tokenizer']])
-    if last['type'] == 'ByteLevel' and not last['add_prefix_space']:
-        words = last.get('use_regex', True)
-        if words and not before:
-            return WORDS
-        if len(before) == 1:
-            first = before[0]
-            if words and first == {'type': 'Digits', 'individual_digits': True}:
-                return DIGITS
-            regex = first.get('pattern', {}).get('Regex')
-            if not words and regex and first['behavior'] == 'Isolated' and not first['invert']:
-                # what the expression does not match is a piece, too
-                return rf'{regex}|(?:(?!{regex})[\s\S])+'
+    parts = found['pre_tokenizer'].get('pretokenizers', [found['pre_tokenizer']])
+    for part in parts:
+        part.pop('trim_offsets', None)  # of places in the text, which nobody asks for
+    last = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
+    if parts == [last]:
+        return WORDS
+    if parts == [{'type': 'Digits', 'individual_digits': True}, last]:
+        return DIGITS
+    split = parts[0].get('pattern', {})
+    regex = split.get('Regex')
+    first = {'type': 'Split', 'pattern': split, 'behavior': 'Isolated', 'invert': False}
+    if regex and parts == [first, {**last, 'use_regex': False}]:
+        # what the expression does not match is a piece, too
+        return rf'{regex}|(?:(?!{regex})[\s\S])+'
     raise ValueError('how it cuts text is unknown here')

@@ -211,14 +211,13 @@ def convert_llama(tensors):
         if not name.endswith('rotary_emb.inv_freq'):  # in old files; it follows from rope_theta
             state[name] = x.float()
     for name in list(state):
-        stem = name.removesuffix('q_proj.weight')
-        parts = [f'{stem}{letter}_proj.weight' for letter in 'qkv']
-        if stem == name or not all(part in state for part in parts):
-            continue  # checkpoint.build tells what is missing
-        try:
-            state[f'{stem}c_attn.weight'] = torch.cat([state.pop(part) for part in parts])
-        except RuntimeError:
-            raise UserError(f'{stem}*_proj.weight do not fit together') from None
+        if name.endswith('q_proj.weight'):
+            parts = [name.replace('q_proj', f'{letter}_proj') for letter in 'qkv']
+            try:
+                joined = torch.cat([state.pop(part) for part in parts])
+            except (KeyError, RuntimeError):
+                raise UserError(f'{parts[1]} or v_proj is missing, or of another width') from None
+            state[name.replace('q_proj', 'c_attn')] = joined
     return state
 
 

@@ -166,6 +166,10 @@ def half(content):
     return content[: len(content) // 2]
 
 
+def without_keys(content):
+    return content.replace(b'.k_proj', b'.x_proj')
+
+
 def backwards(content):
     found = json.loads(content)
     found['model']['merges'].reverse()
@@ -190,6 +194,7 @@ def backwards(content):
         ('model.safetensors.index.json', half, 'index.json is damaged'),
         (SHARD, None, f'{SHARD} does not exist'),
         (SHARD, half, f'{SHARD} does not exist or cannot be read'),
+        (SHARD, without_keys, '0.attn.k_proj.weight or v_proj is missing'),
         ('tokenizer.json', None, 'tokenizer.json is missing'),
         ('tokenizer.json', {'model': {'type': 'Unigram'}}, 'no byte-level BPE'),
         ('tokenizer.json', {'normalizer': {'type': 'NFC'}}, 'normalizes'),
