@@ -15,6 +15,7 @@ import kernels
 from conftest import ROOT
 
 TINY = dict(block_size=40, vocab_size=17, n_layer=3, n_head=2, n_embd=16)
+LLAMA = dict(llama=True, rope=True, n_kv_head=1, voter=3)
 FIELD = "    ssa: str = option(''"
 INIT = '        self.vote_scale = None\n'
 SUM = '        return torch.cat([F[:, None], S], dim=1).cumsum(dim=1)\n'
@@ -107,9 +108,9 @@ def make(m, dtype=torch.float64, **more):
 @pytest.mark.parametrize(
     'edits, more',
     [
-        ([], {}),
+        ([], LLAMA),
         (readme_edits(), dict(vote_cap=0.02)),
-        (DECAY, dict(decay=True)),
+        (DECAY, dict(decay=True, **LLAMA)),
         (NO_RELU, {}),
         (TWO_VOTERS, {}),
         (ONE_QUIET, {}),
@@ -140,6 +141,7 @@ def test_all_ways_agree(fork, edits, more, B):
     'edits, more, kernel',
     [
         ([], {}, True),
+        ([], LLAMA, True),
         (readme_edits(), dict(vote_cap=0.02), True),
         (GATE, {}, True),
         (ONE_QUIET, {}, True),
@@ -157,6 +159,9 @@ def test_a_kernel_that_cannot_follow_steps_aside(fork, edits, more, kernel):
     assert ('gives the numbers of model.py' in line) == kernel, line
     assert kernel or 'it gives other numbers' in line
     torch.testing.assert_close(gpt(idx, idx)[0], expected)
+    if not edits:
+        kernels.install(gpt, 'listing')
+        torch.testing.assert_close(gpt(idx, idx)[0], expected)
 
 
 def test_an_argument_that_a_kernel_ignores(fork):
@@ -196,7 +201,7 @@ def test_shapes_that_could_broadcast(fork):
 
 
 @pytest.mark.parametrize(
-    'edits, more', [(GATE, {}), (DECAY, dict(decay=True)), ([], dict(ssa='qv'))]
+    'edits, more', [(GATE, {}), (DECAY, dict(decay=True)), ([], dict(ssa='qv', voter=3))]
 )
 def test_new_parameters_leave_the_others_as_they_are(fork, edits, more):
     import model
@@ -294,7 +299,7 @@ def test_the_page_refuses_votes_that_it_cannot_draw(tree, dataset):
 @pytest.mark.slow
 def test_an_edit_without_a_flag_is_exported_with_its_code(tree, dataset):
     pytest.importorskip('transformers')
-    norm = '        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)\n'
+    norm = '        self.ln_1 = make_norm(config)\n'
     tree('model.py', norm, '        self.ln_1 = nn.RMSNorm(config.n_embd)\n')
     args = [arg for arg in TRAIN if arg != '--selective']
     tree.run(*args, dataset, '--out_dir=x', '--max_iters=2')
