@@ -19,10 +19,10 @@
    token to the next. Everything is deterministic; only the number of groups of blocks that
    `gradients` adds up, which Python chooses, depends on the number of threads. */
 
-#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <tgmath.h>
 
 #ifndef real
 #define real float /* -Dreal=double is for tests */
@@ -54,7 +54,6 @@ typedef struct {
     real *dq, *dk, *dv; /* dk and dv (groups, B, T, H, D) */
     real *G;            /* (B, T) sums of dF over the rows of later blocks */
     int64_t groups;
-    int64_t bounded; /* whether norm, Q and m have been computed */
 } problem;
 
 _Static_assert(sizeof(void *) == 8, "a field of `problem` has 64 bits");
@@ -72,7 +71,12 @@ static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 static vec load(const real *x) { return *(const unaligned *)x; }
 static vec at(const real *x) { return *(const vec *)x; }
 static void put(real *x, vec v) { *(vec *)x = v; }
-static vec where(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+static vec larger(vec a, vec b)
+{
+    ivec mask = a > b;
+    return (vec)((mask & (ivec)a) | (~mask & (ivec)b));
+}
+static real scale(const problem *p) { return 1 / sqrt((real)p->D); }
 
 /* exp(x) for x <= 0: 2^n times the series of exp(r), with r = x - n log 2 between -0.35 and 0.35.
    NaN stays NaN. */
@@ -199,17 +203,51 @@ static int next_chunk(chunk *c, int64_t count, int64_t own)
 static int64_t first_row(chunk c, int64_t column) { return c.diagonal ? column & ~15 : 0; }
 static int64_t depth(chunk c, int64_t row) { return c.diagonal ? least(c.n, row + TILE) : c.n; }
 
-/* x[list[c]], or x[c] without a list, for n rows of head h, times `scale`; zeros around it */
+/* x[list[c]], or x[c] without a list, for n rows of D channels, times `scale`; zeros around it */
 static void gather(
     real *to, int64_t W, const real *x, int64_t step, const int32_t *list, int64_t n, int64_t D,
     real scale)
 {
+    int64_t whole = D / LANES * LANES;
     EACH(c, 0, n) {
         const real *from = x + (list ? list[c] : c) * step;
-        EACH(d, 0, D) to[c * W + d] = from[d] * scale;
-        EACH(d, D, W) to[c * W + d] = 0;
+        real *row = to + c * W;
+        for (int64_t d = 0; d < whole; d += LANES)
+            put(row + d, load(from + d) * scale);
+        if (whole < D) {
+            put(row + whole, (vec){0});
+            EACH(d, whole, D) row[d] = from[d] * scale;
+        }
     }
     memset(to + n * W, 0, (up(n, TILE) - n) * W * sizeof(real));
+}
+
+/* to[c][r] = from[r][c] for LANES rows and columns: halves of pairs of rows change places, then
+   quarters of rows that lie closer, and so on. clang has no shuffle by a vector of places. */
+static void transpose(real *to, int64_t ts, const real *from, int64_t fs)
+{
+#ifdef __clang__
+    EACH(c, 0, LANES) EACH(r, 0, LANES) to[c * ts + r] = from[r * fs + c];
+#else
+    vec x[LANES];
+    EACH(r, 0, LANES) x[r] = at(from + r * fs);
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2) {
+        ivec low, high;
+        EACH(i, 0, LANES) {
+            low[i] = i & half ? LANES + i - half : i;
+            high[i] = i & half ? LANES + i : i + half;
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; r++)
+            if (!(r & half)) {
+                vec a = x[r], b = x[r + half];
+                x[r] = __builtin_shuffle(a, b, low);
+                x[r + half] = __builtin_shuffle(a, b, high);
+            }
+    }
+    EACH(r, 0, LANES) put(to + r * ts, x[r]);
+#endif
 }
 
 /* The rows of a block, n of 64, and their transpose. */
@@ -219,16 +257,22 @@ static void gather_rows(
 {
     gather(to, W, x, step, NULL, n, D, scale);
     memset(to + n * W, 0, (ROWS - n) * W * sizeof(real));
-    EACH(d, 0, D) EACH(i, 0, ROWS) transposed[d * ROWS + i] = to[i * W + d];
+    for (int64_t d = 0; d < W; d += LANES)
+        for (int64_t i = 0; i < ROWS; i += LANES)
+            transpose(transposed + d * ROWS + i, ROWS, to + i * W + d, W);
 }
 
+/* The opposite: x, times `scale`, is added to the rows of the list. */
 static void add_rows(
     real *to, int64_t step, const int32_t *list, const real *x, int64_t W, int64_t n, int64_t D,
     real scale)
 {
+    int64_t whole = D / LANES * LANES;
     EACH(c, 0, n) {
         real *row = to + (list ? list[c] : c) * step;
-        EACH(d, 0, D) row[d] += x[c * W + d] * scale;
+        for (int64_t d = 0; d < whole; d += LANES)
+            *(unaligned *)(row + d) += at(x + c * W + d) * scale;
+        EACH(d, whole, D) row[d] += x[c * W + d] * scale;
     }
 }
 
@@ -252,7 +296,7 @@ static void attend(const problem *p, workspace *w, const panels *block, int64_t 
     const real *F = block->F + s * block->N * ROWS;
     real *P = w->P, *y = w->sum, largest[ROWS] __attribute__((aligned(64)));
 
-    gather_rows(w->q, w->qt, W, p->q + (token + a) * p->q_step + h * D, p->q_step, R, D, 1 / sqrt(D));
+    gather_rows(w->q, w->qt, W, p->q + (token + a) * p->q_step + h * D, p->q_step, R, D, scale(p));
     memset(y, 0, ROWS * W * sizeof(real));
     EACH(i, 0, ROWS) {
         w->m[i] = -1e30;
@@ -269,8 +313,7 @@ static void attend(const problem *p, workspace *w, const panels *block, int64_t 
             if (c.diagonal)
                 L += load(seen + ROWS + i - j);
             put(P + j * ROWS + i, L);
-            vec m = at(largest + i);
-            put(largest + i, where(L > m, L, m));
+            put(largest + i, larger(L, at(largest + i)));
         }
         for (int64_t i = 0; i < ROWS; i += LANES) {
             vec factor = exponential(at(w->m + i) - at(largest + i));
@@ -302,9 +345,9 @@ void forward(const problem *p, const panels *blocks)
     {
         workspace *w = new_workspace(p->D);
 #pragma omp for schedule(dynamic)
-        EACH(task, 0, p->blocks * p->B * p->H) { /* the last blocks, which are long, come first */
-            int64_t n = p->blocks - 1 - task / (p->B * p->H), h = task % p->H;
-            attend(p, w, blocks + n, task / p->H % p->B, n, h);
+        EACH(task, 0, p->B * p->H * p->blocks) { /* of a head the last block, the longest, first */
+            int64_t sh = task / p->blocks, n = p->blocks - 1 - task % p->blocks;
+            attend(p, w, blocks + n, sh / p->H, n, sh % p->H);
         }
         free(w);
     }
@@ -324,9 +367,9 @@ static void attend_back(
     const int32_t *list = p->list + (n * p->B + s) * p->T;
     const real *F = block->F + s * block->N * ROWS;
     real *dF = block->dF + s * block->N * ROWS;
-    real *P = w->P, *dL = w->dL, scale = 1 / sqrt(D);
+    real *P = w->P, *dL = w->dL;
 
-    gather_rows(w->q, w->qt, W, p->q + (token + a) * p->q_step + h * D, p->q_step, R, D, scale);
+    gather_rows(w->q, w->qt, W, p->q + (token + a) * p->q_step + h * D, p->q_step, R, D, scale(p));
     gather_rows(w->dy, w->dyt, W, p->dy + (token + a) * p->dy_step + h * D, p->dy_step, R, D, 1);
     memset(w->sum, 0, ROWS * W * sizeof(real));
     EACH(i, 0, ROWS) {
@@ -366,7 +409,7 @@ static void attend_back(
             back(w->out + j * W, P + j * ROWS, w->dy, W, first_row(c, j));
         add_rows(p->dv + g * all + token * step + h * D, step, columns, w->out, W, c.n, D, 1);
     }
-    add_rows(p->dq + (token + a) * step + h * D, step, NULL, w->sum, W, R, D, scale);
+    add_rows(p->dq + (token + a) * step + h * D, step, NULL, w->sum, W, R, D, scale(p));
 }
 
 /* ---- Part 2: the walk ------------------------------------------------------------------------ */
@@ -395,7 +438,7 @@ void voter_logits(const problem *p, int64_t n, int64_t N, real *L)
             if (s != of)
                 gather_rows(
                     w->q, w->qt, w->W, p->q + (s * p->T + a) * p->q_step, p->q_step, R, D,
-                    1 / sqrt(D));
+                    scale(p));
             of = s;
             gather(w->k, w->W, p->k + s * p->T * p->k_step, p->k_step, list, here, D, 1);
             for (int64_t j = 0; j < here; j += TILE)
@@ -446,38 +489,58 @@ static int add_votes(
 
 /* |k|, and at each block's first row the largest |q|/sqrt(D) and the smallest l of all rows from
    there on, l being the log of the sum of exp L over token 0, the row before and the row itself. */
-static void compute_bounds(problem *p)
+void bounds(const problem *p)
 {
     int64_t T = p->T, D = p->D;
-    real scale = 1 / sqrt(D);
-#pragma omp parallel for num_threads(p->threads)
-    EACH(x, 0, p->B * p->H) {
-        const real *k0 = p->k + x / p->H * T * p->k_step + x % p->H * D;
-        const real *q0 = p->q + x / p->H * T * p->q_step + x % p->H * D;
-        real Q = 0, m = INFINITY;
-        for (int64_t i = T - 1; i >= 0; i--) {
-            const real *q = q0 + i * p->q_step, *k = k0 + i * p->k_step;
-            const real *before = i ? k - p->k_step : k;
-            real qq = 0, kk = 0, own = 0, last = 0, zero = 0;
-            EACH(d, 0, D) {
-                qq += q[d] * q[d];
-                kk += k[d] * k[d];
-                own += q[d] * k[d];
-                last += q[d] * before[d];
-                zero += q[d] * k0[d];
+#pragma omp parallel num_threads(p->threads)
+    {
+        workspace *w = new_workspace(D);
+        const real *qt = w->qt, *kt = w->dyt;
+#pragma omp for schedule(dynamic)
+        EACH(x, 0, p->B * p->H) {
+            const real *q = p->q + x / p->H * T * p->q_step + x % p->H * D;
+            const real *k = p->k + x / p->H * T * p->k_step + x % p->H * D;
+            real Q = 0, smallest = INFINITY;
+            for (int64_t n = p->blocks - 1; n >= 0; n--) {
+                int64_t a = n * ROWS, R = least(ROWS, T - a);
+                gather_rows(w->q, w->qt, w->W, q + a * p->q_step, p->q_step, R, D, scale(p));
+                gather_rows(w->k, w->dyt, w->W, k + a * p->k_step, p->k_step, R, D, 1);
+                for (int64_t i = 0; i < R; i += LANES) {
+                    vec qq = {0}, kk = {0}, own = {0}, before = {0}, first = {0};
+                    EACH(d, 0, D) {
+                        vec u = at(qt + d * ROWS + i), v = at(kt + d * ROWS + i);
+                        qq += u * u;
+                        kk += v * v;
+                        own += u * v;
+                        before += u * load(kt + d * ROWS + i - 1);
+                        first += u * k[d];
+                    }
+                    if (i == 0) { /* the row before is not in this block, and row 0 has none */
+                        before[0] = a ? 0 : -INFINITY;
+                        if (a)
+                            EACH(d, 0, D) before[0] += w->q[d] * k[(a - 1) * p->k_step + d];
+                    }
+                    if (a + i == 0) /* of rows 0 and 1, token 0 is one of these */
+                        first[0] = first[1] = -INFINITY;
+                    vec top = larger(own, larger(before, first));
+                    put(w->m + i, top);
+                    put(w->total + i, exponential(own - top) + exponential(before - top)
+                                          + exponential(first - top));
+                    put(w->l + i, qq);
+                    put(w->delta + i, kk);
+                }
+                EACH(i, 0, R) {
+                    real l = w->m[i] + log(w->total[i]), norm = sqrt(w->l[i]);
+                    smallest = l < smallest ? l : smallest;
+                    Q = norm > Q ? norm : Q;
+                    p->norm[x * T + a + i] = sqrt(w->delta[i]);
+                }
+                p->Q[x * p->blocks + n] = Q;
+                p->m[x * p->blocks + n] = smallest;
             }
-            own *= scale;
-            last = i > 0 ? last * scale : -INFINITY;
-            zero = i > 1 ? zero * scale : -INFINITY;
-            real top = fmax(own, fmax(last, zero));
-            m = fmin(m, top + log(exp(own - top) + exp(last - top) + exp(zero - top)));
-            Q = fmax(Q, sqrt(qq) * scale);
-            p->norm[x * T + i] = sqrt(kk);
-            p->Q[x * p->blocks + i / ROWS] = Q;
-            p->m[x * p->blocks + i / ROWS] = m;
         }
+        free(w);
     }
-    p->bounded = 1;
 }
 
 /* Whether no row from block n on gives column j of sequence s more than rounding. */
@@ -520,8 +583,6 @@ int64_t walk(
     if (b == T)
         return 0;
     skip = skip && most > -log_eps; /* before that nothing dies by votes */
-    if (skip && !p->bounded)
-        compute_bounds(p);
 #pragma omp parallel for num_threads(p->threads) reduction(max:longest)
     EACH(s, 0, p->B) {
         int32_t *list = p->list + ((n + 1) * p->B + s) * T;
@@ -608,7 +669,7 @@ void voter_gradients(const problem *p, const panels *blocks)
                 real *dk = p->dk + (g * p->B * p->T + token) * step;
                 if (!blocks[n].dL0)
                     continue;
-                gather(w->q, W, q, p->q_step, NULL, R, D, 1 / sqrt(D));
+                gather(w->q, W, q, p->q_step, NULL, R, D, scale(p));
                 memset(w->q + R * W, 0, (ROWS - R) * W * sizeof(real));
                 memset(w->sum, 0, ROWS * W * sizeof(real));
                 for (chunk c = {0}; next_chunk(&c, p->count[n * p->B + s], R);) {
@@ -621,7 +682,7 @@ void voter_gradients(const problem *p, const panels *blocks)
                         back(w->out + j * W, w->dL + j * ROWS, w->q, W, first_row(c, j));
                     add_rows(dk, step, list + c.start, w->out, W, c.n, D, 1);
                 }
-                add_rows(p->dq + (token + a) * step, step, NULL, w->sum, W, R, D, 1 / sqrt(D));
+                add_rows(p->dq + (token + a) * step, step, NULL, w->sum, W, R, D, scale(p));
             }
         }
         free(w);

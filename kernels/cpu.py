@@ -87,9 +87,8 @@ class _SelectiveAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, rule, tau, grad, *parameters):
         ctx.tau = tau or 0.0
         call = Call(q, k, v)
-        skip = not _can_be_negative(rule, q, k)
-        blocks = _walk(call, rule, ctx.tau, grad, skip)
-        if blocks is None:  # a vote was negative after all
+        blocks = _walk(call, rule, ctx.tau, grad, skip=True)
+        if blocks is None:  # a vote was negative
             blocks = _walk(call, rule, ctx.tau, grad, skip=False)
         B, H, T, D = q.shape
         y = call.new('y', B, T, H, D)
@@ -130,8 +129,11 @@ class _SelectiveAttention(torch.autograd.Function):
             if grads[0] is not None:
                 dL0 = [x.mT.contiguous() for x in grads[: len(L0)]]
                 call('voter_gradients', _panels(F, dS, dL0))
-        dk, dv = dk.sum(0), dv.sum(0)
-        return (*(x.transpose(1, 2) for x in (dq, dk, dv)), None, None, None, *dparameters)
+        if groups > 1:
+            dk[0] = dk.sum(dim=0)
+            dv[0] = dv.sum(dim=0)
+        dqkv = [x.transpose(1, 2) for x in (dq, dk[0], dv[0])]
+        return *dqkv, None, None, None, *dparameters
 
 
 def _walk(call, rule, tau, grad, skip):
@@ -144,6 +146,8 @@ def _walk(call, rule, tau, grad, skip):
     call.new('F', B, T, zero=True)
     call.new('M', B, T)
     log_eps = math.log(torch.finfo(q.dtype).eps / 2 / T)
+    call('bounds')
+    skip = skip and not _can_be_negative(rule, call)
     options = tau, log_eps, int(skip)
     N = call('walk', -1, 0, None, None, *options)
     blocks = []
@@ -176,14 +180,15 @@ def _panels(*parts):
     return table
 
 
-def _can_be_negative(rule, q, k):
+def _can_be_negative(rule, call):
     """Whether a vote on a logit that these q and k can have is negative, by 1,000 examples.
 
     This cannot be left to the votes of the blocks, which are not computed where columns are dead.
     """
-    largest = q[:, 0].norm(dim=2).max() * k[:, 0].norm(dim=2).max() * q.size(3) ** -0.5
-    logits = torch.linspace(-largest, largest, 1001, dtype=q.dtype)
-    votes = rule.vote(logits.repeat(len(q), 1, 1))
+    norm = call.kept['norm']
+    largest = call.kept['Q'][:, 0, 0].max() * norm[:, 0].max()
+    logits = torch.linspace(-largest, largest, 1001, dtype=norm.dtype)
+    votes = rule.vote(logits.repeat(len(norm), 1, 1))
     return bool(votes.amin() < 0)
 
 
@@ -192,7 +197,7 @@ def _can_be_negative(rule, q, k):
 SAVED = 'y', 'l', 'list', 'count'
 FIELDS = (
     'B H T D blocks threads q_step k_step v_step dy_step q k v y l F M norm Q m list count '
-    'dy dM dq dk dv G groups bounded'
+    'dy dM dq dk dv G groups'
 )
 
 
@@ -269,7 +274,7 @@ def library(dtype):
     """
     global note
     compiler = shlex.split(os.environ.get('CC', 'cc'))
-    flags = ['-O3', '-march=native']
+    flags = ['-O3', '-march=native', '-fno-math-errno']
     if dtype == torch.float64:
         flags.append('-Dreal=double')
     machine = _run([*compiler, *flags, '-dM', '-E', '-x', 'c', os.devnull])
