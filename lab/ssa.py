@@ -106,8 +106,6 @@ def best(r, task, *args, **ssa):
     args, ssa: what the task takes. Each rate is tried with each seed.
     """
     steps = r.cfg.steps or task.steps
-    if r.cfg.quick:
-        steps //= 8
     torch.set_num_threads(1)
     tried = []
     for rate in task.rates:
