@@ -1,27 +1,25 @@
 """What selective attention costs and context pruning saves, as ratios of what one run measured.
 
-    python -m lab.bench                         everything, most of an hour on two CPU cores
-    python -m lab.bench --quick                 small sizes, under two minutes
-    python -m lab.bench --what=step,memory --shapes=124m --lengths=1024,2048
+    python -m lab.bench                         everything, two hours on two CPU cores
+    python -m lab.bench --what=attention,step --shapes=small --lengths=256,512      a minute or two
     python -m lab.bench --out_dir=out/a,out/b   trained selective models, each at its own length
 
-    attention   attention alone, forward and backward; `live` is the share that is computed
-    step        a whole training step
-    memory      peak memory of a training step
+    attention   attention alone, forward, and with backward; `live` is the share that is computed
+    step        a whole training step, on a GPU also its memory beyond weights and optimizer
     decode      one token from a KV cache, beside transformers' GPT-2 where that is installed
     generate    1,000 tokens at the last length: with a cache, within budgets, and without a cache,
                 as nanoGPT does it
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, …), after a round to warm
-up. Peak memory is that of a process of its own on a CPU, and torch's on CUDA. The ratio is to the
-first case of a group. The table goes to --to as JSON, too.
+up. On a CPU all is measured with the default number of threads, then with one. The ratio is
+to the first case of a group. The table goes to --to as JSON, too: `rows`, and `one_thread`.
 
-Random weights mask little, as at the start of training. Trained ones get their validation data.
+Random weights mask little, as at the start of training: they say nothing about what selection
+saves. Trained ones get their validation data.
 """
 
 import itertools
 import json
-import platform
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -46,18 +44,17 @@ MODELS = {
     'SSA': ('qv', ''),
     'selective + SSA': ('qv', 'auto'),
 }
-LISTING = 2048  # the longest T of the listing in attention alone: it takes T x T memory
+LONGEST = 2048  # T of attention alone by model.py's own functions: they take T x T memory
 
 
 @dataclass
 class BenchConfig:
-    what: str = option('attention,step,memory,decode,generate', 'parts, with commas')
+    what: str = option('attention,step,decode,generate', 'parts, with commas')
     out_dir: str = option('', "folders of trained selective runs, with commas; '': random weights")
     shapes: str = option('small,124m', 'sizes of the models with random weights')
     lengths: str = option('256,512,1024,2048,4096', 'context lengths T of these, from 64 on')
     tokens: int = option(4096, 'tokens of a batch of B = tokens / T, at least 1', low=1)
     rounds: int = option(5, 'rounds of which the median is taken', low=1, high=60)
-    quick: bool = option(False, 'the small shape, two lengths, three rounds')
     device: str = option('auto', "'cuda', 'mps', 'cpu'")
     to: str = option('out/bench.json', 'the table as JSON')
 
@@ -85,32 +82,32 @@ def forward_backward(attention, qkv, layer, memory_tau):
     return once
 
 
-def forms(layer, qkv, memory_tau):
-    """{case: function that runs the attention of a layer on qkv}.
+def forms(layer, T):
+    """{case: function for the attention of a layer}.
 
     A layer without votes has standard attention in every case.
     """
-    found = {
-        'standard': standard,
-        'selective': layer.attention,
-        'selective, rows': m.selective_attention,
-        'selective, listing': m.selective_attention_listing,
-    }
-    if qkv[0].size(2) > LISTING:
-        del found['selective, listing']
-    for case, attention in found.items():
-        if not layer.selects:
-            attention = standard
-        found[case] = forward_backward(attention, qkv, layer, memory_tau)
+    found = {'standard': standard, 'selective': layer.attention}
+    if T <= LONGEST:
+        found['selective, rows'] = m.selective_attention
+        found['selective, listing'] = m.selective_attention_listing
+    if not layer.selects:
+        found = dict.fromkeys(found, standard)
     return found
 
 
 def attention_part(subject):
     """Each layer, and their sum; of random weights the first layer alone."""
     totals = Counter()
+    forward = Counter()
+    tau = subject.memory_tau
     inputs = subject.queries_keys_values()
     for l, layer in enumerate(subject.layers):
-        cases = forms(layer, inputs[l], subject.memory_tau)
+        cases = {}
+        forwards = {}
+        for case, attention in forms(layer, subject.T).items():
+            cases[case] = forward_backward(attention, inputs[l], layer, tau)
+            forwards[case] = partial(attention, *inputs[l], layer, memory_tau=tau)
         kernels.live_share()
         cases['selective']()
         live = kernels.live_share() or 1.0
@@ -118,8 +115,10 @@ def attention_part(subject):
         taken = subject.times(cases)
         yield f'layer {l}', 'ms', taken
         totals.update(taken)  # a Counter adds
+        forward.update(subject.times(forwards))
         if subject.random:
             break
+    yield 'forward', 'ms', forward
     yield 'attention', 'ms', totals
 
 
@@ -127,6 +126,8 @@ def training_step(case, cfg, source, T):
     """A function that trains one of MODELS. The learning rate is 0, so the weights stay."""
     subject = measure.Subject(cfg, source, T, *MODELS[case])
     gpt = subject.gpt.train()
+    if 'cuda' in cfg.device:
+        gpt.compile()  # as train.py does
     optimizers = gpt.configure_optimizers(0.1, 0.0, (0.9, 0.95), cfg.device)
 
     def once():
@@ -140,24 +141,18 @@ def training_step(case, cfg, source, T):
     return once
 
 
-def training_steps(subject):
-    """{case: function that makes a training step}, of a trained model with votes and without."""
-    cases = list(MODELS)
+def step_part(subject, cases=tuple(MODELS)):
+    """Of a trained model its own step, and one without votes. A GPU knows more of it."""
     if not subject.random:
         cases = 'standard', 'selective'
-    size = subject.cfg, subject.source, subject.T
-    return {case: partial(training_step, case, *size) for case in cases}
-
-
-def step_part(subject):
-    steps = {case: make() for case, make in training_steps(subject).items()}
-    yield 'step', 'ms', subject.times(steps)
-
-
-def memory_part(subject):
-    steps = training_steps(subject)
-    device = subject.cfg.device
-    yield 'memory', 'MiB', {case: measure.peak_memory(steps[case], device) for case in steps}
+    steps = {case: training_step(case, subject.cfg, subject.source, subject.T) for case in cases}
+    taken = subject.times(steps)
+    yield 'step', 'ms', taken
+    if 'cuda' in subject.cfg.device:
+        rates = {case: 1000 * subject.B * subject.T / taken[case] for case in cases}
+        yield 'step', 'tokens/s', rates
+        yield 'step', 'MFU', {case: devices.mfu(subject.gpt, rates[case]) or 0.0 for case in cases}
+        yield 'step', 'MiB', {case: measure.peak_memory(steps[case]) for case in cases}
 
 
 def caches(subject):
@@ -180,7 +175,7 @@ def transformers_step(gpt, text, new):
         bos_token_id=0,
         eos_token_id=0,
     )
-    other = transformers.GPT2LMHeadModel(config).to(text.device).eval()
+    other = transformers.GPT2LMHeadModel(config).to(gpt.lm_head.weight).eval()  # device, dtype
     cache = other(text, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(new))
 
@@ -239,7 +234,6 @@ def generate_part(subject):
 PARTS = {
     'attention': attention_part,
     'step': step_part,
-    'memory': memory_part,
     'decode': decode_part,
     'generate': generate_part,
 }
@@ -256,10 +250,6 @@ def listed(option, text, known):
 
 def main():
     cfg = settings.parse(BenchConfig)
-    if cfg.quick:
-        cfg.shapes = 'small'
-        cfg.lengths = '256,512'
-        cfg.rounds = 3
     parts = listed('what', cfg.what, PARTS)
     sources = listed('shapes', cfg.shapes, measure.SHAPES)
     lengths = settings.numbers(cfg.lengths, '--lengths', low=64, high=2**20)
@@ -268,25 +258,31 @@ def main():
     if cfg.out_dir:
         sources = cfg.out_dir.split(',')
         lengths = [0]  # a run has its own
-        for out_dir in sources:
-            print(f'{out_dir}: {measure.Subject(cfg, out_dir, 0).kernel}')
-    machine = f'{platform.machine()}, {torch.get_num_threads()} threads'
-    if 'cuda' in cfg.device:
-        machine = torch.cuda.get_device_name()
-    print(f'{machine}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
-    rows = []
+    for source in sources:
+        print(f'{source}: {measure.Subject(cfg, source, lengths[0]).kernel}')
+    if not cfg.out_dir:
+        print('The weights are random and mask little. For what selection saves, give --out_dir.')
+    print(f'{measure.machine(cfg)}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
+    counts = [torch.get_num_threads()]
+    if cfg.device == 'cpu' and counts[0] > 1:
+        counts.append(1)
+    tables = {count: [] for count in counts}
     for part, source, T in itertools.product(parts, sources, lengths):
         if part == 'generate' and T != lengths[-1]:  # it is slow
             continue
-        subject = measure.Subject(cfg, source, T)
-        for name, unit, values in PARTS[part](subject):
-            rows += measure.group(subject, name, unit, values)
+        for count in counts:
+            torch.set_num_threads(count)
+            subject = measure.Subject(cfg, source, T)
+            for name, unit, values in PARTS[part](subject):
+                tables[count] += measure.group(subject, name, unit, values)
+    torch.set_num_threads(counts[0])
     content = {
-        'machine': machine,
+        'machine': measure.machine(cfg),
         'torch': torch.__version__,
         'rounds': cfg.rounds,
         'command': ' '.join(sys.argv[1:]),
-        'rows': rows,
+        'rows': tables[counts[0]],
+        'one_thread': tables.get(1, []),
     }
     files.write_file(cfg.to, json.dumps(content, indent=1))
     print(cfg.to)

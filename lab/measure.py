@@ -1,14 +1,9 @@
-"""What lab/bench.py measures, and how: models with data for them, times, peak memory, rows."""
+"""What lab/bench.py and lab/gpu.py measure, and how: models with data, times, rows."""
 
-import multiprocessing
-import os
-import re
-import resource
+import platform
 import statistics
 import time
 from types import SimpleNamespace
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -23,23 +18,28 @@ SHAPES = {
     '124m': {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'vocab_size': 50304},
 }
 # what is printed of a row
-LINE = '{part:10} {shape:16} T = {T:<6} {case:22} {value:12,.2f} {unit:8} {ratio:8.2f}x'
+LINE = (
+    '{part:10} {shape:16} T = {T:<6} {case:22} {value:12,.2f} {unit:8} {ratio:8.2f}x'
+    '{threads:4} threads'
+)
 
 
 class Subject:
     """A selective model to measure, and a batch x, y (B, T) for it, B = tokens / T and at least 1.
 
-    source: one of SHAPES, with random weights, or the folder of a trained run, which has a T and
-    SSA of its own. kernel: see kernels.install; '': nothing votes. Raises UserError for a run that
-    is not selective.
+    source: one of SHAPES, with random weights, or the folder of a trained run, which has SSA of its
+    own, and a T where 0 is given. kernel: see kernels.install; '': nothing votes. Raises UserError
+    for a run that is not selective.
     """
 
     def __init__(self, cfg, source, T, ssa='', kernel='auto'):
         self.cfg = cfg
         self.source = source
+        self.name = source
         self.random = source in SHAPES
         self.memory_tau = None
         if self.random:
+            self.name = f'{source}, random'
             torch.manual_seed(0)
             config = m.GPTConfig(block_size=T, selective=True, ssa=ssa, **SHAPES[source])
             self.gpt = m.GPT(config).to(cfg.device).eval()
@@ -50,10 +50,10 @@ class Subject:
                 raise UserError(f'{source} has standard attention, whose cost no weights change')
             if checkpoint['config']['memory_loss'] and kernel:
                 self.memory_tau = checkpoint['config']['memory_tau']
-        self.T = config.block_size
+        self.T = T or config.block_size
         self.B = max(1, cfg.tokens // self.T)
         if self.random:
-            x = y = torch.randint(config.vocab_size, (self.B, T))
+            x = y = torch.randint(config.vocab_size, (self.B, self.T))
         else:
             dataset = data.load_dataset(checkpoint['dataset'])
             bos = ckpt.starts_with_bos(checkpoint)
@@ -103,34 +103,37 @@ class Subject:
             torch.accelerator.synchronize()
 
 
-def peak_memory(make, device):
-    """MiB at the peak of a process of its own, which calls make() and twice what that returns."""
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
-            return process.submit(own_peak, make, device).result()
-    except BrokenProcessPool:
-        raise UserError('a process was killed: there may be too little memory for it') from None
+def machine(cfg):
+    """The name of what a table was measured on."""
+    if 'cuda' in cfg.device:
+        return torch.cuda.get_device_name()
+    return f'{platform.machine()}, {torch.get_num_threads()} threads'
 
 
-def own_peak(make, device):
-    once = make()
+def peak_memory(once):
+    """MiB on a GPU that once() takes beyond what is there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     once()
-    once()
-    if 'cuda' in device:
-        return torch.cuda.max_memory_allocated() / 2**20
-    if os.path.exists('/proc/self/status'):  # Linux, where ru_maxrss may be that of the parent
-        with open('/proc/self/status') as f:
-            return int(re.search(r'VmHWM:\s+(\d+)', f.read())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def group(subject, part, unit, values):
     """Print and return a row for each of values, {case: value}. Ratios are to the first one."""
     rows = []
     first = next(iter(values.values()))
-    where = {'part': part, 'shape': subject.source, 'T': subject.T, 'batch': subject.B}
     for case, value in values.items():
-        row = {**where, 'case': case, 'value': value, 'unit': unit, 'ratio': value / first}
+        row = {
+            'part': part,
+            'shape': subject.name,
+            'T': subject.T,
+            'batch': subject.B,
+            'threads': torch.get_num_threads(),
+            'case': case,
+            'value': value,
+            'unit': unit,
+            'ratio': value / first,
+        }
         print(LINE.format(**row), flush=True)
         rows.append(row)
     return rows

@@ -64,7 +64,7 @@ def fails(y, M, v):
     [
         (lambda y, M, v: (y * 1.001, M), 'other numbers than this model.py (y)'),
         (lambda y, M, v: (y * float('nan'), M), 'other numbers than this model.py (y)'),
-        (lambda y, M, v: (y, v[:, 0, :, 0]), 'other numbers than this model.py (M)'),
+        (lambda y, M, v: (y, v[:, 0, :, :1]), 'ValueError: M has the shape (2, 200, 1)'),
         (lambda y, M, v: (y + 0.01 * (v - v.detach()), M), 'the gradient of'),
         (fails, 'it fails here (RuntimeError: no such instruction)'),
     ],
@@ -147,6 +147,19 @@ def wrong_scale(q, *args, **options):
     return m.selective_attention(1.02 * q, *args, **options)
 
 
+def a_little_wrong(*args, **options):
+    """In every number, too little for the largest one to show it."""
+    y, M = m.selective_attention(*args, **options)
+    return 1.03 * y, M
+
+
+def one_wrong_number(*args, **options):
+    """Too little for the norm to show it."""
+    y, M = m.selective_attention(*args, **options)
+    y[0, 0, -1, 0] += y.detach().max() / 6
+    return y, M
+
+
 def votes_on_token_0(monkeypatch):
     def attention(*args, **options):
         with monkeypatch.context() as patch:
@@ -179,6 +192,8 @@ def test_rounding_to_bfloat16_passes_and_an_edit_does_not(heads, size, monkeypat
         'one head without F': one_head_sees_all,
         'token 0 is masked': votes_on_token_0(monkeypatch),
         'a scale of 1.02': wrong_scale,
+        'a norm': a_little_wrong,
+        'a number': one_wrong_number,
     }
     for seed in range(10):
         assert not kernels.check(m.selective_attention, layer, CPU, torch.bfloat16, seed)
@@ -186,6 +201,27 @@ def test_rounding_to_bfloat16_passes_and_an_edit_does_not(heads, size, monkeypat
         for seed in range(2):
             found = kernels.check(in_bfloat16(edit), layer, CPU, torch.bfloat16, seed)
             assert 'other numbers' in found, name
+
+
+def test_rounding_to_tf32_passes():
+    """As a GPU multiplies float32; it may cut the last 13 bits off."""
+
+    def tf32(q, k, v, *args, **options):
+        cut = [(x.detach().view(torch.int32) & -(2**13)).view(torch.float32) for x in (q, k, v)]
+        q, k, v = (x + (c - x.detach()) for x, c in zip((q, k, v), cut))
+        return m.selective_attention(q, k, v, *args, **options)
+
+    layer = make(n_head=4, n_embd=128).transformer.h[0].attn
+    assert not kernels.check(tf32, layer, CPU, torch.float32)
+
+
+def test_the_reference_is_not_rounded_by_autocast():
+    layer = make().transformer.h[0].attn
+    qkv = torch.randn(3, 1, 2, 30, 16)
+    y, _ = m.selective_attention(*qkv, layer)
+    with torch.autocast('cpu', torch.bfloat16):
+        found, _ = kernels.exact(*qkv, layer)
+    torch.testing.assert_close(found, y)
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 24), (1, 3, 24), (0, 24)])

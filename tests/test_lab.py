@@ -5,7 +5,6 @@ Also lab/names.py, and support/files.py's way to write a file.
 
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -53,13 +52,19 @@ def test_forms_of_attention_are_the_same():
     layer = subject.layers[0]
     layer.c_attn.weight.data *= 5  # so that much is masked
     qkv = subject.queries_keys_values()[0]
-    standard, *forms = [once() for once in bench.forms(layer, qkv, None).values()]
+
+    def outputs():
+        return [
+            bench.forward_backward(f, qkv, layer, None)() for f in bench.forms(layer, 40).values()
+        ]
+
+    standard, *forms = outputs()
     assert len(forms) == 3 and not torch.allclose(standard, forms[0], rtol=0.1)
     for y in forms[1:]:
         torch.testing.assert_close(y, forms[0])
     layer.selects = False
-    for once in bench.forms(layer, qkv, None).values():
-        torch.testing.assert_close(once(), standard)
+    for y in outputs():
+        torch.testing.assert_close(y, standard)
 
 
 @pytest.mark.parametrize('case', bench.MODELS)
@@ -73,11 +78,25 @@ def test_only_selective_models_vote(case, monkeypatch):
         step()
 
 
+def test_the_default_number_of_threads_and_one(run, tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setitem(measure.SHAPES, 'small', TINY)
+    monkeypatch.setattr(torch, 'set_num_threads', counts.append)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: (counts or [3])[-1])
+    path = tmp_path / 'bench.json'
+    sizes = '--shapes=small', '--lengths=64', '--tokens=64', '--rounds=1', '--device=cpu'
+    output = run(bench, '--what=attention', *sizes, f'--to={path}')
+    assert 'The weights are random and mask little.' in output and 'small, random' in output
+    found = json.loads(path.read_text())
+    for table, threads in ('rows', 3), ('one_thread', 1):
+        assert {row['threads'] for row in found[table]} == {threads}
+    assert counts == [3, 1, 3]
+
+
 @pytest.mark.slow
-def test_random_weights(rows, monkeypatch):
-    monkeypatch.setattr(measure, 'peak_memory', lambda make, device: 1.0)
+def test_random_weights(rows):
     found = rows('--shapes=small', '--lengths=64,128', '--tokens=128')
-    names = 'layer 0', 'attention', 'step', 'memory', 'decode1', 'cache1', 'decode32', 'cache32'
+    names = 'layer 0', 'forward', 'attention', 'step', 'decode1', 'cache1', 'decode32', 'cache32'
     expected = {(name, T) for name in names for T in (64, 128)}
     assert {key[:2] for key in found} == expected | {('generate1', 128), ('generate32', 128)}
     assert all(0 < row['value'] < math.inf for row in found.values())
@@ -100,12 +119,6 @@ def test_trained_weights_and_a_layer_without_votes(rows, trained, monkeypatch):
     layers = [found[f'layer {l}', 160, 'selective']['value'] for l in range(2)]
     assert found['attention', 160, 'selective']['value'] == pytest.approx(sum(layers))
     assert ('step', 160, 'selective') in found
-
-
-@pytest.mark.slow
-def test_peak_memory_of_a_process():
-    allocate = partial(partial, torch.ones, 2**27)  # of 4 bytes
-    assert 512 < measure.peak_memory(allocate, 'cpu') < 1024
 
 
 @pytest.mark.parametrize(
