@@ -784,15 +784,15 @@ class LayerCache:
         return torch.cat(rows, dim=2)
 
     def _row(self, q, k, v, i, rule):
-        B = len(q)
         if self.n < self.K:
-            slot = torch.full((B,), self.n, device=i.device)
+            b = slice(None)
+            slot = self.n
             self.n += 1
         else:
             score = self.score(self.A, self.F, i, self.j)
             worst = score == score.amax(dim=1, keepdim=True)
             slot = self.j.masked_fill(~worst, 2**62).argmin(dim=1)  # (B,) of equals the oldest
-        b = torch.arange(B, device=i.device)  # every sequence of the batch drops its own
+            b = torch.arange(len(q), device=i.device)  # every sequence of the batch drops its own
         self.k[b, :, slot] = k[:, :, 0].to(self.k.dtype)  # (B, H, D)
         self.v[b, :, slot] = v[:, :, 0].to(self.v.dtype)
         self.F[b, slot] = 0.0
