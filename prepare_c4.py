@@ -13,6 +13,8 @@ through, so memory stays small. To use more cores than one run does, start sever
 --shards.
 """
 
+import gzip
+import itertools
 import json
 import math
 import os
@@ -33,7 +35,7 @@ from data import (
     write_tokens,
 )
 from support import files, settings
-from support.download import Progress, Server
+from support.download import Progress, RemoteFile
 from support.settings import UserError, option
 
 TRAIN_SHARDS = 1024
@@ -61,7 +63,7 @@ class C4Config:
     processes: int = option(0, 'threads that tokenize; 0: one for each core, at most 16')
     retries: int = option(8, 'failures in a row of one download before giving up')
     backoff: float = option(
-        1.0, 'seconds to wait after the first failure; doubles with each, up to 60'
+        1.0, 'half the seconds to wait after the second failure; doubles with each, up to 60'
     )
     timeout: float = option(30.0, 'seconds without a byte that count as a failure', low=1e-3)
 
@@ -99,115 +101,80 @@ class Preparation:
 
     def __init__(self, folder, cfg):
         self.folder = folder
-        self.server = Server(cfg.base_url, cfg.retries, cfg.backoff, cfg.timeout)
+        self.cfg = cfg
         self.tokenizer = get_tokenizer(cfg.tokenizer)
-        # threads are enough, as the tokenizer works outside of Python's lock
-        self.threads = cfg.processes or min(os.cpu_count(), 16)
 
     def make_split(self, split, numbers, wanted):
         """Make the token files of one split, shard by shard, until they hold the tokens wanted."""
         for number in numbers:
+            path = Path(f'{self.folder}/{split}_{number:05d}.bin')
+            cut = Path(f'{path}.cut')  # says that there is more in the shard
+            there = file_tokens(self.folder).get(path.name, 0)
+            if there < wanted and (cut.exists() or not there):
+                there = self.make_shard(path, NAMES[split].format(number), wanted)
+                if there < wanted:
+                    cut.unlink(missing_ok=True)
+            wanted -= there
             if wanted <= 0:
                 return
-            path = Path(f'{self.folder}/{split}_{number:05d}.bin')
-            cut = Path(f'{path}.cut')
-            if path.exists():
-                there = path.stat().st_size // 2
-                if there >= wanted or not cut.exists():
-                    wanted -= there
-                    continue
-            wanted -= self.make_shard(path, cut, NAMES[split].format(number), wanted)
 
-    def make_shard(self, path, cut, name, wanted):
+    def make_shard(self, path, name, wanted):
         """Write one token file, up to the document that reaches the tokens wanted.
 
-        cut: a file that says that there is more in the shard. Returns the tokens written.
+        Returns the tokens written.
         """
+        cfg = self.cfg
+        url = f'{cfg.base_url.rstrip("/")}/{name}'
+        shard = RemoteFile(url, cfg.retries, cfg.backoff, cfg.timeout)
         count = 0
-        with files.replacing(path) as f, Progress() as progress:
-            for tokens in self.tokenize(name):
+        progress = Progress()
+        with files.replacing(path) as f:
+            for tokens in self.tokenize(shard):
                 write_tokens(f, tokens)
                 count += len(tokens)
-                progress.show(
-                    f'{path.name}: {count:,} tokens, ', self.server.received, count / wanted
-                )
+                progress.show(f'{path.name}: {count:,} tokens', shard.received)
                 if count >= wanted:
                     break
-            if count == 0:
-                raise UserError(f'{name} has no documents: check --base_url')
             # Before the file gets its name: the folder's tokenizer is on record, and a part never
             # passes for the whole.
             self.update_meta()
             if count >= wanted:
-                cut.touch()
-        if count < wanted:
-            cut.unlink(missing_ok=True)
+                Path(f'{path}.cut').touch()
+        self.update_meta()  # the file may be longer than before
         return count
 
-    def tokenize(self, name):
+    def update_meta(self, complete=False):
+        """Write meta.json. complete: once any run has done all that it was asked."""
+        complete = complete or known_meta(self.folder).get('complete', False)
+        write_meta(self.folder, self.tokenizer, SOURCE, complete)
+
+    def tokenize(self, shard):
         """The tokens of a shard's documents, a list each, in their order."""
-        for first, lines in read_lines(name, self.server):
-            texts = []
-            for number, line in enumerate(lines, first):
-                try:
-                    text = json.loads(line)['text']
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(
-                        f'{name}, line {number}: no JSON with a "text", the server has a damaged '
-                        'file'
-                    )
-                texts.append(text)
-            for tokens in self.tokenizer.encode_ordinary_batch(texts, num_threads=self.threads):
+        # threads are enough, as the tokenizer works outside of Python's lock
+        threads = self.cfg.processes or min(os.cpu_count(), 16)
+        texts = documents(shard)
+        while batch := list(itertools.islice(texts, 200)):
+            for tokens in self.tokenizer.encode_ordinary_batch(batch, num_threads=threads):
                 tokens.append(self.tokenizer.eot_token)
                 yield tokens
 
-    def update_meta(self, complete=False):
-        """Write meta.json for the files that are there.
 
-        complete: once any run has done all that it was asked. Processes that share the folder write
-        it in any order: each looks again after writing, and whoever writes last has seen the files
-        of all.
-        """
-        while True:
-            meta = known_meta(self.folder)
-            complete = complete or meta.get('complete', False)
-            if meta.get('files') == file_tokens(self.folder) and meta['complete'] == complete:
-                return
-            write_meta(self.folder, self.tokenizer, SOURCE, complete)
-
-
-def read_lines(name, server):
-    """The lines of a gzip file on the server, unpacked as they arrive.
-
-    Yields some lines at a time, with the number of the first of them.
-    """
-    gunzip = None
-    rest = b''
-    number = 1
+def documents(shard):
+    """The texts of a shard, a gzip file with a JSON object in each line, as they arrive."""
+    number = 0
     try:
-        for chunk in server.read(name):
-            while chunk:
-                gunzip = gunzip or zlib.decompressobj(wbits=31)  # 31: gzip
-                rest += gunzip.decompress(chunk)
-                chunk = gunzip.unused_data
-                if gunzip.eof:  # a gzip file may have several members, one after the other
-                    gunzip = None
-            *lines, rest = rest.split(b'\n')
-            yield number, lines
-            number += len(lines)
-    except zlib.error as e:
+        for line in gzip.open(shard):
+            found = json.loads(line)
+            if files.misfit(found, {'text': str}):
+                raise ValueError('no "text"')
+            yield found['text']
+            number += 1
+        if number == 0:
+            raise ValueError('no lines')
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError) as e:
         raise UserError(
-            f'{name}: bad gzip after line {number - 1} ({e}): the server has a damaged file'
+            f'{shard.url} is damaged after line {number} ({e}): the server has a bad copy'
         ) from None
-    if gunzip:
-        raise UserError(
-            f'{name}: gzip ends in the middle, after line {number - 1}: '
-            'the server has a damaged file'
-        )
-    if rest:
-        yield number, [rest]
 
 
 def main():

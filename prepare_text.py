@@ -14,7 +14,6 @@ bytes.
 """
 
 import hashlib
-import mmap
 import os
 import sysconfig
 from dataclasses import dataclass
@@ -63,9 +62,10 @@ def prepare(cfg):
     documents = [document for document in found if is_text(document[1])]
     pieces = split_documents(documents, source)
     done = 0
-    with new_dataset(folder, tokenizer, source) as (train, val), Progress() as progress:
+    progress = Progress()
+    with new_dataset(folder, tokenizer, source) as (train, val):
         for n, (file, begin, end, is_val) in enumerate(pieces):
-            progress.show('', done, n / len(pieces))
+            progress.show(f'{n:,} of {len(pieces):,} files', done)
             out = val if is_val else train
             for text in read_blocks(file, begin, end):
                 write_tokens(out, tokenizer.encode_ordinary(text))
@@ -92,10 +92,11 @@ def list_documents(paths, endings):
             found.setdefault(os.path.realpath(path), (path.name, path))
         for file in sorted(path.rglob('*')):
             key = file.relative_to(path).as_posix()
-            hidden = '/.' in f'/{key}'
-            if file.is_dir() and not hidden and not os.access(file, os.R_OK | os.X_OK):
+            if '/.' in f'/{key}':  # hidden
+                continue
+            if file.is_dir() and not os.access(file, os.R_OK | os.X_OK):
                 raise UserError(f'{file} cannot be read: name what to read without it')
-            if key.endswith(endings) and not hidden and not known_meta(file.parent):
+            if key.endswith(endings) and not known_meta(file.parent):
                 found.setdefault(os.path.realpath(file), (key, file))
     return [
         (key, file)
@@ -137,10 +138,13 @@ def cut_at_a_line(file, source):
     """The same of a single file: its last thirtieth, from a line's start, is for validation."""
     size = os.path.getsize(file)
     end = size - max(1, size // VAL_ONE_IN)
-    with open(file, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        cut = text.find(b'\n', end) + 1  # the end of the line that it falls in
-        if cut in (0, size):  # it is the last line: go back to its start
-            cut = text.rfind(b'\n', 0, end) + 1
+    begin = cut = 0
+    with open(file, 'rb') as f:
+        while cut <= end:  # the line from begin to cut is before the place to cut at
+            begin = cut
+            cut += len(f.readline())
+    if cut == size:  # it is the last line
+        cut = begin
     if cut == 0:
         raise UserError(
             f'{source}: one line of text cannot be split into training and validation, it needs two'
@@ -152,10 +156,7 @@ def read_blocks(path, begin, end):
     """The bytes from begin to end as text, in blocks of whole lines, whatever the file's size."""
     with open(path, 'rb') as f:
         f.seek(begin)
-        while begin < end:
-            block = b''.join(f.readlines(BLOCK))[: end - begin]
-            if not block:  # somebody has shortened the file
-                return
+        while block := b''.join(f.readlines(BLOCK))[: end - begin]:
             begin += len(block)
             yield block.decode()
 

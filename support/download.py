@@ -1,141 +1,91 @@
-"""Downloads that survive failures: they wait, continue where they were cut, and show progress."""
+"""A file on a server, read in spite of failures, and a line that shows progress."""
 
 import sys
 import time
 
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
 
 from support.settings import UserError
 
-LONGEST_WAIT = 600  # seconds
-CHUNK = 1 << 16  # bytes
-# What requests raises. A ValueError is a URL that is none.
-ERRORS = (OSError, ValueError, urllib3.exceptions.HTTPError)
+
+class Retry(urllib3.Retry):
+    """Waits and asks again, as urllib3 does it, and says why."""
+
+    def sleep(self, response=None):
+        _, url, error, status, _ = self.history[-1]
+        print(f'{url}: {error or status}, trying again', file=sys.stderr)
+        super().sleep(response)
 
 
-class Server:
-    """Reads files from a server and continues after failures.
+class RemoteFile:
+    """A file on a server, to be read once.
 
-    base_url: the folder of the files. retries: failures in a row of one file before giving up.
-    backoff: seconds to wait after the first failure; doubles with each, up to 60. timeout: seconds
-    without a byte that count as a failure.
+    A busy server or one that is out of reach is asked again, up to `retries` times. The waits grow
+    from 2 * backoff to 60 seconds, or are what the server says. timeout: seconds without a byte
+    that count as a failure.
     """
 
-    def __init__(self, base_url, retries, backoff, timeout):
-        self.base_url = base_url.rstrip('/')
+    def __init__(self, url, retries, backoff, timeout):
+        self.url = url
         self.retries = retries
-        self.backoff = backoff
-        self.timeout = (5, timeout)  # to connect, to read
+        self.timeout = timeout
+        busy = [429, 500, 502, 503, 504]
+        retry = Retry(retries, status_forcelist=busy, backoff_factor=backoff, backoff_max=60)
         self.session = requests.Session()
-        self.answered = False  # whether the server ever answered
+        self.session.mount('http://', HTTPAdapter(max_retries=retry))
+        self.session.mount('https://', HTTPAdapter(max_retries=retry))
+        self.received = 0  # bytes so far
+        self.answer = None  # the server's, of which the rest is to be read
 
-    def read(self, name):
-        """The bytes of the file <base_url>/<name>, in chunks.
+    def read(self, size):
+        """At most size bytes; none at the end of the file.
 
-        Continues a cut connection where it ended, and asks a busy server again. Each attempt waits
-        longer than the one before, and at least as long as the server says. Raises UserError for
-        other HTTP errors, after too many failures in a row, and at once if the server never
-        answered. A server may give no length; then the caller must see whether the file is whole.
+        Continues where the line was cut. Raises UserError if that fails, or there is no such file.
+        A server may give no length; then the caller must see whether the file is whole.
         """
-        url = f'{self.base_url}/{name}'
-        failures = 0
-        self.received = 0  # bytes of the file so far
-        while True:
+        for _ in range(self.retries + 1):
             try:
-                for chunk in self.attempt(url):
-                    self.received += len(chunk)
-                    failures = 0
-                    yield chunk
-                return
-            except ERRORS as e:
-                problem = type(e).__name__
-                wait = 0
-                if isinstance(e, requests.HTTPError):
-                    problem = str(e)
-                    asked = e.response.headers.get('Retry-After', '')
-                    if asked.isdecimal():
-                        wait = float(asked)
-            if not self.answered:
-                raise UserError(
-                    f'{url} cannot be reached ({problem}): check the network and --base_url'
-                )
-            if wait > LONGEST_WAIT:
-                raise UserError(f'{url}: busy for {wait / 60:,.0f} minutes, it says: run it later')
-            wait = max(wait, min(60.0, self.backoff * 2**failures))
-            failures += 1
-            where = f'{name}: {problem} at byte {self.received:,}'
-            if failures > self.retries:
-                raise UserError(
-                    f'{where}, {failures} times in a row: run it again later, it continues'
-                )
-            print(f'{where}, trying again in {wait:.1f} s', file=sys.stderr)
-            time.sleep(wait)
+                if self.answer is None:
+                    self.answer = self.ask()
+                chunk = self.answer.raw.read(size)
+                self.received += len(chunk)
+                return chunk
+            except urllib3.exceptions.HTTPError as e:
+                self.answer = None
+                problem = f'{self.url}: {type(e).__name__} at byte {self.received:,}'
+                print(f'{problem}, trying again', file=sys.stderr)
+        raise UserError(f'{problem}, {self.retries + 1} times in a row: run it again later')
 
-    def attempt(self, url):
-        """The rest of the file in one attempt. Raises one of ERRORS where another is worth it."""
-        got = self.received
+    def ask(self):
+        """The server's answer, from the byte on that comes next."""
         headers = {'Accept-Encoding': 'identity'}
-        if got:
-            headers['Range'] = f'bytes={got}-'
-        with self.session.get(url, headers=headers, stream=True, timeout=self.timeout) as answer:
-            self.answered = True
-            status = answer.status_code
-            if status == 416:  # there is nothing from this place on
-                return
-            if status == 429 or status >= 500:
-                raise requests.HTTPError(f'HTTP {status}', response=answer)
-            if status not in (200, 206):
-                raise UserError(f'{answer.url}: HTTP {status}: check --base_url')
-            skip = 0
-            if status == 200:  # the whole file: this server does not continue
-                skip = got
-            elif not answer.headers.get('Content-Range', '').startswith(f'bytes {got}-'):
-                raise UserError(
-                    f'{answer.url}: asked for bytes from {got}, the server sent others: '
-                    'it cannot continue'
-                )
-            answer.raw.enforce_content_length = True  # in every version of urllib3
-            for chunk in answer.raw.stream(CHUNK, decode_content=False):
-                fresh = chunk[skip:]
-                skip = max(0, skip - len(chunk))
-                if fresh:
-                    yield fresh
+        if self.received:
+            headers['Range'] = f'bytes={self.received}-'
+        try:
+            answer = self.session.get(self.url, headers=headers, stream=True, timeout=self.timeout)
+            answer.raise_for_status()
+        except (OSError, ValueError) as e:  # also of a URL that is none
+            raise UserError(f'{self.url}: {e}: check the network and --base_url') from None
+        if self.received and answer.status_code == 200:  # it begins again
+            raise UserError(
+                f'{self.url}: the server cannot continue where it was cut: run it again'
+            )
+        return answer
 
 
 class Progress:
-    """One line of progress: redrawn on a terminal, else printed every 10 seconds.
-
-    with Progress() as progress:
-        progress.show(...)
-    """
+    """Prints a line every ten seconds."""
 
     def __init__(self):
-        self.end = '\n'
-        self.interval = 10
-        if sys.stderr.isatty():
-            self.end = '\r'
-            self.interval = 0.2
         self.began = time.time()
         self.shown = self.began
 
-    def __enter__(self):
-        return self
-
-    def show(self, label, received, fraction):
-        """received: bytes read since the beginning; fraction: of the work to do since then."""
+    def show(self, done, size):
+        """done: what is done, in words; size: bytes that are read."""
         now = time.time()
-        if now - self.shown < self.interval:
-            return
-        self.shown = now
-        seconds = now - self.began
-        megabytes = received / 1e6
-        line = f'{label}{megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s'
-        if fraction:
-            left = seconds / fraction - seconds
-            line += f', {left / 60:,.0f} minutes left'
-        print(line.ljust(78), end=self.end, file=sys.stderr, flush=True)
-
-    def __exit__(self, *_):
-        if self.end == '\r':  # leave no line behind
-            print(' ' * 78, end='\r', file=sys.stderr)
+        if now > self.shown + 10:
+            self.shown = now
+            minutes = (now - self.began) / 60
+            print(f'{done}, {size / 1e6:.1f} MB in {minutes:.1f} minutes', file=sys.stderr)
