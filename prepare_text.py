@@ -140,10 +140,12 @@ def cut_at_a_line(file, source):
     end = size - max(1, size // VAL_ONE_IN)
     begin = cut = 0
     with open(file, 'rb') as f:
-        while cut <= end:  # the line from begin to cut is before the place to cut at
+        for line in f:
+            if cut > end:
+                break
             begin = cut
-            cut += len(f.readline())
-    if cut == size:  # it is the last line
+            cut += len(line)
+    if cut == size:  # the place is in the last line, which begins there
         cut = begin
     if cut == 0:
         raise UserError(

@@ -92,18 +92,16 @@ def replacing_folder(path):
     """
     path = os.path.realpath(path)  # a link stays a link
     with locked(path):
-        for stale in glob.glob(glob.escape(path) + '.*.tmp'):  # left by processes that were killed
-            shutil.rmtree(stale, ignore_errors=True)
         new = f'{path}.{secrets.token_hex(4)}.tmp'
-        old = f'{new}.tmp'
         try:
             os.mkdir(new)
             yield new
-            os.rename(path, old)
+            os.rename(path, f'{new}.tmp')
             os.rename(new, path)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            # the old one, or the new one, and what processes left that were killed
+            for stale in glob.glob(glob.escape(path) + '.*.tmp'):
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def check_output(path, ending, sign):
@@ -119,12 +117,10 @@ def check_output(path, ending, sign):
         folder = os.path.dirname(folder)
     if not os.access(f'{folder}/.', os.W_OK):  # the dot: a file does not do
         raise UserError(f'cannot write {path}: {folder} is not a folder that takes files')
-    beginning = b''
-    if os.path.isfile(path):
+    if os.path.lexists(path):
         with open(path, 'rb') as f:
-            beginning = f.read(4096)
-    if os.path.lexists(path) and sign.encode() not in beginning:
-        raise UserError(f'{path} is there and was not written by this script: choose another name')
+            if sign.encode() not in f.read(4096):
+                raise UserError(f'{path} was not written by this script: choose another name')
 
 
 def write_file(path, content):
