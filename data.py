@@ -66,7 +66,7 @@ def get_tokenizer(name):
     end = vocabulary(name) - 1
     if name == 'bytes':
         # The pattern only cuts text into pieces for tiktoken. Without merges a byte is a token.
-        pattern = r'(?s).{1,64}'
+        pattern = r'[\s\S]{1,64}'
         ranks = {bytes([i]): i for i in range(end)}
     else:
         try:
@@ -77,8 +77,6 @@ def get_tokenizer(name):
                 'network, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer '
                 'bytes'
             ) from None
-        if name == 'gpt2':
-            return gpt2
         pattern = gpt2._pat_str
         ranks = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < end}
     return tiktoken.Encoding(

@@ -1,12 +1,12 @@
-"""Write a checkpoint as a folder for Hugging Face's transformers, with tokenizer and model card.
+"""Write a model as a folder for Hugging Face's transformers, with tokenizer and model card.
 
     python -m lab.export_hf --out_dir=out/selective_small --folder=out/selective_small_hf
 
     model = AutoModelForCausalLM.from_pretrained('out/selective_small_hf', trust_remote_code=True)
 
-A standard model becomes a plain GPT-2, which needs no code of ours, and which init_from=<folder>
-reads again. Any other one takes model.py along, as it is, and lab/hf/modeling_selective_gpt.py;
-so does a standard model with budgets, which GPT-2 does not have.
+What GPT-2 or Llama computes becomes a plain GPT-2 or Llama, which needs no code of ours, and which
+init_from=<folder> reads again. Any other model takes model.py along, as it is, and
+lab/hf/modeling_selective_gpt.py; so does one with budgets, which GPT-2 and Llama do not have.
 """
 
 import json
@@ -21,22 +21,22 @@ import torch
 
 import data
 import model as m
-from support import checkpoint as ckpt, files
+from support import bpe, files, pretrained
+from support import checkpoint as ckpt
 
 # what README.md of an export begins with
 SIGN = 'library_name: transformers\npipeline_tag: text-generation\n---\n# '
 LAB = pathlib.Path(__file__).parent
 CODE = [pathlib.Path(m.__file__), LAB / 'hf/modeling_selective_gpt.py']
-# the fields of GPTConfig that GPT-2 has, too
-GPT2 = 'block_size vocab_size n_layer n_head n_embd dropout bias gelu'.split()
 
 
 @dataclass
 class ExportConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
-    folder: str = option('', "where the files go; '': <out_dir>/hf")
+    init_from: str = option('resume', "'resume': ckpt.pt; or 'gpt2', 'gpt2-xl', … or a folder")
+    folder: str = option('', "where the files go; '': hf in that folder")
     budgets: str = option('', "a number, 4,9,16,8 or a budgets.json; '': its own; 'none'")
-    policy: str = option('selective', f'what is dropped at the budget: {", ".join(m.POLICIES)}')
+    policy: str = option('selective', f'dropped at the budget: {", ".join(m.POLICIES)}')
 
 
 # config.json of an export that takes our code along
@@ -62,27 +62,29 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(readme):
         raise UserError(f'{folder} has files that are not an export: choose another --folder')
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    c = model.config
-    fields = dict(vars(c))
+    fields = dict(vars(model.config))
     state = model.state_dict()
-    del state['lm_head.weight']  # tied
+    if model.config.tied:
+        del state['lm_head.weight']
+    layout = gpt2
+    if model.config.llama:
+        layout = llama
+    config, tensors = layout(model.config, state)
     code = []
-    plain = budgets is None and is_plain(c, state)
-    if plain:
-        config, tensors = gpt2(c, state)
-        plain = agrees(model, config, tensors)
-    if not plain:
+    padding = 'left'
+    if budgets is not None or not agrees(model, config, tensors):
+        code = CODE
+        padding = 'right'  # only for scoring, see modeling_selective_gpt.py
         fields.update(budgets=budgets, policy=policy)
         config = {**OURS, **fields}
         tensors = {f'gpt.{name}': x for name, x in state.items()}
-        code = CODE
     ends = 'bos_token', 'eos_token', 'pad_token'
     for end in ends:
         config[f'{end}_id'] = tokenizer.eot_token
     tokenizer_config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
-        'model_max_length': c.block_size,
-        'padding_side': 'left',
+        'model_max_length': model.config.block_size,
+        'padding_side': padding,
         **dict.fromkeys(ends, data.END_OF_TEXT),
     }
     # README.md first, so that an export which was stopped can be repeated
@@ -100,25 +102,35 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         files.write_file(f'{folder}/{file}', text)
 
 
-def is_plain(c, state):
-    """Whether GPT-2 computes the same: each field that it does not know has its default value."""
-    known = {name: getattr(c, name) for name in GPT2}
-    return c.learned_positions and c == type(c)(**known) and all(map(m.is_gpt2, state))
+# ---- A plain GPT-2 or Llama ----------------------------------------------------------------------
 
 
 @torch.no_grad()
 def agrees(model, config, tensors):
-    """Whether transformers' GPT-2 has the model's logits: an edit of model.py may have no flag."""
+    """Whether transformers' GPT-2 or Llama is the same model as ours.
+
+    Each field of GPTConfig that they do not know must have its default value. The logits must
+    agree, too, as an edit of model.py may have no field.
+    """
     import transformers
 
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
-    theirs.load_state_dict(tensors, strict=False)
-    idx = torch.arange(min(64, config['n_positions'], config['vocab_size']))[None]
-    return torch.allclose(theirs(idx).logits, model(idx, idx)[0], rtol=1e-3, atol=1e-3)
+    c = model.config
+    known = {name: getattr(c, name) for name in ('block_size', 'dropout', *pretrained.SHAPE)}
+    if c != type(c)(**known):
+        return False
+    auto = transformers.AutoConfig.for_model(**config)
+    theirs = transformers.AutoModelForCausalLM.from_config(auto).eval()
+    try:
+        _, unknown = theirs.load_state_dict(tensors, strict=False)
+    except RuntimeError:  # other shapes, as of a GPT-2 with n_kv_head
+        return False
+    idx = torch.arange(min(64, c.block_size, c.vocab_size))[None]
+    same = torch.allclose(theirs(idx).logits, model(idx, idx)[0], rtol=1e-3, atol=1e-3)
+    return same and not unknown
 
 
 def gpt2(c, state):
-    """(config, tensors) of a standard model in the layout of transformers' GPT-2."""
+    """config.json and the tensors of a standard model in the layout of transformers' GPT-2."""
     tensors = {}
     for name, x in state.items():
         linear = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
@@ -130,11 +142,7 @@ def gpt2(c, state):
     config = {
         'architectures': ['GPT2LMHeadModel'],
         'model_type': 'gpt2',
-        'vocab_size': c.vocab_size,
-        'n_positions': c.block_size,
-        'n_layer': c.n_layer,
-        'n_head': c.n_head,
-        'n_embd': c.n_embd,
+        **{theirs: getattr(c, ours) for ours, theirs in pretrained.GPT2.items()},
         'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu',
         'embd_pdrop': c.dropout,
         'resid_pdrop': c.dropout,
@@ -143,10 +151,32 @@ def gpt2(c, state):
     return config, tensors
 
 
-# ---- The tokenizer -------------------------------------------------------------------------------
+def llama(c, state):
+    """The same of a Llama. Queries, keys and values are matrices of their own there."""
+    config = {
+        'architectures': ['LlamaForCausalLM'],
+        'model_type': 'llama',
+        **{theirs: getattr(c, ours) for ours, theirs in pretrained.LLAMA.items()},
+        'num_key_value_heads': c.kv_heads,
+        'intermediate_size': c.n_inner or 4 * c.n_embd,
+        'rms_norm_eps': 1e-5,
+        'rope_theta': c.rope_base,
+        'tie_word_embeddings': c.tied,
+    }
+    tensors = {}
+    width = c.kv_heads * c.head_size
+    for name, x in state.items():
+        for theirs, ours in pretrained.LLAMA_NAMES.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = x
+        if 'c_attn' in name:
+            parts = tensors.pop(name).split([c.n_embd, width, width])
+            for letter, part in zip('qkv', parts):
+                tensors[name.replace('c_attn', f'{letter}_proj')] = part
+    return config, tensors
 
-# The file spells the bytes of a token as GPT-2 does. Those that are not printable are letters, too.
-LETTERS = dict(zip([*range(33), *range(127, 161), 173], range(256, 324)))
+
+# ---- The tokenizer -------------------------------------------------------------------------------
 
 
 def tokenizer_json(tokenizer, bos):
@@ -155,32 +185,30 @@ def tokenizer_json(tokenizer, bos):
     tiktoken joins any two tokens whose bytes together are one, the lowest rank first. The file
     lists such pairs as merges, in that order.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    ranks = tokenizer._mergeable_ranks
-    vocab = {}
+    words = {}
+    for token, rank in tokenizer._mergeable_ranks.items():
+        if rank < tokenizer.n_vocab:  # the others stand for bytes that a vocabulary lacks
+            words[token.decode('latin-1').translate(bpe.LETTERS)] = rank
     merges = []
-    for token, rank in ranks.items():
-        vocab[spell(token)] = rank
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ranks and right in ranks:
-                merges.append((spell(left), spell(right)))
-    fast = Tokenizer(models.BPE(vocab, merges))
-    # ByteLevel splits a text as tiktoken's pattern of gpt2 does
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for word in words:
+        for cut in range(1, len(word)):
+            pair = word[:cut], word[cut:]
+            if words.keys() >= {*pair}:
+                merges.append(pair)
+    fast = Tokenizer(models.BPE({**words, **tokenizer._special_tokens}, merges))
+    pieces = pre_tokenizers.Split(Regex(tokenizer._pat_str), 'isolated')
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([data.END_OF_TEXT])
+    fast.add_special_tokens(list(tokenizer._special_tokens))
     if bos:
         fast.post_processor = processors.TemplateProcessing(
             single=f'{data.END_OF_TEXT} $A',
             special_tokens=[(data.END_OF_TEXT, tokenizer.eot_token)],
         )
     return fast.to_str()
-
-
-def spell(token):
-    return token.decode('latin-1').translate(LETTERS)
 
 
 # ---- The model card ------------------------------------------------------------------------------
@@ -208,7 +236,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 """
 BUDGETS = """
 `budgets=32` in `from_pretrained` or `generate` keeps 32 tokens in each layer; a list has a number
-for each layer, `budgets='none'` keeps all.
+for each layer, `budgets='none'` keeps all. `policy` is what is dropped: POLICIES in model.py.
 """
 
 
@@ -221,14 +249,18 @@ def card(name, run, fields):
     if 'budgets' in fields:
         end = BUDGETS
         trust = ', trust_remote_code=True'
+    run = {**run, 'tokenizer': data.label(run['tokenizer'])}
     return CARD.format(sign=SIGN, name=name, run=run, rows=rows, trust=trust) + end
 
 
 def main():
     cfg = settings.parse(ExportConfig)
-    folder = cfg.folder or f'{cfg.out_dir}/hf'
-    model, checkpoint = ckpt.load_model(cfg.out_dir)
-    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, cfg.policy)
+    source = cfg.init_from
+    if source == 'resume':
+        source = cfg.out_dir
+    folder = cfg.folder or f'{source}/hf'
+    model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir)
+    budgets = ckpt.read_budgets(cfg.budgets, source, model, cfg.policy)
     try:
         export(model, checkpoint, folder, budgets, cfg.policy)
     except ImportError:

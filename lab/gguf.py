@@ -33,14 +33,12 @@ def convert(path, folder):
         from tokenizers import pre_tokenizers
 
         fields = gguf.GGUFReader(path).fields
-        family = fields['general.architecture'].contents()
-        kind = fields['tokenizer.ggml.model'].contents()
-        cut = fields['tokenizer.ggml.pre'].contents()
+        names = 'general.architecture', 'tokenizer.ggml.model', 'tokenizer.ggml.pre'
+        family, kind, cut = [fields[name].contents() for name in names]
         if (family, kind) != ('llama', 'gpt2'):
             raise ValueError(f'{family} with a {kind} tokenizer, not llama with gpt2')
         where, name = os.path.split(os.path.abspath(path))
-        auto = transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(where, gguf_file=name, dtype='float32')
+        model = transformers.LlamaForCausalLM.from_pretrained(where, gguf_file=name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
     except ImportError as e:
         raise UserError(f'lab.gguf needs a package: pip install {e.name}') from None

@@ -24,6 +24,7 @@ BYTES = {chr(LETTERS.get(b, b)): b for b in range(256)}
 # How ByteLevel cuts text, and how it cuts what stays when each digit has been cut out before it.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+REST = r'[\s\S])+'
 
 
 class Encoding(tiktoken.Encoding):
@@ -93,9 +94,6 @@ def read(folder):
 
 def pattern_of(found):
     """The regular expression that cuts text as a tokenizer.json does. ValueError if unknown."""
-    model = found['model']
-    if model['type'] != 'BPE' or model.get('byte_fallback') or model.get('end_of_word_suffix'):
-        raise ValueError('it is no byte-level BPE')
     if found.get('normalizer'):
         raise ValueError('it normalizes text, which is unknown here')
     parts = found['pre_tokenizer'].get('pretokenizers', [found['pre_tokenizer']])
@@ -110,6 +108,8 @@ def pattern_of(found):
     regex = split.get('Regex')
     first = {'type': 'Split', 'pattern': split, 'behavior': 'Isolated', 'invert': False}
     if regex and parts == [first, {**last, 'use_regex': False}]:
+        if regex in (WORDS, DIGITS) or regex.endswith(REST):  # of an export by lab.export_hf
+            return regex
         # what the expression does not match is a piece, too
-        return rf'{regex}|(?:(?!{regex})[\s\S])+'
+        return rf'{regex}|(?:(?!{regex}){REST}'
     raise ValueError('how it cuts text is unknown here')

@@ -105,8 +105,8 @@ def load(name):
     else:
         tokenizer = 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'
         state = convert_gpt2(tensors)
-    if args['tied'] and 'transformer.wte.weight' in state:
-        state['lm_head.weight'] = state['transformer.wte.weight']
+    if args['tied']:
+        state['lm_head.weight'] = state.get('transformer.wte.weight')
     return {
         **ckpt.ABSENT,
         'model': state,
@@ -126,10 +126,9 @@ def read_config(path):
     """
     hint = 'it must describe a GPT-2 or a Llama'
     ropes = {'rope_scaling': (dict, None), 'rope_parameters': (dict, None)}
-    c = files.read_json(path, hint, **ropes)
-    llama = c.get('model_type') == 'llama'
+    llama = files.read_json(path, hint).get('model_type') == 'llama'
     names = LLAMA if llama else GPT2
-    c = files.read_json(path, hint, **dict.fromkeys(names.values(), int))
+    c = files.read_json(path, hint, **dict.fromkeys(names.values(), int), **ropes)
     args = {ours: c[theirs] for ours, theirs in names.items()}
     if llama:
         for name in ropes:  # until transformers 5, and from then on
@@ -164,23 +163,21 @@ def read_tensors(folder):
 
     Raises UserError where one is missing or cannot be read.
     """
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError(
-            f'init_from {folder!r} needs the package safetensors: pip install safetensors'
-        ) from None
-    names = ['model.safetensors']
+    names = {'model.safetensors'}
     index = f'{folder}/model.safetensors.index.json'
-    if os.path.isfile(index) and not os.path.isfile(f'{folder}/{names[0]}'):
+    if os.path.isfile(index) and not os.path.isfile(f'{folder}/model.safetensors'):
         where = files.read_json(index, 'download it again', weight_map=dict)['weight_map']
-        names = sorted(set(map(str, where.values())))
+        names = set(map(str, where.values()))
     tensors = {}
     for name in names:
         path = f'{folder}/{name}'
         try:
-            tensors.update(safetensors.torch.load_file(path))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+            from safetensors.torch import load_file
+
+            tensors.update(load_file(path))
+        except ImportError:
+            raise UserError(f'{folder} needs a package: pip install safetensors') from None
+        except Exception as e:  # whatever a damaged file makes of it
             raise UserError(f'{path} does not exist or cannot be read ({e})') from None
     return tensors
 
@@ -230,16 +227,12 @@ def fetch(name):
             f'init_from {name!r}: no such folder, and none of {", ".join(MODELS)} or a name of '
             'the hub, such as HuggingFaceTB/SmolLM2-135M'
         )
-    wanted = [
-        'config.json',
-        'model*.safetensors',
-        'model.safetensors.index.json',
-        'tokenizer*.json',
-    ]
     try:
         import huggingface_hub
 
-        return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+        return huggingface_hub.snapshot_download(
+            name, allow_patterns=['*.json', 'model*.safetensors']
+        )
     except Exception as e:  # whatever a network may do, or a package that is not there
         raise UserError(
             f'{name} is no folder, and cannot be downloaded ({type(e).__name__}: '

@@ -1,49 +1,49 @@
 """lab/export_hf.py: what transformers makes of the folder, against model.py."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as fn
-from torch.nn.utils.rnn import pad_sequence
 
-import data
 import model as m
 from lab import export_hf
 from support import checkpoint as ckpt
+from support import pretrained
 
 if not os.environ.get('CI'):  # there all of these tests must run
     pytest.importorskip('transformers')
 import transformers
 
 EOT = 256
+LLAMA = dict(llama=True, rope=True, n_kv_head=2, n_inner=24)
 METHODS = {
-    'both': dict(selective=True, ssa='qkv'),
+    'both': dict(selective=True, vote_scale=True, ssa='qkv', bias=True),
     'ssa': dict(ssa='q', ssa_sharing=False, qk_norm=True),
-    'all': dict(selective=True, vote_scale=True, ssa='qv', rope=True, qk_norm=True, bias=True),
+    'llama': dict(LLAMA, selective=True, voter=3, ssa='qv', tied=False),
 }
 
 
 def gpt(block_size=24, vocab_size=257, n_embd=16, **changes):
     """A model whose weights are large enough to tell every rule from another."""
     torch.manual_seed(0)
-    made = m.GPT(m.GPTConfig(block_size, vocab_size, 2, 2, n_embd, **changes))
+    made = m.GPT(m.GPTConfig(block_size, vocab_size, 2, 4, n_embd, **changes))
     for p in made.parameters():
         p.data += torch.randn_like(p) * 0.3
     return made.eval()
 
 
-def checkpoint(model, bos=False, tokenizer='bytes'):
+def checkpoint(model, bos=False):
     return {
         'model': model.state_dict(),
         'model_args': vars(model.config),
         'config': {'bos': bos},
         'dataset': 'stdlib',
-        'tokenizer': tokenizer,
+        'tokenizer': 'bytes',
         'iter_num': 1200,
         'val_loss': 1.23456789,
     }
@@ -90,73 +90,54 @@ def test_logits(exported, method):
     labels = x.clone()
     labels[:, 7:9] = -100
     loss = fn.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(theirs(x, labels=labels).loss, loss)
+    mask = torch.ones_like(x)
+    mask[:, -1] = 0  # padding on the right makes no difference to the tokens before it
+    torch.testing.assert_close(theirs(x, mask, labels=labels).loss, loss)
+    with pytest.raises(ValueError, match="score them with tokenizer.padding_side = 'right'$"):
+        theirs(x, mask.flip(1))
+    with pytest.raises(ValueError, match='padding on the left is not possible, and in generation'):
+        greedy(theirs, x, 1, attention_mask=mask)
 
 
-@pytest.mark.parametrize('method', ['both', 'all'])
-@pytest.mark.parametrize('budgets', [None, 6])
+# ---- What is a plain GPT-2 or Llama --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(),
+        dict(bias=True, gelu='tanh'),
+        dict(LLAMA, rope_base=500.0),
+        dict(llama=True, rope=True, tied=False),
+    ],
+)
 @torch.no_grad()
-def test_padding_on_the_left(exported, method, budgets):
-    model = load(exported(method)[2], budgets=budgets)
-    texts = [tokens(1, T, seed=T)[0] for T in (18, 2, 9)]
-    x = pad_sequence(texts, True, EOT, 'left')
-    mask = (x != EOT).long()
-    logits = model(x, attention_mask=mask).logits
-    longer = greedy(model, x, 30, attention_mask=mask)
-    for b, text in enumerate(texts):
-        alone = model(text[None]).logits[0]
-        torch.testing.assert_close(logits[b, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
-        alone = greedy(model, text[None], 30)[0]
-        assert torch.equal(longer[b, -len(alone) :], alone)
-    with pytest.raises(ValueError, match="padding_side = 'left'$"):
-        greedy(model, x, 1, attention_mask=mask.flip(1))
-
-
-# ---- What is a plain GPT-2 -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('changes', [dict(), dict(bias=True, gelu='tanh')])
-def test_a_standard_model_is_a_plain_gpt2(changes, tmp_path):
+def test_a_standard_model_needs_no_code(changes, tmp_path):
     ours = gpt(**changes)
-    export_hf.export(ours, checkpoint(ours), str(tmp_path))
-    theirs = load(tmp_path)
-    assert type(theirs) is transformers.GPT2LMHeadModel
+    export_hf.export(ours, checkpoint(ours, bos=True), str(tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again, _ = pretrained.load_model(str(tmp_path), '')
     x = tokens()
-    logits = ours.double()(x, x)[0]
-    torch.testing.assert_close(theirs.double()(x).logits, logits, atol=1e-10, rtol=1e-10)
+    wanted = ours.double()(x, x)[0]
+    for logits in theirs.double()(x).logits, again.double()(x, x)[0]:
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in 'Wörter\n\n  3\t', '':
+        ids = [EOT, *text.encode()]
+        assert tokenizer(text).input_ids == ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id == EOT
 
 
-def test_what_gpt2_does_not_know_is_not_plain():
-    assert not export_hf.is_plain(m.GPTConfig(), ['gate.weight'])
-    assert not export_hf.is_plain(m.GPTConfig(qk_norm=True), ['lm_head.weight'])
-
-
-FORK = """
-from support import settings
-import torch
-import model as m
-from lab import export_hf
-from support import checkpoint as ckpt
-import transformers
-model = m.GPT(m.GPTConfig(24, 257, 2, 2, 16, shift=8.0)).eval()
-facts = dict(dataset='x', tokenizer='bytes', iter_num=1, val_loss=None, pretrained=None, config={})
-export_hf.export(model, facts, 'hf')
-theirs = transformers.AutoModelForCausalLM.from_pretrained('hf', trust_remote_code=True)
-x = torch.arange(20)[None]
-print(torch.equal(theirs(x).logits, model(x, x)[0]))
-"""
-
-
-@pytest.mark.slow
-def test_a_fork_takes_its_model_along(tree):
-    place = '    @property\n    def head_size(self):'
-    tree('model.py', place, '    shift: float = 0.0\n\n' + place)
-    tree(
-        'model.py',
-        'x = self.transformer.ln_f(x)',
-        'x = self.transformer.ln_f(x + self.config.shift)',
-    )
-    assert tree.run('-c', FORK).endswith('True\n')
+@pytest.mark.parametrize(
+    'changes',
+    [dict(qk_norm=True), dict(rope=True), dict(n_kv_head=1), dict(n_inner=8), dict(tied=False)]
+    + [dict(llama=True), dict(LLAMA, bias=True), dict(LLAMA, selective=True)],
+)
+def test_any_other_model_takes_the_code_along(changes, tmp_path):
+    export_hf.export(gpt(**changes), checkpoint(gpt(**changes)), str(tmp_path))
+    assert json.loads((tmp_path / 'config.json').read_text())['model_type'] == 'selective_gpt'
+    assert (tmp_path / 'model.py').is_file()
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -172,27 +153,29 @@ def test_greedy_text_is_ours(exported, method, T):
 
 
 @torch.no_grad()
-def test_budgets(exported, tmp_path):
+def test_budgets_and_policies(tmp_path):
     """Those of the export, of from_pretrained and of generate; the later win."""
-    ours = exported('both')[0]
+    ours = gpt(**LLAMA)
     x = tokens()
-    export_hf.export(ours, checkpoint(ours), str(tmp_path / 'a'), [8, 5])
+    export_hf.export(ours, checkpoint(ours), str(tmp_path / 'a'), [8, 5], 'h2o_mean')
     kept = load(tmp_path / 'a')
     kept.save_pretrained(tmp_path / 'b')
-    again = load(tmp_path / 'b', policy='oldest')
+    again = load(tmp_path / 'b', policy='tova')
+    logits = ours(x, x, m.KVCache(ours, 3, [8, 5], 'tova'))[0]
+    assert torch.equal(again(x).logits, logits)
+    cases = [
+        (kept, {}, [8, 5], 'h2o_mean'),
+        (kept, {'budgets': 'none'}, None, 'h2o_mean'),
+        (again, {}, [8, 5], 'tova'),
+    ]
+    for policy in 'oldest', 'random', 'streaming', 'streaming:2', 'h2o', 'knorm':
+        cases.append((again, {'budgets': 6, 'policy': policy}, 6, policy))
     texts = set()
-    for model, options, budgets, policy in [
-        (kept, {}, [8, 5], 'selective'),
-        (kept, {'budgets': 'none'}, None, 'selective'),
-        (again, {}, [8, 5], 'oldest'),
-        (again, {'budgets': 6, 'policy': 'random'}, 6, 'random'),
-    ]:
+    for model, options, budgets, policy in cases:
         text = ours.generate(x, 30, temperature=0, budgets=budgets, policy=policy)
         assert torch.equal(greedy(model, x, 30, **options), text)
         texts.add(str(text))
-    assert len(texts) == 4
-    logits = ours(x, x, m.KVCache(ours, 3, [8, 5], 'oldest'))[0]
-    assert torch.equal(again(x).logits, logits)
+    assert len(texts) == len(cases)
     assert torch.equal(again.train()(x).logits, ours(x, x)[0])  # training needs all tokens
 
 
@@ -241,7 +224,7 @@ assert not {'support', 'kernels', 'data', 'model'} & set(sys.modules)
 
 @pytest.mark.slow
 def test_in_an_environment_without_this_repository(exported):
-    ours, _, folder = exported('all')
+    ours, _, folder = exported('llama')
     command = [sys.executable, '-I', '-c', ELSEWHERE, folder]
     printed = subprocess.check_output(command, text=True)
     ids = ours.generate(torch.tensor([list(b'ab')]), 9, temperature=0, budgets=4)[0]
@@ -250,29 +233,7 @@ def test_in_an_environment_without_this_repository(exported):
     assert printed.splitlines()[-1] == str([{'generated_text': text}])
 
 
-# ---- Tokenizer, card, command --------------------------------------------------------------------
-
-# GPT-2's
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-MERGES = b', |th|the|in| t| the|ing|re| there'.split(b'|')  # the first one goes across words
-TEXTS = ['the thing, then: Wörter\n\n  3.14 in there\t', '', ' ', '日本 the<àí']
-
-
-def test_tokenizer(tmp_path, monkeypatch):
-    words = [bytes([byte]) for byte in range(256)] + MERGES
-    ranks = {word: rank for rank, word in enumerate(words)}
-    ends = {data.END_OF_TEXT: len(ranks)}
-    ours = tiktoken.Encoding('small', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=ends)
-    monkeypatch.setattr(data, 'get_tokenizer', lambda name: ours)
-    model = gpt(vocab_size=ours.n_vocab)
-    export_hf.export(model, checkpoint(model, bos=True), str(tmp_path))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
-        ids = [ours.eot_token] + ours.encode_ordinary(text)
-        assert theirs(text).input_ids == ids, text
-        assert theirs.decode(ids, skip_special_tokens=True) == text
-    assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == ours.eot_token
-    assert theirs.padding_side == 'left'
+# ---- The command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -302,17 +263,15 @@ def test_command(out_dir, run):
     [
         ('--folder=ckpt.pt/x', 'not a folder that takes files'),
         ('--budgets=1', 'a whole number from 2'),
+        ('--policy=lru', "policy 'lru'"),
         ('--folder=.', 'choose another'),
-        ('--folder=others', 'choose another'),
+        ('--init_from=nowhere', 'no such folder'),
     ],
 )
 def test_bad_input(out_dir, run, option, message, monkeypatch):
     monkeypatch.chdir(out_dir)
-    os.mkdir('others')
-    (out_dir / 'others' / 'README.md').write_text('theirs')
     assert message in run(export_hf, '--out_dir=.', option)
-    assert not list(out_dir.glob('**/config.json'))
-    assert (out_dir / 'others' / 'README.md').read_text() == 'theirs'
+    assert os.listdir() == ['ckpt.pt']
 
 
 def test_a_package_is_missing(out_dir, run, monkeypatch):

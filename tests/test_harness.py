@@ -19,22 +19,15 @@ pytestmark = pytest.mark.slow
 SIZE = 64
 
 
-@pytest.fixture(scope='module')
-def HFLM():
-    if not os.environ.get('CI'):  # there all of these tests must run
-        pytest.importorskip('lm_eval')
-        pytest.importorskip('accelerate')
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM
-
-
 @pytest.fixture
 def exported(tmp_path):
     """exported(): a model, and the folder of its export."""
+    if not os.environ.get('CI'):  # there all of these tests must run
+        pytest.importorskip('lm_eval')
+        pytest.importorskip('accelerate')
 
     def export(bos=False, block_size=SIZE, **changes):
-        model = gpt(block_size, selective=True, **changes)
+        model = gpt(block_size, **changes)
         export_hf.export(model, checkpoint(model, bos), str(tmp_path / 'hf'))
         return model, str(tmp_path / 'hf')
 
@@ -42,12 +35,15 @@ def exported(tmp_path):
 
 
 @pytest.fixture
-def adapter(HFLM, exported):
-    """adapter(bos): a model, and the harness's own adapter of its export."""
+def adapter(exported):
+    """adapter(): a model, and the harness's own adapter of its export."""
 
-    def make(bos=False, **options):
-        model, folder = exported(bos, ssa='qv')
-        return model, HFLM(folder, trust_remote_code=True, device='cpu', batch_size=3, **options)
+    def make(bos=False, batch_size=3, **options):
+        from lm_eval.models.huggingface import HFLM
+
+        model, folder = exported(bos, selective=True, ssa='qv')
+        options.update(trust_remote_code=True, device='cpu', batch_size=batch_size)
+        return model, HFLM(folder, **options)
 
     return make
 
@@ -59,20 +55,19 @@ def asked(method, *requests):
 
 
 @torch.no_grad()
-def summed(model, tokens, n, budgets=None):
+def summed(model, tokens, n, budgets=None, policy='selective'):
     """The log-probability of the last n tokens, and whether all are the most likely."""
     x = torch.tensor([tokens[:-1]])
     y = torch.tensor(tokens[-n:])
     cache = None
     if budgets:
-        cache = m.KVCache(model, 1, budgets)
+        cache = m.KVCache(model, 1, budgets, policy)
     logits = model(x, x, cache)[0][0, -n:].log_softmax(dim=-1)
     total = logits[range(n), y].sum().item()
     return pytest.approx(total, abs=1e-3), torch.equal(logits.argmax(dim=-1), y)
 
 
-@pytest.mark.parametrize('budgets', [None, [5, 9]])
-@pytest.mark.parametrize('bos', [False, True])
+@pytest.mark.parametrize('bos, budgets', [(False, None), (True, None), (True, [5, 9])])
 def test_ends_of_texts(adapter, bos, budgets):
     """In a batch of unequal lengths, as one by one.
 
@@ -102,9 +97,9 @@ def test_whole_texts(adapter):
 
 
 def test_new_texts(adapter):
-    model, lm = adapter(budgets=9)
+    model, lm = adapter(batch_size=1, budgets=9)
     settings = {'until': [], 'max_gen_toks': 20}
-    contexts = ['the old', 'x', 'sea ' * 30]
+    contexts = ['the old', 'sea ' * 30]
     found = asked(lm.generate_until, *[(context, settings) for context in contexts])
     for context, text in zip(contexts, found):
         ids = list(context.encode())[-SIZE + 20 :]
@@ -112,32 +107,27 @@ def test_new_texts(adapter):
         assert text == lm.tokenizer.decode(new).split('<|endoftext|>')[0]
 
 
-def test_command(HFLM, exported, tmp_path):
-    """The command of docs/harness.md, with passkey and budgets that are read from text."""
+def test_command(exported, tmp_path):
+    """The command of docs/harness.md, with passkey, budgets that are read from text, a policy."""
     model, folder = exported(block_size=1100, n_embd=8, rope=True)
-    options = [
-        '--model=hf',
-        f'--model_args=pretrained={folder},trust_remote_code=True,budgets=[64,32]',
-        '--tasks=passkey',
-        f'--include_path={ROOT}/lab/harness',
-        '--limit=2',
-        '--device=cpu',
-        '--output_path=.',
-        '--log_samples',
-    ]
-    command = [sys.executable, '-m', 'lm_eval', 'run', *options]
-    subprocess.check_call(command, cwd=tmp_path)
+    command = (
+        f'-m lm_eval run --model=hf --tasks=passkey --include_path={ROOT}/lab/harness --limit=2 '
+        f'--model_args=pretrained={folder},trust_remote_code=True,budgets=[64,32],policy=h2o_mean '
+        '--device=cpu --output_path=. --log_samples'
+    )
+    subprocess.check_call([sys.executable, *command.split()], cwd=tmp_path)
     (path,) = tmp_path.glob('**/samples_passkey_*.jsonl')
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(samples) == 2
     for sample in samples:
         text, key = sample['arguments']['gen_args_0'].values()
-        expected = summed(model, list((text + key).encode()), len(key), [64, 32])
+        expected = summed(model, list((text + key).encode()), len(key), [64, 32], 'h2o_mean')
         assert (float(sample['filtered_resps'][0][0]), sample['depth_0']) == expected
 
 
 def test_own_task(adapter, tmp_path, monkeypatch):
     """The task file that docs/harness.md shows."""
+    _, lm = adapter()
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -148,20 +138,19 @@ def test_own_task(adapter, tmp_path, monkeypatch):
     (tmp_path / 'mine' / 'mine.jsonl').write_text(f'{row}\n' * 3)
     monkeypatch.chdir(tmp_path)
     manager = TaskManager(include_path=['mine'], include_defaults=False)
-    found = lm_eval.simple_evaluate(adapter()[1], tasks=['mine'], task_manager=manager)
+    found = lm_eval.simple_evaluate(lm, tasks=['mine'], task_manager=manager)
     assert found['n-samples']['mine']['effective'] == 3
 
 
-def test_passkey(HFLM):
+def test_passkey(exported):
     from lab.harness import passkey
 
     items = passkey.docs(length=700, keys=3)['test']
     assert len(items) == 15
     for item in items:
-        intro, _, question = item['text'].partition(passkey.KEY.format(item['key']))
-        before = len(intro) - len(passkey.INTRO)
-        after = len(question) - len(passkey.QUESTION)
-        assert before == (before + after) * item['depth'] // 100
-        assert len(item['text']) == 700 and question.endswith('The pass key is')
+        assert len(item['text']) == 700 and item['text'].endswith('The pass key is')
+        place = item['text'].index(passkey.KEY.format(item['key'])) - len(passkey.INTRO)
+        filler = 700 - len(passkey.INTRO + passkey.KEY.format(item['key']) + passkey.QUESTION)
+        assert place == filler * item['depth'] // 100
     with pytest.raises(ValueError, match='length 240 is too short'):
         passkey.docs(length=240)
