@@ -16,8 +16,8 @@
    last chunk is the block's own columns, where rows above the diagonal are left out.
 
    q, k, v, y and their gradients are (B, T, H, D) in memory, with a distance of their own from one
-   token to the next. Everything is deterministic; only the number of groups of blocks that
-   `gradients` adds up, which Python chooses, depends on the number of threads. */
+   token to the next. Everything is deterministic; only how many groups of blocks `backward`
+   works on by themselves, which Python chooses, depends on the number of threads. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -41,30 +41,35 @@ enum { ROWS = 64, LANES = BYTES / sizeof(real), TILE = BYTES == 32 ? 4 : 8 };
 #define EACH(x, from, to) for (int64_t x = from; x < to; x++)
 #define SMALLEST -69.0 /* a P below exp of it, 1e-30, is 0: products of denormals are slow */
 
-/* As kernels/cpu.py has it, field by field: sizes, and addresses of arrays. */
-typedef struct {
-    int64_t B, H, T, D, blocks, threads;
-    int64_t q_step, k_step, v_step, dy_step; /* from one token to the next */
-    const real *q, *k, *v;
-    real *y, *l;           /* l (B, H, T): log of the sum of exp(L - F) over a row */
-    real *F, *M;           /* F (B, T) as it enters the next block; M (B, T) */
-    real *norm, *Q, *m;    /* of the bound: (B, H, T), (B, H, blocks), (B, H, blocks) */
-    int32_t *list, *count; /* (blocks, B, T) columns; (blocks, B) how many they are */
-    const real *dy, *dM;
-    real *dq, *dk, *dv; /* dk and dv (groups, B, T, H, D) */
-    real *G;            /* (B, T) sums of dF over the rows of later blocks */
-    int64_t groups;
-} problem;
-
-_Static_assert(sizeof(void *) == 8, "a field of `problem` has 64 bits");
-
 /* A block's panels (B, N, 64), N being the longest list: F of each row; dF, and then the gradient
-   of the votes; the gradient of head 0's logits through the votes, or NULL. */
+   of the votes; the gradient of head 0's logits through the votes. */
 typedef struct {
     int64_t N;
     real *F, *dF;
     const real *dL0;
 } panels;
+
+/* What each function gets, field by field as FIELDS in kernels/cpu.py: numbers, and addresses. */
+typedef struct {
+    int64_t B, H, T, D, blocks, threads, groups;
+    int64_t n, N, skip;                      /* a block, its longest list, whether columns die */
+    int64_t q_step, k_step, v_step, dy_step; /* from one token to the next */
+    const double *tau, *log_eps;             /* tau 0: no M */
+    const real *q, *k, *v;
+    real *y, *l;             /* l (B, H, T): log of the sum of exp(L - F) over a row */
+    real *F, *M;             /* F (B, T) as it enters the next block; M (B, T) */
+    real *norm, *Q, *m;      /* of the bound: (B, H, T), (B, H, blocks), (B, H, blocks) */
+    int32_t *list, *count;   /* (blocks, B, T) columns; (blocks, B) how many they are */
+    real *L0;                /* block n's panels (B, N, 64): logits of head 0, */
+    const real *votes;       /* what Python made of them, */
+    real *F_rows;            /* and F of each row */
+    const real *dy, *dM;
+    real *dq, *dk, *dv;      /* dk and dv (groups, B, T, H, D) */
+    real *G;                 /* (B, T) sums of dF over the rows of later blocks */
+    const panels *table;     /* of all blocks */
+} problem;
+
+_Static_assert(sizeof(void *) == 8, "a field of `problem` has 64 bits");
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
@@ -187,7 +192,7 @@ static workspace *new_workspace(int64_t D)
 }
 
 typedef struct {
-    int64_t start, n, diagonal; /* columns list[start .. start+n); whether they are the block's own */
+    int64_t start, n, diagonal; /* columns list[start .. start+n); whether the block's own */
 } chunk;
 
 /* The next chunk of a list of `count` columns, of which the last `own` are the block's; or 0. */
@@ -288,7 +293,8 @@ static void __attribute__((constructor)) fill_seen(void)
 
 /* Head h of block n of sequence s. The softmax is made in one go: its largest logit so far is m,
    and when that grows, what has been summed up is scaled down. */
-static void attend(const problem *p, workspace *w, const panels *block, int64_t s, int64_t n, int64_t h)
+static void attend(
+    const problem *p, workspace *w, const panels *block, int64_t s, int64_t n, int64_t h)
 {
     int64_t D = p->D, W = w->W, a = n * ROWS, R = least(ROWS, p->T - a), step = p->H * D;
     int64_t token = s * p->T, count = p->count[n * p->B + s];
@@ -339,7 +345,7 @@ static void attend(const problem *p, workspace *w, const panels *block, int64_t 
     }
 }
 
-void forward(const problem *p, const panels *blocks)
+void forward(const problem *p)
 {
 #pragma omp parallel num_threads(p->threads)
     {
@@ -347,7 +353,7 @@ void forward(const problem *p, const panels *blocks)
 #pragma omp for schedule(dynamic)
         EACH(task, 0, p->B * p->H * p->blocks) { /* of a head the last block, the longest, first */
             int64_t sh = task / p->blocks, n = p->blocks - 1 - task % p->blocks;
-            attend(p, w, blocks + n, sh / p->H, n, sh % p->H);
+            attend(p, w, p->table + n, sh / p->H, n, sh % p->H);
         }
         free(w);
     }
@@ -356,7 +362,8 @@ void forward(const problem *p, const panels *blocks)
 /* Gradients of the same, with P = exp(L - F - l) and delta[i] = dy[i].y[i]:
 
        dL = P (dP - delta)       dP = dy v^T
-       dq = dL k / sqrt(D)       dk = dL^T q / sqrt(D)       dv = P^T dy       dF = -dL, summed over heads
+       dq = dL k / sqrt(D)       dk = dL^T q / sqrt(D)       dv = P^T dy
+       dF = -dL, summed over heads
 
    dk and dv are those of group g. */
 static void attend_back(
@@ -423,10 +430,11 @@ static int64_t first_vote(int64_t j, int64_t a)
     return j < a ? 0 : j - a + 1;
 }
 
-/* Head 0's logits of block n (B, N, 64). A list that is shorter than N is filled up with token 0. */
-void voter_logits(const problem *p, int64_t n, int64_t N, real *L)
+/* Head 0's logits of block n. A list that is shorter than N is filled up with token 0. */
+void voter_logits(const problem *p)
 {
-    int64_t D = p->D, a = n * ROWS, R = least(ROWS, p->T - a), chunks = up(N, ROWS) / ROWS;
+    int64_t D = p->D, n = p->n, N = p->N, a = n * ROWS, R = least(ROWS, p->T - a);
+    int64_t chunks = up(N, ROWS) / ROWS;
 #pragma omp parallel num_threads(p->threads)
     {
         workspace *w = new_workspace(D);
@@ -443,22 +451,21 @@ void voter_logits(const problem *p, int64_t n, int64_t N, real *L)
             gather(w->k, w->W, p->k + s * p->T * p->k_step, p->k_step, list, here, D, 1);
             for (int64_t j = 0; j < here; j += TILE)
                 across(w->P + j * ROWS, w->k + j * w->W, w->qt, D, w->W, 0);
-            memcpy(L + (s * N + start) * ROWS, w->P, here * ROWS * sizeof(real));
+            memcpy(p->L0 + (s * N + start) * ROWS, w->P, here * ROWS * sizeof(real));
         }
         free(w);
     }
 }
 
-/* F of the rows of block n from the votes, both (B, N, 64), and F as it leaves the block. With tau,
+/* F of the rows of block n from the votes, and F as it leaves the block. With tau,
    what M[i] of a row loses: masked (B, chunks, 64), sums of min(F, tau). Returns whether a vote is
    negative; *most is the largest F. */
-static int add_votes(
-    const problem *p, int64_t n, int64_t N, const real *votes, real *F, double tau, real *masked,
-    real *most)
+static int add_votes(const problem *p, real *masked, real *most)
 {
-    int64_t a = n * ROWS, R = least(ROWS, p->T - a), chunks = up(N, ROWS) / ROWS;
+    int64_t n = p->n, N = p->N, a = n * ROWS, R = least(ROWS, p->T - a);
+    int64_t chunks = up(N, ROWS) / ROWS;
     int negative = 0;
-    real largest = 0;
+    real largest = 0, tau = *p->tau;
 #pragma omp parallel for num_threads(p->threads) reduction(|:negative) reduction(max:largest)
     EACH(task, 0, p->B * chunks) {
         int64_t s = task / chunks, start = task % chunks * ROWS;
@@ -467,8 +474,8 @@ static int add_votes(
         real *lost = masked + task * ROWS;
         EACH(i, 0, ROWS) lost[i] = 0;
         EACH(c, start, end) {
-            const real *S = votes + (s * N + c) * ROWS;
-            real *row = F + (s * N + c) * ROWS, *sum = p->F + s * p->T + list[c], f = *sum;
+            const real *S = p->votes + (s * N + c) * ROWS;
+            real *row = p->F_rows + (s * N + c) * ROWS, *sum = p->F + s * p->T + list[c], f = *sum;
             int64_t first = least(first_vote(list[c], a), R);
             EACH(i, 0, first) row[i] = f;
             EACH(i, first, R) {
@@ -480,7 +487,7 @@ static int add_votes(
             *sum = f;
             largest = f > largest ? f : largest;
             if (tau)
-                EACH(i, 0, R) lost[i] += row[i] < (real)tau ? row[i] : (real)tau;
+                EACH(i, 0, R) lost[i] += row[i] < tau ? row[i] : tau;
         }
     }
     *most = largest;
@@ -544,32 +551,31 @@ void bounds(const problem *p)
 }
 
 /* Whether no row from block n on gives column j of sequence s more than rounding. */
-static int dead(const problem *p, int64_t s, int64_t n, int64_t j, double tau, double log_eps)
+static int dead(const problem *p, int64_t s, int64_t n, int64_t j)
 {
-    real F = p->F[s * p->T + j];
+    real F = p->F[s * p->T + j], tau = *p->tau;
     if (j == 0 || (tau && !(F > tau))) /* token 0 stays column 0 of what votes see */
         return 0;
     EACH(x, s * p->H, (s + 1) * p->H) {
         real reach = p->Q[x * p->blocks + n] * p->norm[x * p->T + j] - p->m[x * p->blocks + n];
-        if (!(reach - F < log_eps))
+        if (!(reach - F < *p->log_eps))
             return 0;
     }
     return 1;
 }
 
-/* A step down: from the votes of block n its F (B, N, 64), M, and the list of block n+1. Before the
-   first block, n is -1. Columns die if `skip`. Returns the length of the longest list, or -1 if a
+/* A step down: from the votes of block n its F, M, and the list of block n+1. Before the first
+   block, n is -1. Columns die if `skip`. Returns the length of the longest list, or -1 if a
    vote is negative although columns may have died. */
-int64_t walk(
-    problem *p, int64_t n, int64_t N, const real *votes, real *F, double tau, double log_eps,
-    int64_t skip)
+int64_t walk(const problem *p)
 {
-    int64_t T = p->T, a = n * ROWS, b = least(a + ROWS, T), chunks = up(N, ROWS) / ROWS;
-    int64_t longest = 0, end = least(b + ROWS, T);
+    int64_t n = p->n, T = p->T, a = n * ROWS, b = least(a + ROWS, T);
+    int64_t chunks = up(p->N, ROWS) / ROWS, longest = 0, end = least(b + ROWS, T), skip = p->skip;
+    double tau = *p->tau;
     real most = 0;
     if (n >= 0) {
         real *masked = malloc((p->B * chunks * ROWS + 1) * sizeof(real));
-        int negative = add_votes(p, n, N, votes, F, tau, masked, &most);
+        int negative = add_votes(p, masked, &most);
         if (tau)
             EACH(s, 0, p->B) EACH(i, a, b) {
                 real lost = 0;
@@ -582,7 +588,7 @@ int64_t walk(
     }
     if (b == T)
         return 0;
-    skip = skip && most > -log_eps; /* before that nothing dies by votes */
+    skip = skip && most > -*p->log_eps; /* before that nothing dies by votes */
 #pragma omp parallel for num_threads(p->threads) reduction(max:longest)
     EACH(s, 0, p->B) {
         int32_t *list = p->list + ((n + 1) * p->B + s) * T;
@@ -591,7 +597,7 @@ int64_t walk(
             EACH(c, 0, p->count[n * p->B + s]) {
                 int32_t j = list[c - p->B * T];
                 list[count] = j;
-                count += !(skip && dead(p, s, n + 1, j, tau, log_eps));
+                count += !(skip && dead(p, s, n + 1, j));
             }
         EACH(j, b, end) list[count++] = j;
         p->count[(n + 1) * p->B + s] = count;
@@ -604,8 +610,10 @@ int64_t walk(
 
 /* The recurrence of F run backwards: dS[k][j] = sum of dF[i][j] over i > k, in the place of dF. The
    columns of a sequence are dealt out in parts. */
-static void walk_back(const problem *p, const panels *blocks, double tau, int64_t parts)
+static void walk_back(const problem *p, int64_t parts)
 {
+    const panels *blocks = p->table;
+    real tau = *p->tau;
 #pragma omp parallel for num_threads(p->threads) collapse(2)
     EACH(s, 0, p->B) EACH(part, 0, parts) for (int64_t n = p->blocks - 1; n >= 0; n--) {
         int64_t a = n * ROWS, R = least(ROWS, p->T - a), N = blocks[n].N;
@@ -620,8 +628,8 @@ static void walk_back(const problem *p, const panels *blocks, double tau, int64_
             EACH(i, R, ROWS) dF[i] = 0;
             for (int64_t i = R - 1; i >= first; i--) {
                 real gradient = dF[i];
-                if (tau && F[i] <= (real)tau)
-                    gradient -= dM[i] / (real)tau;
+                if (tau && F[i] <= tau)
+                    gradient -= dM[i] / tau;
                 dF[i] = g;
                 g += gradient;
             }
@@ -635,7 +643,7 @@ static void walk_back(const problem *p, const panels *blocks, double tau, int64_
 
 /* dq, dk, dv by attention, and dS of every block. A group of blocks has its own dk and dv, so that
    groups can be worked on at the same time. */
-void backward(const problem *p, const panels *blocks, double tau)
+void backward(const problem *p)
 {
 #pragma omp parallel num_threads(p->threads)
     {
@@ -644,16 +652,17 @@ void backward(const problem *p, const panels *blocks, double tau)
         EACH(task, 0, p->B * p->groups) {
             int64_t s = task / p->groups, g = task % p->groups;
             for (int64_t n = g; n < p->blocks; n += p->groups)
-                EACH(h, 0, p->H) attend_back(p, w, blocks + n, s, n, h, g);
+                EACH(h, 0, p->H) attend_back(p, w, p->table + n, s, n, h, g);
         }
         free(w);
     }
-    walk_back(p, blocks, tau, p->groups);
+    walk_back(p, p->groups);
 }
 
 /* To dq and dk of head 0, what comes through the votes. */
-void voter_gradients(const problem *p, const panels *blocks)
+void voter_gradients(const problem *p)
 {
+    const panels *blocks = p->table;
     int64_t D = p->D, step = p->H * D;
 #pragma omp parallel num_threads(p->threads)
     {
@@ -667,8 +676,6 @@ void voter_gradients(const problem *p, const panels *blocks)
                 const real *q = p->q + (token + a) * p->q_step, *k = p->k + token * p->k_step;
                 const int32_t *list = p->list + (n * p->B + s) * p->T;
                 real *dk = p->dk + (g * p->B * p->T + token) * step;
-                if (!blocks[n].dL0)
-                    continue;
                 gather(w->q, W, q, p->q_step, NULL, R, D, scale(p));
                 memset(w->q + R * W, 0, (ROWS - R) * W * sizeof(real));
                 memset(w->sum, 0, ROWS * W * sizeof(real));

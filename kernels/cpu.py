@@ -85,108 +85,97 @@ class _SelectiveAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, rule, tau, grad, *parameters):
-        ctx.tau = tau or 0.0
-        call = Call(q, k, v)
-        blocks = _walk(call, rule, ctx.tau, grad, skip=True)
-        if blocks is None:  # a vote was negative
-            blocks = _walk(call, rule, ctx.tau, grad, skip=False)
         B, H, T, D = q.shape
-        y = call.new('y', B, T, H, D)
-        call.new('l', B, H, T)
-        call('forward', _panels(blocks[0::3]))
+        ctx.tau = tau or 0.0
+        c = _known(q, k, v, ctx.tau)
+        c.update(norm=q.new_empty(B, H, T), M=q.new_empty(B, T))
+        c.update(Q=q.new_empty(B, H, c['blocks']), m=q.new_empty(B, H, c['blocks']))
+        c['list'] = torch.empty(c['blocks'], B, T, dtype=torch.int32)
+        c['count'] = torch.empty(c['blocks'], B, dtype=torch.int32)
+        _call('bounds', c)
+        blocks = None
+        if not _can_be_negative(rule, c):
+            blocks = _walk(c, rule, grad, skip=True)
+        if blocks is None:  # a vote is negative
+            blocks = _walk(c, rule, grad, skip=False)
+        c.update(y=q.new_empty(B, T, H, D), l=q.new_empty(B, H, T))
+        F = blocks[0::3]
+        _call('forward', c, table=_table(F, F, F))
         ctx.blocks = len(blocks)
-        made = [call.kept[name] for name in SAVED]
-        ctx.save_for_backward(q, k, v, *made, *blocks, *parameters)
-        return y.transpose(1, 2), call.kept['M']
+        saved = [c[name] for name in SAVED]
+        ctx.save_for_backward(q, k, v, *saved, *blocks, *parameters)
+        return c['y'].transpose(1, 2), c['M']
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dM):
         q, k, v, *saved = ctx.saved_tensors
-        call = Call(q, k, v)
-        call.keep_tokens('dy', dy)
-        call.keep(dM=dM.contiguous(), **dict(zip(SAVED, saved)))
+        B, H, T, D = q.shape
+        c = _known(q, k, v, ctx.tau)
+        c.update(zip(SAVED, saved))
         blocks = saved[len(SAVED) :][: ctx.blocks]
         parameters = saved[len(SAVED) + ctx.blocks :]
         F, L0, votes = blocks[0::3], blocks[1::3], blocks[2::3]
         # groups of blocks have dk and dv of their own, so that there is work for all threads
-        groups = min(len(F), math.ceil(2 * torch.get_num_threads() / len(q)))
-        call.problem.groups = groups
-        B, H, T, D = q.shape
-        dq = call.new('dq', B, T, H, D, zero=True)
-        dk = call.new('dk', groups, B, T, H, D, zero=True)
-        dv = call.new('dv', groups, B, T, H, D, zero=True)
-        call.new('G', B, T, zero=True)
+        groups = min(len(F), math.ceil(2 * c['threads'] / B))
+        c['dy'], c['dy_step'] = _by_token(dy)
+        dq = q.new_zeros(1, B, T, H, D)
+        dk, dv = q.new_zeros(2, groups, B, T, H, D)
+        c.update(dM=dM.contiguous(), groups=groups, dq=dq, dk=dk, dv=dv, G=q.new_zeros(B, T))
         dS = [torch.empty_like(x) for x in F]
-        call('backward', _panels(F, dS), ctx.tau)
+        _call('backward', c, table=_table(F, dS, F))
         dparameters = [None] * len(parameters)
         if votes[0].requires_grad:
+            inputs = [*L0, *parameters]
             # the graph is retained, as a factor that is no leaf may serve other layers, too
             grads = torch.autograd.grad(
-                votes, [*L0, *parameters], [x.mT for x in dS], retain_graph=True, allow_unused=True
+                votes, inputs, [x.mT for x in dS], retain_graph=True, allow_unused=True
             )
             dparameters = grads[len(L0) :]
             if grads[0] is not None:
                 dL0 = [x.mT.contiguous() for x in grads[: len(L0)]]
-                call('voter_gradients', _panels(F, dS, dL0))
+                _call('voter_gradients', c, table=_table(F, dS, dL0))
         if groups > 1:
             dk[0] = dk.sum(dim=0)
             dv[0] = dv.sum(dim=0)
-        dqkv = [x.transpose(1, 2) for x in (dq, dk[0], dv[0])]
+        dqkv = [x[0].transpose(1, 2) for x in (dq, dk, dv)]
         return *dqkv, None, None, None, *dparameters
 
 
-def _walk(call, rule, tau, grad, skip):
+def _walk(c, rule, grad, skip):
     """F (B, N, 64), L0 and votes (B, 64, N) of each block, in one list. None: a vote is negative.
 
     N is the length of the longest list. In a short block, rows beyond the end have logits of 0.
     """
-    q = call.kept['q']
-    B, T = q.shape[:2]
-    call.new('F', B, T, zero=True)
-    call.new('M', B, T)
-    log_eps = math.log(torch.finfo(q.dtype).eps / 2 / T)
-    call('bounds')
-    skip = skip and not _can_be_negative(rule, call)
-    options = tau, log_eps, int(skip)
-    N = call('walk', -1, 0, None, None, *options)
+    B, T = c['B'], c['T']
+    c.update(F=c['norm'].new_zeros(B, T), skip=int(skip), n=-1)
+    N = _call('walk', c)
     blocks = []
-    for n in range(call.problem.blocks):
-        L = q.new_empty(B, N, BLOCK)
+    for n, a in enumerate(range(0, T, BLOCK)):
+        L = c['norm'].new_empty(B, N, BLOCK)
         F = torch.empty_like(L)
-        call('voter_logits', n, N, L)
+        _call('voter_logits', c, n=n, N=N, L0=L)
         L0 = L.mT.requires_grad_(grad)
         with torch.set_grad_enabled(grad):
             votes = rule.vote(L0)
         model.expect_shape('vote(L0)', votes, L0.shape)
-        S = votes.detach().to(L.dtype).mT.contiguous()
         blocks += F, L0, votes
-        N = call('walk', n, N, S, F, *options)
+        N = _call('walk', c, votes=votes.detach().to(L.dtype).mT.contiguous(), F_rows=F)
         if N < 0:
             return None
-    rows = torch.arange(0, T, BLOCK)
-    rows = (rows + BLOCK).clamp(max=T) - rows
-    live[0] += int((call.kept['count'].sum(dim=1) * rows).sum())
-    live[1] += int(B * (rows.cumsum(0) * rows).sum())
+        rows = min(BLOCK, T - a)
+        live[0] += rows * int(c['count'][n].sum())
+        live[1] += rows * B * (a + rows)
     return blocks
 
 
-def _panels(*parts):
-    """What cpu.c knows of each block: N, and the addresses of F, dF and dL0, as far as given."""
-    table = torch.zeros(len(parts[0]), 4, dtype=torch.long)
-    for i, panels in enumerate(parts):
-        table[:, i + 1] = torch.tensor([x.data_ptr() for x in panels])
-    table[:, 0] = torch.tensor([x.size(1) for x in parts[0]])
-    return table
-
-
-def _can_be_negative(rule, call):
+def _can_be_negative(rule, c):
     """Whether a vote on a logit that these q and k can have is negative, by 1,000 examples.
 
     This cannot be left to the votes of the blocks, which are not computed where columns are dead.
     """
-    norm = call.kept['norm']
-    largest = call.kept['Q'][:, 0, 0].max() * norm[:, 0].max()
+    norm = c['norm']
+    largest = c['Q'][:, 0, 0].max() * norm[:, 0].max()
     logits = torch.linspace(-largest, largest, 1001, dtype=norm.dtype)
     votes = rule.vote(logits.repeat(len(norm), 1, 1))
     return bool(votes.amin() < 0)
@@ -194,75 +183,54 @@ def _can_be_negative(rule, call):
 
 # ---- Calling cpu.c -------------------------------------------------------------------------------
 
-SAVED = 'y', 'l', 'list', 'count'
+# what its functions get, in its order: numbers, and addresses of tensors
 FIELDS = (
-    'B H T D blocks threads q_step k_step v_step dy_step q k v y l F M norm Q m list count '
-    'dy dM dq dk dv G groups'
-)
-
-
-class Problem(ctypes.Structure):
-    """As cpu.c has it: sizes, and addresses of tensors."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in FIELDS.split()]
-
-
-class Call:
-    """Calls functions of cpu.c on tensors, which it keeps by name."""
-
-    def __init__(self, q, k, v):
-        B, H, T, D = q.shape
-        blocks = math.ceil(T / BLOCK)
-        self.library = library(q.dtype)
-        self.problem = Problem(B, H, T, D, blocks, torch.get_num_threads())
-        self.kept = {}
-        for name, x in zip('qkv', (q, k, v)):
-            self.keep_tokens(name, x)
-        self.new('norm', B, H, T)
-        self.new('Q', B, H, blocks)
-        self.new('m', B, H, blocks)
-        self.keep(list=torch.empty(blocks, B, T, dtype=torch.int32))
-        self.keep(count=torch.empty(blocks, B, dtype=torch.int32))
-
-    def keep(self, **tensors):
-        self.kept |= tensors
-        for name, x in tensors.items():
-            setattr(self.problem, name, x.data_ptr())
-
-    def keep_tokens(self, name, x):
-        """x (B, H, T, D). It is copied if the heads of a token do not lie side by side."""
-        _, H, T, D = x.shape
-        x = x.detach().transpose(1, 2)
-        step = x.stride(1)
-        if x.stride() != (T * step, step, D, 1):
-            x = x.contiguous()
-            step = H * D
-        self.keep(**{name: x})
-        setattr(self.problem, f'{name}_step', step)
-
-    def new(self, name, *size, zero=False):
-        """A tensor of this size, with the dtype of q."""
-        x = self.kept['q'].new_empty(size)
-        if zero:
-            x.zero_()
-        self.keep(**{name: x})
-        return x
-
-    def __call__(self, function, *args):
-        converted = [ctypes.byref(self.problem)]
-        for x in args:
-            if isinstance(x, torch.Tensor):
-                converted.append(ctypes.c_void_p(x.data_ptr()))
-            elif isinstance(x, float):
-                converted.append(ctypes.c_double(x))
-            elif x is None:
-                converted.append(ctypes.c_void_p())
-            else:
-                converted.append(ctypes.c_int64(x))
-        return getattr(self.library, function)(*converted)
-
-
+    'B H T D blocks threads groups n N skip q_step k_step v_step dy_step tau log_eps q k v y l F M '
+    'norm Q m list count L0 votes F_rows dy dM dq dk dv G table'
+).split()
+SAVED = 'y', 'l', 'list', 'count'  # of these, for the backward
 note = ''  # that cpu.c was compiled, for the line that names the kernel
+
+
+def _known(q, k, v, tau):
+    """{field: tensor or number} to begin with."""
+    B, H, T, D = q.shape
+    c = dict(B=B, H=H, T=T, D=D, blocks=math.ceil(T / BLOCK), threads=torch.get_num_threads())
+    for name, x in zip('qkv', (q, k, v)):
+        c[name], c[f'{name}_step'] = _by_token(x)
+    c['tau'] = torch.tensor(tau, dtype=torch.float64)
+    c['log_eps'] = torch.tensor(torch.finfo(q.dtype).eps / 2 / T, dtype=torch.float64).log()
+    return c
+
+
+def _by_token(x):
+    """x (B, H, T, D) -> (B, T, H, D) with a token's heads side by side, and its step in memory."""
+    _, H, T, D = x.shape
+    x = x.detach().transpose(1, 2)
+    step = x.stride(1)
+    if x.stride() != (T * step, step, D, 1):
+        return x.contiguous(), H * D
+    return x, step
+
+
+def _table(*panels):
+    """What cpu.c knows of each block: N, and the addresses of F, dF and dL0."""
+    rows = []
+    for F, dF, dL0 in zip(*panels):
+        rows.append([F.size(1), F.data_ptr(), dF.data_ptr(), dL0.data_ptr()])
+    return torch.tensor(rows)
+
+
+def _call(function, c, **more):
+    """What a function of cpu.c returns. more: fields that are added to c."""
+    c.update(more)
+    values = (ctypes.c_int64 * len(FIELDS))()
+    for i, name in enumerate(FIELDS):
+        x = c.get(name, 0)
+        if isinstance(x, torch.Tensor):
+            x = x.data_ptr()
+        values[i] = x
+    return getattr(library(c['q'].dtype), function)(values)
 
 
 @functools.cache
@@ -272,25 +240,21 @@ def library(dtype):
     It lies in a folder that only this user can write to, and its name is made of the source, the
     compiler and what the compiler knows of the machine. Raises RuntimeError if that fails.
     """
-    global note
-    compiler = shlex.split(os.environ.get('CC', 'cc'))
-    flags = ['-O3', '-march=native', '-fno-math-errno']
+    command = shlex.split(os.environ.get('CC', 'cc')) + ['-O3', '-march=native', '-fno-math-errno']
     if dtype == torch.float64:
-        flags.append('-Dreal=double')
-    machine = _run([*compiler, *flags, '-dM', '-E', '-x', 'c', os.devnull])
-    with open(SOURCE, 'rb') as f:
-        key = hashlib.sha256(f.read() + machine.encode() + repr(flags).encode())
+        command.append('-Dreal=double')
+    machine = _run([*command, '-dM', '-E', '-x', 'c', os.devnull])
+    with open(SOURCE) as f:
+        key = hashlib.sha256(f'{command} {machine} {f.read()}'.encode()).hexdigest()[:16]
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     folder = os.path.join(cache, 'selective-attention')
     os.makedirs(folder, mode=0o700, exist_ok=True)
     found = os.stat(folder)
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise RuntimeError(f'others can write to {folder}, where cpu.c would be compiled')
-    path = os.path.join(folder, f'cpu-{key.hexdigest()[:16]}.so')
+    path = os.path.join(folder, f'cpu-{key}.so')
     if not os.path.exists(path):
-        start = time.perf_counter()
-        _compile([*compiler, *flags], folder, path)
-        note = f'; cpu.c took {time.perf_counter() - start:.1f} s to compile'
+        _compile(command, folder, path)
     found = ctypes.CDLL(path)
     found.walk.restype = ctypes.c_int64
     return found
@@ -298,6 +262,8 @@ def library(dtype):
 
 def _compile(command, folder, path):
     """Beside the others, then renamed: another process may do the same."""
+    global note
+    start = time.perf_counter()
     # torch's own OpenMP: the threads of two would wait for each other
     openmp = glob.glob(os.path.join(os.path.dirname(torch.__file__), 'lib', 'libgomp*.so*'))
     with tempfile.TemporaryDirectory(dir=folder) as here:
@@ -308,6 +274,7 @@ def _compile(command, folder, path):
         except RuntimeError:  # clang on a Mac has none: one thread
             _run(command)
         os.replace(part, path)
+    note = f'; cpu.c took {time.perf_counter() - start:.1f} s to compile'
 
 
 def _run(command):

@@ -106,17 +106,19 @@ def test_sequences_of_a_batch_have_lists_of_their_own():
 def test_the_bound():
     """What holds from each block's first row on: the largest |q|, the smallest denominator."""
     q, k, _ = qkv = example(2, 3, 150, 4, 20.0)
-    call = cpu.Call(*qkv)
-    cpu._walk(call, RELU, 0.0, grad=False, skip=True)
+    c = cpu._known(*qkv, 0.0)
+    c.update(norm=torch.empty(2, 3, 150).double())
+    c.update(Q=torch.empty(2, 3, 3).double(), m=torch.empty(2, 3, 3).double())
+    cpu._call('bounds', c)
     logits = q @ k.mT / 2
     smallest = math.inf
     for i in reversed(range(150)):
         near = list({0, max(0, i - 1), i})
         smallest = logits[:, :, i, near].logsumexp(dim=2).clamp(max=smallest)
         if i % 64 == 0:
-            torch.testing.assert_close(call.kept['m'][:, :, i // 64], smallest)
+            torch.testing.assert_close(c['m'][:, :, i // 64], smallest)
             largest = q[:, :, i:].norm(dim=3).amax(dim=2) / 2
-            torch.testing.assert_close(call.kept['Q'][:, :, i // 64], largest)
+            torch.testing.assert_close(c['Q'][:, :, i // 64], largest)
 
 
 def test_tau_above_F_keeps_columns_and_tau_below_lets_them_go():
@@ -154,8 +156,9 @@ def test_a_factor_that_is_no_leaf():
     ],
 )
 def test_odd_votes(vote, dies):
-    qkv = example(2, 2, 200, 4, 10.0 * (torch.arange(200) > 0))
-    qkv[0, :, 0, 70:, 0] *= -1  # later rows have negative logits on dead columns
+    column = torch.arange(200)
+    qkv = example(2, 2, 200, 4, 10.0 * ((column > 0) & (column < 40)))
+    qkv[0, :, 0, 70:, 0] *= -1  # later rows have negative logits on dead columns, and only there
     share = check(qkv, Rule(vote), tolerance=1e-11)
     assert (share < 1) == dies
 
@@ -166,7 +169,7 @@ def test_a_vote_that_is_negative_for_a_single_logit():
     seen = qkv[0, 0, 0, 300] @ qkv[1, 0, 0, 299] / 2
     rule = Rule(lambda L0: torch.relu(L0) - 500 * ((L0 - seen).abs() < 1e-9))
     assert check(qkv) < 0.5
-    assert check(qkv, rule) == 1
+    assert 0.6 < check(qkv, rule) < 1  # a part, and then all: the mean of two walks
 
 
 def test_a_single_token_sees_itself():
@@ -217,9 +220,9 @@ def test_token_0_stays_column_0_though_nobody_can_see_it():
 
 def test_nan_is_not_hidden():
     qkv = example(1, 2, 200, 4, 1.0)
-    qkv[0, 0, 1, 150] = math.nan
-    y, _ = cpu.selective_attention(*qkv, RELU)
-    assert y[0, 1, 150].isnan().all() and y[0, 1, :150].isfinite().all()
+    qkv[1, 0, 1, 100] = math.nan
+    y, _ = cpu.selective_attention(*qkv.float(), RELU)
+    assert y[0, 1, 100:].isnan().all() and y[0, 1, :64].isfinite().all()
 
 
 @pytest.mark.parametrize('dtype, dropout', [(torch.float32, 0.5), (torch.bfloat16, 0.0)])
