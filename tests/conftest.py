@@ -1,5 +1,6 @@
 """What several test files share: a small data set, and a way to run a script."""
 
+import glob
 import os
 import shutil
 import signal
@@ -12,26 +13,21 @@ import pytest
 
 _hub = tempfile.TemporaryDirectory()  # for transformers and datasets; kept as long as this process
 os.environ.update(HF_HOME=_hub.name, HF_HUB_OFFLINE='1')
-os.environ.setdefault(
-    'OMP_NUM_THREADS', '1'
-)  # the tests' tensors are tiny: threads would wait for each other, no more
+# the tests' tensors are tiny: threads would wait for each other, no more
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 
 import prepare_text
 from support import settings
 
-if (
-    not torch.cuda.is_available()
-):  # Triton reads it when it is imported, which any later test may do
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, which any later test may do
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
 # Started in the background or under nohup, a shell leaves these ignored, and processes inherit
 # that.
-for number in (signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -44,16 +40,24 @@ def wait_until(condition, seconds=60):
         time.sleep(0.005)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def signals():
+    """Scripts that run in this process catch signals; afterwards all is as it was."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope='session')
 def lines(tmp_path_factory):
     """The folder of a data set of a few thousand bytes."""
     folder = tmp_path_factory.mktemp('data')
-    (folder / 'text.txt').write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
-    prepare_text.prepare(
-        prepare_text.TextConfig(
-            paths=[str(folder / 'text.txt')], name='lines', tokenizer='bytes', data_dir=str(folder)
-        )
-    )
+    text = folder / 'lines.txt'
+    text.write_text(''.join(f'line {n}: {n * n}\n' for n in range(900)))
+    cfg = prepare_text.TextConfig([str(text)], tokenizer='bytes', data_dir=str(folder))
+    prepare_text.prepare(cfg)
     return folder / 'lines'
 
 
@@ -66,7 +70,6 @@ def dataset(lines):
 def run(monkeypatch, capfd):
     """run(train, *args): the script's main() in this process; returns what it printed, or the
     UserError's text."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(script, *args):
         monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *args])
@@ -77,9 +80,7 @@ def run(monkeypatch, capfd):
             return str(e)
         return ''.join(capfd.readouterr())
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture
@@ -89,14 +90,10 @@ def tree(tmp_path):
     tree.fail(*args) is the single line with which a command ends that must fail.
     """
     copy = tmp_path / 'copy'
-    copy.mkdir()
-    for name in os.listdir(ROOT):
-        if name.endswith('.py') or name in ('kernels', 'support', 'config', 'lab'):
-            source = os.path.join(ROOT, name)
-            if os.path.isdir(source):
-                shutil.copytree(source, copy / name)
-            else:
-                shutil.copy(source, copy / name)
+    for name in 'kernels', 'support', 'config', 'lab':
+        shutil.copytree(f'{ROOT}/{name}', copy / name)
+    for file in glob.glob(f'{ROOT}/*.py'):
+        shutil.copy(file, copy)
 
     def edit(file, old, new):
         text = (copy / file).read_text()
@@ -106,7 +103,7 @@ def tree(tmp_path):
     def command(*args):
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(copy)}
         return subprocess.run(
-            [sys.executable, *args], cwd=copy, capture_output=True, text=True, timeout=300, env=env
+            [sys.executable, *args], cwd=copy, env=env, capture_output=True, text=True, timeout=300
         )
 
     def run(*args):
@@ -116,9 +113,10 @@ def tree(tmp_path):
 
     def fail(*args):
         result = command(*args)
-        lines = result.stderr.splitlines()
-        assert result.returncode == 1 and len(lines) == 1, result.stderr
-        return lines[0]
+        assert result.returncode == 1 and result.stderr.count('\n') == 1, result.stderr
+        return result.stderr.strip()
 
-    edit.run, edit.fail, edit.path = run, fail, copy
+    edit.run = run
+    edit.fail = fail
+    edit.path = copy
     return edit
