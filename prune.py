@@ -277,14 +277,7 @@ def main():
             budgets = list(trials.budgets)
             saving = full / sum(budgets)
             print(f'{budgets}: {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
-            point = {
-                'budgets': budgets,
-                'memory': sum(budgets),
-                'fraction': sum(budgets) / full,
-                'saving': saving,
-                'val_loss': loss,
-            }
-            result['curve'].append(point)
+            result['curve'].append({'budgets': budgets, 'saving': saving, 'val_loss': loss})
             files.write_file(path, json.dumps(result))
         found = unseen(Trials(model, held_out, cfg.policy, dtype), result['curve'], goals)
     files.write_file(path, json.dumps({**result, 'held_out': found}))

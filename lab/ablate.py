@@ -82,81 +82,64 @@ class Fox(m.CausalSelfAttention):
 # ---- What is masked ------------------------------------------------------------------------------
 
 
-def nothing(layer, i, j):
-    return 0.0
+class Masks(m.CausalSelfAttention):
+    """Selective attention with T x T tensors, and what a rule can change in it."""
 
+    head = 0  # which votes
 
-def by_distance(layer, i, j):
-    """What ALiBi adds to the logits of rows i (T, 1) and columns j (1, T): (H, T, T)."""
-    H = layer.config.n_head
-    slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=i.device) / H)
-    return slopes[:, None, None] * (j - i)
+    def votes(self, L, i, j):
+        """S (B, T, T), from the logits L (B, T, T) of the head that votes."""
+        return m.votes(self, L, i, j)
 
-
-def places(q):
-    """Rows i (T, 1) and columns j (1, T)."""
-    i = torch.arange(q.size(2), device=q.device)[:, None]
-    return i, i.T
-
-
-class Listing(m.CausalSelfAttention):
-    """`model.selective_attention_listing` with what a rule can change."""
-
-    voter = 0  # the head that selects
-    first = 1  # the first token that can be masked
-    own = 0  # 1: the row's own vote on itself counts
-    bias = nothing  # what is added to the logits
+    def bias(self, i, j):
+        """What is added to the logits of rows i (T, 1) and columns j (1, T)."""
+        return 0.0
 
     @staticmethod
     def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
-        i, j = places(q)
-        L = m.logits(q, k)  # (B, H, T, T)
-        counts = (rule.first <= j) & (j < i + rule.own)
-        S = torch.where(counts, rule.vote(L[:, rule.voter]), 0.0)  # (B, T, T)
+        i = torch.arange(q.size(2), device=q.device)[:, None]  # (T, 1)
+        j = i.T  # (1, T)
+        L = m.logits(q[:, [rule.head]], k[:, [rule.head]])[:, 0]  # (B, T, T)
+        S = rule.votes(L, i, j)
         F = rule.accumulate(torch.zeros_like(S[:, 0]), S)[:, :-1]  # (B, T, T)
-        L = L - F[:, None] + rule.bias(i, j)
-        P = L.masked_fill(j > i, -math.inf).softmax(dim=-1)
-        P = fn.dropout(P, dropout, training=dropout > 0)
-        y = P.to(v.dtype) @ v
+        bias = (rule.bias(i, j) - F[:, None]).masked_fill(j > i, -math.inf)
+        y = fn.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=dropout)
         if memory_tau is None:
             return y, None
         return y, m.memory_requirement(F, i[:, 0], memory_tau)
 
 
-class FirstToo(Listing):
-    first = 0
+class FirstToo(Masks):
+    def votes(self, L, i, j):
+        return torch.where(j < i, self.vote(L), 0.0)
 
 
-class SelfToo(Listing):
-    own = 1
+class SelfToo(Masks):
+    def votes(self, L, i, j):
+        return torch.where((0 < j) & (j <= i), self.vote(L), 0.0)
 
 
-class LastHead(Listing):
-    voter = -1
+class LastHead(Masks):
+    head = -1
 
 
-class VotesAndAlibi(Listing):
-    bias = by_distance
-
-
-class Window(m.CausalSelfAttention):
+class Window(Masks):
     """Token 0 and the newest K - 1 tokens, the row's own among them."""
 
-    bias = nothing
-
-    @staticmethod
-    def attention(q, k, v, rule, dropout=0.0, memory_tau=None):
-        i, j = places(q)
-        seen = (j <= i) & ((j > i - rule.K + 1) | (j == 0))  # (T, T)
-        bias = torch.where(seen, rule.bias(i, j), -math.inf).to(q.dtype)
-        y = fn.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
-        if memory_tau is None:
-            return y, None
-        return y, (seen.sum(dim=1) - 1.0).expand(len(q), -1)  # the tokens before it that a row sees
+    def votes(self, L, i, j):
+        last = (0 < j) & (j == i - self.K + 2)
+        return torch.zeros_like(L).masked_fill(last, math.inf)
 
 
-class Alibi(Window):
-    bias = by_distance
+class VotesAndAlibi(Masks):
+    def bias(self, i, j):
+        H = self.config.n_head
+        slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=i.device) / H)
+        return slopes[:, None, None] * (j - i)  # (H, T, T)
+
+
+class Alibi(VotesAndAlibi, Window):
+    pass
 
 
 # ---- Twice the heads -----------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def read_times(path, case):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def draw(curves, pale, title, x, y, powers_of_2=''):
-    """A figure of the curves, {label: (xs, ys)}.
+def draw(path, curves, title, x, y, pale=(), powers_of_2=''):
+    """Write a picture of the curves, {label: (xs, ys)}, as PNG, whole or not at all.
 
     pale: {label: (xs, ys)}, drawn thin in the colour of the curve. powers_of_2: format of the
     numbers on a logarithmic x-axis; '': it is linear.
@@ -79,7 +79,10 @@ def draw(curves, pale, title, x, y, powers_of_2=''):
     ax.set(title=title, xlabel=x, ylabel=y)
     ax.legend()
     ax.grid(alpha=0.3)
-    return figure
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=150, bbox_inches='tight')
+    files.write_file(path, buffer.getvalue())
+    print(path, file=sys.stderr)
 
 
 def import_pyplot():
@@ -90,19 +93,6 @@ def import_pyplot():
         raise UserError('pictures need matplotlib: pip install matplotlib') from None
     plt.switch_backend('Agg')
     return plt
-
-
-def save_figure(figure, path):
-    """Write the figure as PNG; whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=150, bbox_inches='tight')
-    write(path, buffer.getvalue())
-
-
-def write(path, content):
-    """Write bytes, and say so."""
-    files.write_file(path, content)
-    print(path, file=sys.stderr)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -136,11 +126,10 @@ def plot_runs(runs, to):
     if not val:
         raise UserError('none of these folders has a log.jsonl of train.py')
     y = 'validation loss, nats per token'
-    save_figure(draw(val, train, 'pale: training loss', 'step', y), f'{to}/loss.png')
+    draw(f'{to}/loss.png', val, 'pale: training loss', 'step', y, train)
     if pruned:
         x = 'memory saved: full context / sum of the budgets'
-        figure = draw(pruned, {}, 'what pruning costs', x, y, '{x:g}x')
-        save_figure(figure, f'{to}/memory.png')
+        draw(f'{to}/memory.png', pruned, 'what pruning costs', x, y, powers_of_2='{x:g}x')
 
 
 def plot_cost(paths, to):
@@ -150,8 +139,8 @@ def plot_cost(paths, to):
         curves[pathlib.Path(path).stem] = read_times(path, 'selective')
     x = 'context length T, tokens'
     y = 'ms for each sequence, forward and backward'
-    figure = draw(curves, {}, 'attention of trained weights', x, y, '{x:,.0f}')
-    save_figure(figure, f'{to}/cost.png')
+    title = 'attention of trained weights'
+    draw(f'{to}/cost.png', curves, title, x, y, powers_of_2='{x:,.0f}')
 
 
 if __name__ == '__main__':

@@ -36,50 +36,43 @@ def load(folder):
     return pretrained.load_model(init_from, folder)
 
 
-def losses(r, folder, text, T, K=None, policy='oldest'):
-    """The Losses of a model on held-out windows of T tokens of a text, in layers of K tokens."""
-    windows = r.windows(16)
+def losses(r, folders, text, T, K=None, policy='oldest'):
+    """The Losses of models on held-out windows of T tokens of a text, in layers of K tokens."""
     text = data.load_dataset(text, r.cfg.data_dir)
-    what = repr([folder, text.fingerprint(), T, K, policy, windows])
-    path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
-    if not os.path.isfile(path):
-        model, _ = load(folder)
-        found = runs.losses_on(model, text, T, windows, True, K, policy)
-        with files.replacing(path) as f:
-            torch.save(vars(found), f)
-    return Losses(**torch.load(path, weights_only=True))
-
-
-def of_runs(r, arm, *what):
-    """The Losses of all runs of an arm."""
-    found = [losses(r, run.folder, *what) for run in arm.runs]
-    return Losses(torch.cat([one.nats for one in found]), found[0].kinds)
-
-
-def shown(found):
-    """The losses of all targets and of recall tokens as text."""
-    return f'{spread(found.means(), "{:.3f}")} / {spread(found.means("recall"), "{:.3f}")}'
+    windows = r.windows(16)
+    found = []
+    for folder in folders:
+        what = repr([folder, text.fingerprint(), T, K, policy, windows])
+        path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
+        if not os.path.isfile(path):
+            model, _ = load(folder)
+            new = runs.losses_on(model, text, T, windows, True, K, policy)
+            with files.replacing(path) as f:
+                torch.save(vars(new), f)
+        found.append(Losses(**torch.load(path, weights_only=True)))
+    return runs.joined(found)
 
 
 def eviction(r):
     """What a language model loses when every layer keeps 32, 64, 128 or 256 of 1,024 tokens, by
     each policy of eviction. Takes 2 hours."""
-    model, _ = load(r.cfg.model)
-    T = min(1024, model.config.block_size)
+    config = load(r.cfg.model)[0].config
+    T = min(1024, config.block_size)
     policies = PRESENT
-    if model.config.selective:
+    if config.selective:
         policies = 'selective', *PRESENT
     parts = [LEGEND]
     for text in r.cfg.texts.split(','):
-        full = losses(r, r.cfg.model, text, T)
+        full = losses(r, [r.cfg.model], text, T).shown()
         rows = []
         for policy in policies:
             row = {'policy': policy}
             for K in 32, 64, 128, 256:
                 if K < T:
-                    row[f'{K} tokens'] = shown(losses(r, r.cfg.model, text, T, K, policy))
+                    found = losses(r, [r.cfg.model], text, T, K, policy)
+                    row[f'{K} tokens'] = found.shown()
             rows.append(row)
-        parts.append(f'**{text}**, all {T} tokens: {shown(full)}\n\n{markdown(rows)}')
+        parts.append(f'**{text}**, all {T} tokens: {full}\n\n{markdown(rows)}')
     return parts
 
 
@@ -96,24 +89,24 @@ def retrofit(r):
     budgets, beside plain fine-tuning of as many tokens under the best of the other policies. Ours,
     not of a paper. Takes 2 hours for each seed."""
     arms = train(r, {'plain': '', 'voter': VOTER}, 600)
+    folders = {name: [run.folder for run in arm.runs] for name, arm in arms.items()}
+    policies = {'plain': PRESENT, 'voter': ('selective', *PRESENT)}
     parts = [LEGEND]
     for text in r.cfg.texts.split(','):
+        best = {}  # K -> the Losses that the voter must beat
+        for K in 64, 128:
+            tried = [losses(r, folders['plain'], text, 512, K, policy) for policy in PRESENT]
+            best[K] = min(tried, key=lambda found: found.nats.mean())
         rows = []
-        best = {}
-        for name, arm in arms.items():
-            policies = PRESENT
-            if name == 'voter':
-                policies = 'selective', *PRESENT
-            full = of_runs(r, arm, text, 512)
-            rows.append({'weights': name, 'policy': 'keeps all', '64 of 512 tokens': shown(full)})
-            for policy in policies:
+        for name in arms:
+            full = losses(r, folders[name], text, 512).shown()
+            rows.append({'weights': name, 'policy': 'keeps all', '64 of 512 tokens': full})
+            for policy in policies[name]:
                 row = {'weights': name, 'policy': policy}
-                for K in 64, 128:
-                    found = of_runs(r, arm, text, 512, K, policy)
-                    row[f'{K} of 512 tokens'] = shown(found)
-                    if name == 'plain' and np.mean(found.means()) < best.get(K, (9, None))[0]:
-                        best[K] = np.mean(found.means()), found
-                    row[f'{K}: against the best with plain weights'] = found.against(best[K][1])
+                for K in best:
+                    found = losses(r, folders[name], text, 512, K, policy)
+                    row[f'{K} of 512 tokens'] = found.shown()
+                    row[f'{K}: against the best with plain weights'] = found.against(best[K])
                 rows.append(row)
         parts.append(f'**{text}**\n\n{markdown(rows)}')
     return parts
@@ -129,21 +122,21 @@ def finetune(r):
     for rate in 10, 100:
         models[f'position only, x {rate}'] = f'position_only --ssa=q --ssa_lr={rate}'
     arms = train(r, models, 200)
+    folders = {'before': [r.cfg.model]}
+    for name in 'going on', 'qv, learning rate x 1':
+        folders[name] = [run.folder for run in arms[name].runs]
     rows = []
-    for name, folders in {
-        'before': [r.cfg.model],
-        'going on': [run.folder for run in arms['going on'].runs],
-        'qv': [run.folder for run in arms['qv, learning rate x 1'].runs],
-    }.items():
+    for name, some in folders.items():
         row = {'model': name}
         for T in 512, 1024:
-            row[f'passkeys in {T} tokens'] = spread([found(f, T) for f in folders], '{:.0%}')
+            right = [passkeys_found(folder, T) for folder in some]
+            row[f'passkeys in {T} tokens'] = spread(right, '{:.0%}')
         rows.append(row)
     return runs.against(arms, 'going on'), r.curves(arms), markdown(rows)
 
 
 @torch.no_grad()
-def found(folder, T):
+def passkeys_found(folder, T):
     """The fraction of passkeys of five digits that a model finds in T tokens or just fewer."""
     model, checkpoint = load(folder)
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])

@@ -11,7 +11,6 @@ results/CLAIM.md, with a picture beside it. A quick version goes into <out_dir>/
 with the gate, which says whether text and runs can show anything about long context.
 """
 
-import math
 import os
 import shlex
 import signal
@@ -28,7 +27,7 @@ import prepare_text
 import train
 from lab import plot, runs, tasks
 from lab.real import eviction, finetune, retrofit
-from lab.runs import LEGEND, Run, holds, kinds_table, spread, table
+from lab.runs import LEGEND, Run, kinds_table, spread, table
 from lab.ssa import denoising, graph
 from support import files
 from support.settings import option
@@ -109,8 +108,8 @@ def headline(r):
     parts = [LEGEND]
     for T in settings.numbers(r.cfg.contexts, '--contexts', low=32):
         arms = r.train(models, 1000, text(r, T))
-        table = kinds_table(r, 'attention', arms)
-        parts += [f'**Context {T}**', table, equal_memory(r, T, arms)]
+        losses = kinds_table(r, 'attention', arms)
+        parts += [f'**Context {T}**', losses, equal_memory(r, T, arms)]
     return parts
 
 
@@ -119,65 +118,57 @@ and the loss of all / of recall tokens, with all of its context and with as many
 
 
 def equal_memory(r, T, arms):
-    """What each arm keeps of T tokens for standard attention's loss, and what others do with it."""
-    standard = arms['standard'].runs
-    jobs = []
-    for name, arm in arms.items():
-        if name not in ('standard', 'ALiBi'):
-            for run, base in zip(arm.runs, standard):
-                far = f'--baseline={base.folder}'
-                jobs += [(run, 'selective', far), (run, 'oldest', far)]
-    runs.search(r, jobs, r.windows(max(32, 16384 // T)))
-    rows = []
-    for n in range(len(standard)):
-        rows += rows_of_seed(r, T, n + 1, {name: arm.runs[n] for name, arm in arms.items()})
-    return f'{MEMORY}\n\n{runs.markdown(rows)}'
-
-
-def rows_of_seed(r, T, seed, run_of):
-    """Rows of the table of `equal_memory`. run_of: {name of a model: Run}.
+    """What each arm keeps of T tokens for standard attention's loss, and what others do with it.
 
     For each model that can be pruned another one is trained on as many of the newest tokens.
     """
+    standard = arms['standard'].runs
+    alibi = arms['ALiBi'].runs
+    jobs = []
+    for name, arm in arms.items():
+        if name in ('standard', 'ALiBi'):
+            continue
+        for run, base in zip(arm.runs, standard):
+            jobs.append((run, 'selective', base.folder))
+            jobs.append((run, 'oldest', base.folder))
+    runs.search(r, jobs, r.windows(max(32, 16384 // T)))
     windows = r.windows(max(64, 32768 // T))
 
     def losses(run, *pruning):
-        found = runs.token_losses(run, windows, *pruning)
-        return f'{found.means()[0]:.3f} / {found.means("recall")[0]:.3f}'
+        return runs.token_losses(run, windows, *pruning).shown()
 
     rows = []
-    for name, run in run_of.items():
-        row = {
-            'model': f'{name}, seed {seed}',
-            'kept by F': '',
-            'saving by F': savings([run], 'selective'),
-            'saving by age': savings([run], 'oldest'),
-            'all of its context': losses(run),
-        }
-        rows.append(row)
-        point = holds(run, 'selective')
-        if not point:
-            continue
-        budgets = point['budgets']
-        K = round(mean(budgets))
-        window = {'window': f'window={K} --selective'}
-        control = r.train(window, 1000, text(r, T), seeds=[seed])['window']
-        row |= {
-            'kept by F': ' '.join(map(str, budgets)),
-            'by F': losses(run, budgets),
-            'newest': losses(run, budgets, 'oldest'),
-            'random': losses(run, budgets, 'random'),
-            'standard, newest': losses(run_of['standard'], budgets, 'oldest'),
-            'ALiBi, newest': losses(Run(run_of['ALiBi'].folder, f'alibi={K}')),
-            'trained on as many': losses(control.runs[0]),
-        }
-    return rows
-
-
-def savings(some, policy):
-    """How many times less memory runs take, as text; '' if nothing was found to keep the loss."""
-    points = [holds(run, policy) for run in some]
-    return spread([point['saving'] for point in points if point], '{:.1f}x')
+    for n in range(r.cfg.seeds):
+        for name, arm in arms.items():
+            run = arm.runs[n]
+            row = {
+                'model': f'{name}, seed {n + 1}',
+                'kept by F': '',
+                'saving by F': '',
+                'saving by age': '',
+                'all of its context': losses(run),
+            }
+            rows.append(row)
+            if point := runs.holds(run, 'oldest'):
+                row['saving by age'] = f'{point["saving"]:.1f}x'
+            point = runs.holds(run, 'selective')
+            if not point:
+                continue
+            budgets = point['budgets']
+            K = round(mean(budgets))
+            window = {'window': f'window={K} --selective'}
+            control = r.train(window, 1000, text(r, T), seeds=[n + 1])['window']
+            row |= {
+                'kept by F': ' '.join(map(str, budgets)),
+                'saving by F': f'{point["saving"]:.1f}x',
+                'by F': losses(run, budgets),
+                'newest': losses(run, budgets, 'oldest'),
+                'random': losses(run, budgets, 'random'),
+                'standard, newest': losses(standard[n], budgets, 'oldest'),
+                'ALiBi, newest': losses(Run(alibi[n].folder, f'alibi={K}')),
+                'trained on as many': losses(control.runs[0]),
+            }
+    return f'{MEMORY}\n\n{runs.markdown(rows)}'
 
 
 def heads(r):
@@ -273,46 +264,8 @@ def answers(r, task, steps, models, tests):
     )
 
 
-def memory(r):
-    """How much tasks need for 0.01 nats over a model's own loss, and what a model does that is
-    trained to see as many tokens only. Nothing may be dropped in copying, everything but two tokens
-    in parity; the others lie between. Takes 25 minutes."""
-    steps = {'variable_assignment': 1000, 'passkey': 600, 'parity': 500, 'copying': 1000}
-    return [memory_of(r, task, steps[task]) for task in steps]
-
-
-def memory_of(r, task, steps):
-    """The part of `memory` about a task."""
-    folder = task_data(r, task)
-    flags = ['config/tasks.py', f'--dataset={folder}']
-    arms = r.train({'standard': '', 'selective': '--selective'}, steps, flags)
-    far = '--tolerance=0.01'
-    jobs = [(run, 'oldest', far) for run in arms['standard'].runs]  # it has no F
-    for run in arms['selective'].runs:
-        jobs += [(run, 'selective', far), (run, 'oldest', far), (run, 'random', far)]
-    runs.search(r, jobs, r.windows(256))
-    budgets = [holds(run, 'selective')['budgets'] for run in arms['selective'].runs]
-    kept = math.ceil(max(map(mean, budgets)))
-    window = {f'newest {kept}, trained': f'window={kept} --selective'}
-    arms.update(r.train(window, steps, flags))
-
-    def cells(arm):
-        return {
-            'validation loss': spread(arm.last('val_loss')),
-            'accuracy': spread(arm.last('accuracy'), '{:.1%}'),
-            'by F': savings(arm.runs, 'selective'),
-            'newest': savings(arm.runs, 'oldest'),
-            'random': savings(arm.runs, 'random'),
-        }
-
-    length = data.Dataset(folder).record_len - 1
-    return f'**{task}**, {length} tokens\n\n{table("model", arms, cells)}'
-
-
-CLAIMS = {}
-CLAIMED = gate, headline, heads, rules, ssa, variable_assignment, passkey, memory
-for claim in *CLAIMED, graph, denoising, eviction, retrofit, finetune:
-    CLAIMS[claim.__name__] = claim
+CLAIMED = gate, headline, heads, rules, ssa, variable_assignment, passkey, graph, denoising
+CLAIMS = {claim.__name__: claim for claim in (*CLAIMED, eviction, retrofit, finetune)}
 
 
 # ---- The command -------------------------------------------------------------------------------
@@ -321,9 +274,12 @@ for claim in *CLAIMED, graph, denoising, eviction, retrofit, finetune:
 def footer(r):
     """How the figures of a section were made."""
     commands = '\n'.join(dict.fromkeys(r.commands))  # each once
-    return f"""`python -m lab.reproduce {shlex.join(sys.argv[1:])}`, seeds 1 to {r.cfg.seeds}.
+    text = f"""`python -m lab.reproduce {shlex.join(sys.argv[1:])}`, seeds 1 to {r.cfg.seeds}.
 {r.about}
-Runs of one thread each, torch {torch.__version__}. A word in FLAGS is a rule:
+Runs of one thread each, torch {torch.__version__}."""
+    if not commands:
+        return text
+    return f"""{text} A word in FLAGS is a rule:
 `python -m lab.ablate WORD` then takes the place of `python train.py`. The runs:
 
 {commands}"""

@@ -7,7 +7,6 @@ import concurrent.futures
 import hashlib
 import math
 import os
-import pathlib
 import shlex
 import subprocess
 import sys
@@ -53,7 +52,6 @@ class Run:
 class Arm:
     """A model of a claim."""
 
-    name: str
     flags: str  # of train.py; the first word may be a rule of lab.ablate
     runs: list  # a Run for each seed
     losses: object = None  # the Losses of all runs, see `kinds_table`
@@ -87,7 +85,7 @@ class Runner:
     def windows(self, count):
         """How many windows to measure on: count, or few in a quick version."""
         if self.cfg.quick:
-            return 32
+            return min(count, 32)
         return count
 
     def train(self, models, steps, flags, seeds=None):
@@ -101,9 +99,7 @@ class Runner:
         steps = self.cfg.steps or steps
         flags = [*flags, f'--max_iters={steps}', f'--warmup_iters={steps // 10}']
         self.commands.append(f'    python train.py {" ".join(flags)} FLAGS --seed=SEED')
-        arms = {}
-        for name, own in models.items():
-            arms[name] = Arm(name, own, [])
+        arms = {name: Arm(own, []) for name, own in models.items()}
         jobs = []
         for seed in seeds or range(1, self.cfg.seeds + 1):
             for arm in arms.values():
@@ -147,7 +143,7 @@ class Runner:
             for n, _ in enumerate(done, start=1):
                 print(f'{self.title}: {n} of {len(jobs)}', file=sys.stderr)
 
-    def curves(self, arms, name='val_loss', y='validation loss, nats per token'):
+    def curves(self, arms, figure='val_loss', y='validation loss, nats per token'):
         """Draw a figure of the arms against steps, mean and pale each seed; returns a link to it.
 
         Without the first evaluation, which would leave no room for differences. The picture is
@@ -155,16 +151,15 @@ class Runner:
         """
         means = {}
         pale = {}
-        for arm in arms.values():
+        for name, arm in arms.items():
             curves = []
             for run in arm.runs:
-                curves += plot.curve(run.folder, run.evaluations[1:], 'iter', name)
-            means[arm.name] = curves[0], np.mean(curves[1::2], axis=0)
-            pale[arm.name] = curves
-        link = f'{self.title}.png'
-        figure = plot.draw(means, pale, self.title, 'step', y)
-        plot.save_figure(figure, pathlib.Path(self.cfg.to) / link)
-        return f'![{self.title}]({link})'
+                curves += plot.curve(run.folder, run.evaluations[1:], 'iter', figure)
+            means[name] = curves[0], np.mean(curves[1::2], axis=0)
+            pale[name] = curves
+        path = f'{self.cfg.to}/{self.title}.png'
+        plot.draw(path, means, self.title, 'step', y, pale)
+        return f'![{self.title}]({self.title}.png)'
 
 
 RUNNING = set()  # processes of `command`
@@ -231,6 +226,15 @@ class Losses:
         counts = counted.sum(dim=1)  # a mean over targets: windows have unequal numbers of a kind
         low, high = prune.bootstrap(difference, counts)
         return f'{difference.sum() / counts.sum():+.4f} [{low:+.4f}, {high:+.4f}]'
+
+    def shown(self):
+        """The losses of all targets and of recall tokens as text."""
+        return f'{spread(self.means(), "{:.3f}")} / {spread(self.means("recall"), "{:.3f}")}'
+
+
+def joined(found):
+    """The Losses of several seeds, from those of each."""
+    return Losses(torch.cat([losses.nats for losses in found]), found[0].kinds)
 
 
 def kinds_of(x, y, near=NEAR):
@@ -304,15 +308,16 @@ def position_part(arm):
 def search(runner, jobs, windows):
     """Have prune.py look for budgets where it has not yet.
 
-    jobs: [(Run, policy, flag that says how far)]. A model whose loss is above the target without
-    pruning is left without a file.
+    jobs: [(Run, policy, folder of the model whose loss is the target)]. A model whose loss is above
+    the target without pruning is left without a file.
     """
 
-    def one(run, policy, far):
+    def one(run, policy, baseline):
         if holds(run, policy):
             return
-        args = ['prune.py', f'--out_dir={run.folder}', f'--to=budgets_{policy}.json', far]
-        args += [f'--policy={policy}', f'--windows={windows}', f'--device={runner.cfg.device}']
+        args = ['prune.py', f'--out_dir={run.folder}', f'--to=budgets_{policy}.json']
+        args += [f'--baseline={baseline}', f'--policy={policy}', f'--windows={windows}']
+        args.append(f'--device={runner.cfg.device}')
         try:
             command(args)
         except UserError as e:
@@ -364,17 +369,16 @@ def markdown(rows):
 def table(first, arms, cells):
     """Markdown: a row for each arm, with its flags and what cells(arm) is, {header: text}."""
     rows = []
-    for arm in arms.values():
+    for name, arm in arms.items():
         flags = arm.flags and f'`{arm.flags}`'
-        rows.append({first: arm.name, 'FLAGS': flags, **cells(arm)})
+        rows.append({first: name, 'FLAGS': flags, **cells(arm)})
     return markdown(rows)
 
 
 def kinds_table(runner, first, arms):
     """The table of losses by kind of target, with differences to 'standard'. Fills arm.losses."""
     for arm in arms.values():
-        found = [token_losses(run, runner.windows(256)) for run in arm.runs]
-        arm.losses = Losses(torch.cat([losses.nats for losses in found]), found[0].kinds)
+        arm.losses = joined([token_losses(run, runner.windows(256)) for run in arm.runs])
     base = arms['standard'].losses
 
     def cells(arm):

@@ -11,7 +11,6 @@ like is in its docstring below.
 """
 
 import dataclasses
-import string
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,25 +48,6 @@ def variable_assignment(rng, cfg):
     return pieces
 
 
-def parity(rng, cfg):
-    """Whether the ones so far are even (a) or odd (b), asked after each bit: `1b1a0a1b`.
-
-    The bit and the answer before it are all that one needs: everything else may be forgotten.
-    """
-    ones = 0
-    pieces = []
-    for bit in rng.integers(2, size=cfg.length):
-        ones += bit
-        pieces += [str(bit), 'ab'[ones % 2]]
-    return pieces
-
-
-def copying(rng, cfg):
-    """`qhwk|` asks, `qhwk` is the answer: nothing may be forgotten before it is copied."""
-    text = ''.join(rng.choice(list(string.ascii_lowercase), cfg.length))
-    return [text + '|', text]
-
-
 # Words of at most 5 letters.
 FILLER = (
     'the grass is green and sky blue sun warm here we go there back again over hill river stone'
@@ -89,12 +69,7 @@ def passkey(rng, cfg):
 
 
 # What makes a record, and --length where it is not given.
-TASKS = {
-    'variable_assignment': (variable_assignment, 24),
-    'parity': (parity, 32),
-    'copying': (copying, 24),
-    'passkey': (passkey, 10),
-}
+TASKS = {'variable_assignment': (variable_assignment, 24), 'passkey': (passkey, 10)}
 
 
 @dataclass
@@ -105,7 +80,7 @@ class TaskConfig:
     records: int = option(
         100_000, 'of training; a twentieth of it for validation', low=20, high=10**8
     )
-    length: int = option(0, "of a record: statements, bits, words; 0: the task's own")
+    length: int = option(0, "of a record: statements or words; 0: the task's own")
     variables: int = option(
         3, 'variable_assignment: in each record, of the letters a to l', low=1, high=12
     )

@@ -12,6 +12,7 @@ import base64
 import codecs
 import json
 import pathlib
+import sys
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +24,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 import data
-from lab.plot import write
-from model import POLICIES, F_dtype, KVCache, LayerCache, attend, memory_requirement
+from model import POLICIES, F_dtype, KVCache, LayerCache, attend
 from support import checkpoint as ckpt, devices, files
 from support.settings import UserError, option
 
@@ -72,43 +72,41 @@ class Recorder(LayerCache):
         return y
 
 
-def record(model, idx, budgets, policy):
-    """What each layer makes of idx (1, T), in numpy: F, votes (L, T, T) and dropped_at (L, T)."""
-    cache = KVCache(model, 1, budgets, policy)
-    if budgets and cache.layers[0].policy.needs_P:
-        raise UserError(f'the page cannot draw --policy={policy}, which needs attention weights')
-    cache.layers = [Recorder(layer) for layer in cache.layers]
-    model(idx, cache=cache)
-    found = []
-    for name in 'F', 'votes', 'dropped_at':
-        layers = [getattr(layer, name) for layer in cache.layers]
-        found.append(torch.cat(layers).cpu().numpy())
-    return found
-
-
 @torch.no_grad()
 def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
     """The Reading of idx, int64 (1, T).
 
-    Raises ValueError where budgets or policy do not fit the model, and UserError for a rule of
-    votes that the page cannot draw.
+    Raises ValueError where budgets or policy do not fit the model, and UserError for a policy or a
+    rule of votes that the page cannot draw.
     """
+    cache = KVCache(model, 1, budgets, policy)
+    if budgets and cache.layers[0].policy.needs_P:
+        raise UserError(f'the page cannot draw --policy={policy}, which needs attention weights')
+    cache.layers = [Recorder(layer) for layer in cache.layers]
     outputs = {}  # module -> what it gave
 
     def keep(module, inputs, output):
         outputs[module] = output
 
+    attention = [block.attn for block in model.transformer.h]
     with register_module_forward_hook(keep):
-        F, votes, dropped_at = record(model, idx, budgets, policy)
+        model(idx, memory_tau=memory_tau)  # M is defined without budgets
+        M = joined(outputs[layer][1] for layer in attention)
+        model(idx, cache=cache)
+    votes = joined(layer.votes for layer in cache.layers)
     if (votes < -1e-4).any():
         raise UserError('the page can only draw votes that are never negative and never fade')
     temperatures = {}
     for name in model.config.ssa:
-        layers = [outputs[block.attn.ssa[name]] for block in model.transformer.h]
-        temperatures[name] = torch.cat(layers).cpu().numpy()
-    free, _, _ = record(model, idx, None, 'oldest')  # M is defined without budgets
-    M = memory_requirement(torch.from_numpy(free), torch.arange(idx.size(1)), memory_tau)
-    return Reading(F, votes, dropped_at, M.numpy(), temperatures)
+        temperatures[name] = joined(outputs[layer.ssa[name]] for layer in attention)
+    F = joined(layer.F for layer in cache.layers)
+    dropped_at = joined(layer.dropped_at for layer in cache.layers)
+    return Reading(F, votes, dropped_at, M, temperatures)
+
+
+def joined(layers):
+    """What each layer has, (1, …), as an array (L, …)."""
+    return torch.cat(list(layers)).cpu().numpy()
 
 
 def token_texts(ids, tokenizer):
@@ -197,7 +195,8 @@ def main():
         )
     reading = read(model, torch.tensor([ids], device=device), budgets, cfg.policy, cfg.memory_tau)
     tokens = token_texts(ids, tokenizer)
-    write(path, page(reading, tokens, cfg.out_dir, c, budgets, cfg.memory_tau).encode())
+    files.write_file(path, page(reading, tokens, cfg.out_dir, c, budgets, cfg.memory_tau))
+    print(path, file=sys.stderr)
 
 
 if __name__ == '__main__':

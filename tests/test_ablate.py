@@ -85,9 +85,9 @@ def test_what_is_changed_is_put_back():
 def test_temperatures_of_other_papers():
     config = m.GPTConfig(n_head=2, n_embd=8)
     pos = torch.tensor([0, 1, 9])
-    theirs = ablate.PositionOnly(config, True)(None, None, pos)
+    theirs = ablate.PositionOnly(config, 2, True)(None, None, pos)
     assert theirs[:, 0].tolist() == pytest.approx([1, 1.0078, 1.026], abs=1e-4)
-    scaled = ablate.ScalableSoftmax(config, True)(None, None, pos)
+    scaled = ablate.ScalableSoftmax(config, 2, True)(None, None, pos)
     assert scaled[:, 1].tolist() == pytest.approx([0.298, 0.4724, 1.0311], abs=1e-4)
 
 

@@ -17,25 +17,12 @@ LOG = """{"config": {"selective": true}}
 CURVE = [{'saving': 1.0, 'val_loss': 3.25}, {'saving': 2.0, 'val_loss': 3.5}]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """{file name: the figure's axes} of what lab.plot has written."""
-    axes = {}
-    save = plot.save_figure
-
-    def save_figure(figure, path):
-        axes[path.rpartition('/')[2]] = figure.axes[0]
-        save(figure, path)
-
-    monkeypatch.setattr(plot, 'save_figure', save_figure)
-    return axes
+def points():
+    """What the newest picture shows."""
+    return [line.get_xydata().tolist() for line in plt.gca().lines]
 
 
-def points(ax):
-    return [line.get_xydata().tolist() for line in ax.lines]
-
-
-def test_runs(tmp_path, run, drawn, monkeypatch):
+def test_runs(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in 'a', 'b_$x', 'no_run':
         (tmp_path / name).mkdir()
@@ -44,16 +31,16 @@ def test_runs(tmp_path, run, drawn, monkeypatch):
     assert 'no_run is left out' in run(plot, 'a', 'b_$x', 'no_run', '--to=figures')
     assert [path.name for path in (tmp_path / 'figures').iterdir()] == ['loss.png']
     loss, val_loss = [[0, 5.1], [20, 4.0]], [[0, 5.0], [40, 3.5]]
-    assert points(drawn['loss.png']) == [loss, val_loss] * 2
-    labels = [text.get_text() for text in drawn['loss.png'].get_legend().get_texts()]
+    assert points() == [loss, val_loss] * 2
+    labels = [text.get_text() for text in plt.gca().get_legend().get_texts()]
     assert labels == ['a', r'b_\$x']
 
     (tmp_path / 'a/budgets.json').write_text(json.dumps({'curve': CURVE}))
     run(plot, 'a')
-    assert points(drawn['memory.png']) == [[[1, 3.25], [2, 3.5]]]
+    assert points() == [[[1, 3.25], [2, 3.5]]]
 
 
-def test_cost(tmp_path, run, drawn):
+def test_cost(tmp_path, run):
     rows = [dict(part='step', case='selective', T=64, value=7.0)]
     for T in 64, 128:
         for case, ms in ('standard', T), ('selective', 3 * T):
@@ -63,7 +50,7 @@ def test_cost(tmp_path, run, drawn):
     run(plot, f'--cost={tmp_path}/x.json,{tmp_path}/y.json', f'--to={tmp_path}')
     assert (tmp_path / 'cost.png').read_bytes().startswith(b'\x89PNG')
     selective = [[64, 96], [128, 192]]
-    assert points(drawn['cost.png']) == [[[64, 32], [128, 64]], selective, selective]
+    assert points() == [[[64, 32], [128, 64]], selective, selective]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""lab/reproduce.py and lab/runs.py: runs that end in a section of a page."""
+"""lab/reproduce.py, lab/runs.py and lab/real.py: runs that end in a page of tables."""
 
 import concurrent.futures
 import json
@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import data
+import model as m
+import prepare_text
 import prune
 import train
 from conftest import wait_until
-from lab import ablate, reproduce, runs, tasks
+from lab import ablate, real, reproduce, runs, tasks
 from lab.runs import Losses, Run
-from support import settings
+from support import checkpoint as ckpt, settings
 
 TINY = ['--n_layer=1', '--n_head=4', '--n_embd=16', '--block_size=12', '--batch_size=4']
 TINY += ['--eval_interval=4', '--eval_iters=1', '--gradient_accumulation_steps=1', '--device=cpu']
@@ -26,18 +28,6 @@ MODELS = {'standard': '', 'no ReLU': 'no_relu --selective'}
 def runner(tmp_path):
     cfg = reproduce.ReproduceConfig(out_dir=f'{tmp_path}/runs', data_dir=str(tmp_path), workers=1)
     return runs.Runner(cfg, 'small')
-
-
-# ---- The page ------------------------------------------------------------------------------------
-
-
-def test_section():
-    page = reproduce.section('# Results\n', 'gate', 'first')
-    both = reproduce.section(page, 'gate mine', 'second')
-    assert both.startswith(page) and '<!-- lab.reproduce gate mine -->\nsecond\n' in both
-    assert reproduce.section(both, 'gate', 'third') == both.replace('first', 'third')
-    with pytest.raises(settings.UserError, match='end of gate'):
-        reproduce.section(page.replace('<!-- end of gate -->', ''), 'gate', 'x')
 
 
 @pytest.mark.parametrize(
@@ -65,25 +55,16 @@ def test_spread(values, form, text):
     ],
 )
 def test_messages(run, tmp_path, args, words):
-    page = tmp_path / 'page.md'
-    page.touch()
-    assert words in run(reproduce, f'--to={page}', *args)
+    assert words in run(reproduce, f'--to={tmp_path}', *args)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def claim(monkeypatch, dataset, tmp_path):
-    """reproduce.py with one small claim; the commands that it ran are in the list returned.
-
-    They run in this process, one after the other.
-    """
-
-    def small(r):
-        """A small claim."""
-        arms = r.train(MODELS, 8, ['config/base_small.py', *TINY, dataset])
-        return runs.kinds_table(r, 'model', arms), r.curves(arms)
+def commands(monkeypatch):
+    """The commands of lab/runs.py, which run in this process, one after the other."""
 
     def command(args):
         ran.append(args)
@@ -102,45 +83,36 @@ def claim(monkeypatch, dataset, tmp_path):
     ran = []
     monkeypatch.setattr(runs, 'command', command)
     monkeypatch.setattr(runs.Runner, 'each', each)
-    monkeypatch.setitem(reproduce.CLAIMS, 'gate', small)
-    (tmp_path / 'page.md').write_text('# Results\n\nsome words\n')
     return ran
 
 
-def test_a_claim(run, claim, tmp_path):
-    page = tmp_path / 'page.md'
-    args = ['gate', '--seeds=2', '--dataset=mine', f'--out_dir={tmp_path}/runs', f'--to={page}']
-    run(reproduce, *args)
+def test_a_claim(run, commands, dataset, tmp_path, monkeypatch):
+    def small(r):
+        arms = r.train(MODELS, 8, ['config/base_small.py', *TINY, dataset])
+        return runs.kinds_table(r, 'model', arms), r.curves(arms)
+
+    monkeypatch.setitem(reproduce.CLAIMS, 'gate', small)
+    args = ['gate', '--dataset=mine', f'--out_dir={tmp_path}/runs', f'--to={tmp_path}']
+    run(reproduce, *args, '--seeds=2')
+    page = tmp_path / 'gate_mine.md'
     text = page.read_text()
     figure = r'-?\d\.\d{4} ± \d\.\d{4}'
     zero = r'\+0\.0000 \[\+0\.0000, \+0\.0000\]'
     assert re.search(rf'\| standard \|  \| {figure} \| {zero} \|.*\|  \|', text)
     assert re.search(r'\| no ReLU \| `no_relu --selective` \|.*\| \d+\.\d% ± \d\.\d% \|', text)
     assert len(re.findall(zero, text)) == 1 and 'recall (0%)' in text
-    assert text.startswith('# Results\n\nsome words\n\n<!-- lab.reproduce gate mine -->')
+    assert text.startswith('# gate_mine\n') and '![gate_mine](gate_mine.png)' in text
     assert '--seeds=2' in text and 'python train.py config' in text
-    assert (tmp_path / 'results/gate_mine.png').exists()
-    run(reproduce, *args)  # nothing is trained again, and the page is the same
-    assert len(claim) == 4 and page.read_text() == text
+    assert (tmp_path / 'gate_mine.png').exists()
+    run(reproduce, *args, '--seeds=2')  # nothing is trained again, and the page is the same
+    assert len(commands) == 4 and page.read_text() == text
     log = next(tmp_path.glob('runs/*/log.jsonl'))
     log.write_text(''.join(log.read_text().splitlines(keepends=True)[:-1]))  # as if stopped there
-    run(reproduce, *args)
-    assert '--init_from=resume' in claim.pop()
-
-
-def test_quick_leaves_the_page(run, claim, tmp_path):
-    args = ['--quick', '--steps=4', f'--out_dir={tmp_path}/runs', f'--to={tmp_path}/page.md']
-    assert '| standard |' in run(reproduce, 'gate', *args)
-    assert len(claim) == 2
-    assert (tmp_path / 'page.md').read_text() == '# Results\n\nsome words\n'
-
-
-@pytest.mark.slow
-def test_processes(runner, dataset):
-    """The real thing: runs side by side, and one that cannot start."""
-    runner.cfg.workers = 2
-    arms = runner.train(MODELS, 4, ['config/base_small.py', *TINY, dataset], seeds=[1])
-    assert [len(arm.runs[0].evaluations) for arm in arms.values()] == [2, 2]
+    run(reproduce, *args, '--quick', '--steps=8')  # a version of its own
+    assert len(commands) == 6 and page.read_text() == text
+    assert (tmp_path / 'runs/quick/gate_mine.md').exists()
+    run(reproduce, *args, '--seeds=2')
+    assert '--init_from=resume' in commands.pop()
 
 
 def test_another_config_file_is_another_run(runner, tmp_path):
@@ -155,7 +127,7 @@ def test_another_config_file_is_another_run(runner, tmp_path):
 def test_evaluations(monkeypatch):
     lines = [{'iter': 0, 'val_loss': 5.0}, {'iter': 4, 'val_loss': 3.0}]
     monkeypatch.setattr(Run, 'evaluations', [*lines, {'iter': 8, 'val_loss': 2.0}])
-    arm = runs.Arm('', '', [Run('')])
+    arm = runs.Arm('', [Run('')])
     assert arm.last('memory') == []
     assert arm.first(lambda line: line['val_loss'] <= 4) == [4]
     assert arm.first(lambda line: line['val_loss'] <= 1) == [None]
@@ -189,11 +161,11 @@ def test_commands(runner):
 
 
 def test_data_sets_are_what_their_settings_say(runner, run, tmp_path):
-    folder = f'{tmp_path}/claims_copying_records_40'
-    run(tasks, 'copying', f'--data_dir={tmp_path}', '--name=claims_copying_records_40')
+    args = [f'--data_dir={tmp_path}', '--name=claims_passkey_records_40', '--records=20']
+    run(tasks, 'passkey', *args)
     for _ in range(2):
-        assert reproduce.task_data(runner, 'copying', records=40) == folder
-        assert data.Dataset(folder).tokens('train') == 40 * 50
+        folder = reproduce.task_data(runner, 'passkey', records=40)
+        assert data.Dataset(folder).tokens('train') == 40 * 75
 
 
 # ---- What is measured ----------------------------------------------------------------------------
@@ -201,17 +173,17 @@ def test_data_sets_are_what_their_settings_say(runner, run, tmp_path):
 
 @pytest.mark.parametrize('wrong', [0, 1])
 def test_records_right(run, tmp_path, monkeypatch, wrong):
-    """Of two letters, of which the second is wrong."""
+    """Of five digits, of which the last is wrong."""
 
     def model(x, y):
         y = y.clamp(min=0)
         y[:, -1] += wrong
         return torch.nn.functional.one_hot(y), None
 
-    model.config = types.SimpleNamespace(block_size=5)
-    run(tasks, 'copying', f'--data_dir={tmp_path}', '--records=2000', '--length=2')
+    model.config = types.SimpleNamespace(block_size=20)
+    run(tasks, 'passkey', f'--data_dir={tmp_path}', '--records=2000', '--length=1')
     monkeypatch.setattr(runs, 'load', lambda run: (model, None))
-    assert runs.records_right(Run(''), f'{tmp_path}/copying') == 1 - wrong
+    assert runs.records_right(Run(''), f'{tmp_path}/passkey') == 1 - wrong
 
 
 def test_token_losses(run, dataset, tmp_path):
@@ -260,42 +232,90 @@ def test_searches(runner, tmp_path, monkeypatch):
     for policy, held_out in ('selective', {'holds': {'saving': 4.0}}), ('oldest', {}):
         (tmp_path / f'budgets_{policy}.json').write_text(json.dumps({'held_out': held_out}))
     policies = 'selective', 'oldest', 'random'
-    runs.search(runner, [(one, policy, '--tolerance=0.01') for policy in policies], 64)
+    runs.search(runner, [(one, policy, 'other') for policy in policies], 64)
     assert ran == ['--policy=oldest', '--policy=random']
-    assert [reproduce.savings([one], policy) for policy in policies] == ['4.0x', '', '']
+    assert [runs.holds(one, policy) for policy in policies] == [{'saving': 4.0}, None, None]
+
+
+TABLE = """\
+| standard, seed 1 |  |  |  | standard |  |  |  |  |  |  |
+| ALiBi, seed 1 |  |  |  | ALiBi |  |  |  |  |  |  |
+| a, seed 1 | 2 6 | 9.0x | 6.0x | a | a K | a K oldest | a K random | standard K oldest \
+| ALiBi alibi=4 | window=4 --selective |"""
 
 
 def test_equal_memory(runner, monkeypatch):
     """Each loss is in its column, and the control sees as many tokens as the model keeps."""
-    calls = [None]
+    budgets = [2, 6]
 
     def token_losses(run, windows, *how):
-        calls.append([run.folder, run.rule, *how])
-        return Losses(torch.full((1, 1, 1), len(calls) - 1.0), torch.tensor([[2]]))
+        words = [run.folder, run.rule, *how]
+        text = ' '.join('K' if word is budgets else word for word in words if word)
+        return types.SimpleNamespace(shown=lambda: text)
 
     def holds(run, policy):
         if run.folder == 'a':
             return {'budgets': budgets, 'saving': len(policy)}
 
     def train(models, *args, **options):
-        return {'window': runs.Arm('', '', [Run(models['window'])])}
+        return {'window': runs.Arm('', [Run(models['window'])])}
 
+    searched = []
+    monkeypatch.setattr(runs, 'search', lambda r, jobs, windows: searched.extend(jobs))
     monkeypatch.setattr(runs, 'token_losses', token_losses)
-    monkeypatch.setattr(reproduce, 'holds', holds)
+    monkeypatch.setattr(runs, 'holds', holds)
     monkeypatch.setattr(reproduce, 'text', lambda r, T: [])
     runner.train = train
-    budgets = [2, 6]
-    some = {name: Run(name) for name in ('standard', 'ALiBi', 'a')}
-    *_, other, row = reproduce.rows_of_seed(runner, 16, 1, some)
-    expected = {
-        'all of its context': ['a', ''],
-        'by F': ['a', '', budgets],
-        'newest': ['a', '', budgets, 'oldest'],
-        'random': ['a', '', budgets, 'random'],
-        'standard, newest': ['standard', '', budgets, 'oldest'],
-        'ALiBi, newest': ['ALiBi', 'alibi=4'],
-        'trained on as many': ['window=4 --selective', ''],
-    }
-    found = {header: calls[int(row[header][0])] for header in expected}
-    assert found == expected and list(row)[:5] == list(other)
-    assert (row['kept by F'], row['saving by F'], row['saving by age']) == ('2 6', '9.0x', '6.0x')
+    runner.cfg.seeds = 1
+    arms = {name: runs.Arm('', [Run(name)]) for name in ('standard', 'ALiBi', 'a')}
+    assert reproduce.equal_memory(runner, 16, arms).endswith(TABLE)
+    assert searched == [(Run('a'), policy, 'standard') for policy in ('selective', 'oldest')]
+
+
+# ---- A real model, which is a tiny one here ------------------------------------------------------
+
+
+def test_eviction(run, lines, tmp_path, monkeypatch):
+    """Every policy; what was measured is kept in a file."""
+    torch.manual_seed(0)
+    shape = dict(block_size=40, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
+    gpt = m.GPT(m.GPTConfig(rope=True, selective=True, **shape))
+    for p in gpt.parameters():
+        p.data *= 10
+    state = {'model': gpt.state_dict(), 'model_args': vars(gpt.config), 'tokenizer': 'bytes'}
+    ckpt.save(tmp_path, state)
+    args = [f'--model={tmp_path}', f'--texts={lines}', '--quick', f'--out_dir={tmp_path}/out']
+    page = run(reproduce, 'eviction', *args)
+    assert 'all 40 tokens: ' in page and '| policy | 32 tokens |' in page
+    assert re.findall(r'^\| (\w+) \| \d+\.', page, re.M) == ['selective', *real.PRESENT]
+    found = runs.losses_on(gpt, data.Dataset(lines), 40, 16, True, 32, 'tova')
+    assert f'| tova | {found.shown()} |' in page
+    monkeypatch.setattr(runs, 'losses_on', None)
+    assert run(reproduce, 'eviction', *args) == page
+
+
+@pytest.mark.slow
+def test_retrofit_and_finetune(run, commands, tmp_path, monkeypatch):
+    """Plain weights are compared with the best policy, so none of them is ahead of it."""
+    import test_llama  # which is skipped where packages are missing
+
+    folder = tmp_path / 'llama'
+    test_llama.save(folder, hidden_size=64, max_position_embeddings=512)
+    (tmp_path / 'file').write_text(test_llama.text())
+    args = [f'--data_dir={tmp_path}', '--name=text', f'--tokenizer={folder}']
+    run(prepare_text, f'{tmp_path}/file', *args)
+    prompts = real.passkey.prompts(1000, 1)
+    monkeypatch.setattr(real.passkey, 'prompts', lambda length, keys: prompts)
+    monkeypatch.setattr(real, 'PRESENT', ('oldest', 'tova'))
+    monkeypatch.setattr(runs.Runner, 'windows', lambda self, count: 1)
+    args = [f'--data_dir={tmp_path}', '--dataset=text', '--texts=text', f'--out_dir={tmp_path}/out']
+    args += [f'--model={folder}', f'--to={tmp_path}', '--seeds=1', '--steps=2']
+    run(reproduce, 'retrofit', 'finetune', *args)
+    page = (tmp_path / 'retrofit_text.md').read_text()
+    rows = re.findall(r'^\| (\w+) \| (\w+) \|.* ([+-]\d\.\d+) \[.* ([+-]\d\.\d+) \[', page, re.M)
+    names = ['plain oldest', 'plain tova', 'voter selective', 'voter oldest', 'voter tova']
+    assert [' '.join(row[:2]) for row in rows] == names
+    for K in 2, 3:
+        assert min(float(row[K]) for row in rows[:2]) == 0
+    page = (tmp_path / 'finetune_text.md').read_text()
+    assert len(re.findall(r'^\| .* \| \d+% \| \d+% \|$', page, re.M)) == 3

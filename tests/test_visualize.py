@@ -51,45 +51,25 @@ def test_what_a_budget_drops(policy):
     F = reading.F[:, -1] + reading.votes[:, -1]
     for l, layer in enumerate(cache.layers):
         np.testing.assert_allclose(F[l, layer.j[0]], layer.F[0], atol=1e-9)
-    free = read(gpt, idx)
-    np.testing.assert_array_equal(reading.M, free.M)  # of the text read without budgets
-    assert not np.allclose(reading.temperatures['q'], free.temperatures['q'])
+    np.testing.assert_array_equal(reading.M, read(gpt, idx).M)  # of the text without budgets
 
 
 def test_temperatures():
-    """Where the token-aware part is 0, they are known."""
-    gpt = make(ssa='qv')
-    for block in gpt.transformer.h:
-        for name in 'qv':
-            block.attn.ssa[name].w.weight.data.zero_()
-    gpt.transformer.h[1].attn.ssa['q'].alpha.data.fill_(0)
+    """Where the token-aware part is 0, as in a fresh layer, they are known."""
+    torch.manual_seed(0)
+    gpt = m.GPT(m.GPTConfig(64, 29, n_layer=2, n_head=2, n_embd=8, ssa='qv', ssa_alpha=0.0))
     reading = read(gpt, tokens(1, 9))
     expected = 1 + np.log(np.arange(1, 10)) / 2
     for head in range(2):
-        np.testing.assert_allclose(reading.temperatures['q'][1, :, head], expected, atol=1e-9)
+        np.testing.assert_allclose(reading.temperatures['q'][1, :, head], expected, rtol=1e-6)
     np.testing.assert_array_equal(reading.temperatures['v'], np.ones((2, 9, 2)))
     assert not reading.F.any()
 
 
-@pytest.mark.parametrize('slope, decay', [(-1, 1), (1, 0.9)])
-def test_rules_that_the_page_cannot_draw(slope, decay, monkeypatch):
-    def accumulate(self, F, S):
-        rows = [F]
-        for r in range(S.size(1)):
-            rows.append(decay * rows[-1] + slope * S[:, r])
-        return torch.stack(rows, dim=1)
-
-    monkeypatch.setattr(m.CausalSelfAttention, 'accumulate', accumulate)
+def test_rules_that_the_page_cannot_draw(monkeypatch):
+    monkeypatch.setattr(m.CausalSelfAttention, 'vote', lambda self, L0: -L0.relu())
     with pytest.raises(UserError, match='votes that are never negative'):
         read(make(selective=True), tokens(1, 23))
-
-
-def test_a_layer_without_votes():
-    gpt = make(selective=True)
-    gpt.transformer.h[0].attn.selects = False
-    reading = read(gpt, tokens(1, 23))
-    assert not reading.F[0].any() and not reading.votes[0].any() and reading.F[1].any()
-    np.testing.assert_array_equal(reading.M[0], np.arange(23))
 
 
 @pytest.mark.parametrize(
@@ -117,27 +97,22 @@ def content_of(html):
     return json.loads(found[1])
 
 
-def unpacked(text):
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), '<f4')
-
-
 def test_the_page_holds_the_numbers():
     T = 23
     gpt = make(selective=True, ssa='qv')
     reading = read(gpt, tokens(1, T), [4, 9])
     content = content_of(page(reading, ['x'] * T, 'title', gpt.config, [4, 9]))
     i, j = np.tril_indices(T, -1)
-    votes = np.zeros((2, T, T))
-    votes[:, i, j] = unpacked(content['votes']).reshape(2, -1)
-    np.testing.assert_allclose(votes, reading.votes, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(content['M'], reading.M)
-    for name, taus in reading.temperatures.items():
-        stored = unpacked(content['temperatures'][name]).reshape(taus.shape)
-        np.testing.assert_allclose(stored, taus, rtol=1e-3)
-    assert content['dropped'] == reading.dropped_at.tolist() and content['budgets'] == [4, 9]
-    gone = (reading.F >= 1) | (np.arange(T)[:, None] >= reading.dropped_at[:, None])
-    seen = np.arange(T)[:, None] < np.array(content['forgotten'])[:, None]
-    np.testing.assert_array_equal(seen, ~gone)
+    stored = {'votes': content['votes'], **content['temperatures']}
+    for name, array in {'votes': reading.votes[:, i, j], **reading.temperatures}.items():
+        numbers = np.frombuffer(zlib.decompress(base64.b64decode(stored[name])), '<f4')
+        np.testing.assert_allclose(numbers, array.flatten(), rtol=1e-3, atol=1e-6)
+    assert content['M'] == reading.M.tolist() and content['budgets'] == [4, 9]
+    assert content['dropped'] == reading.dropped_at.tolist()
+    for l in range(2):
+        masked = (reading.F[l] < 1).sum(axis=0)  # F grows, so the last rows are those
+        seen = np.minimum(masked, reading.dropped_at[l])
+        assert content['forgotten'][l] == seen.tolist()
 
 
 def test_hostile_text_stays_data():
@@ -149,12 +124,6 @@ def test_hostile_text_stays_data():
     assert html.count('<') == page(reading, ['x'] * 9, '', gpt.config).count('<')
     names = {'http://www.w3.org/1999/xhtml', 'http://www.w3.org/2000/svg'}  # no addresses
     assert set(re.findall(r'https?://[^\'"]*', html)) == names
-
-
-def test_size():
-    """Numbers that compress badly: 512 tokens of 12 layers."""
-    votes = np.random.default_rng(0).normal(-0.5, 4, (12, 512 * 511 // 2))
-    assert len(visualize.packed(np.maximum(0, votes))) < 5e6
 
 
 # ---- The command ---------------------------------------------------------------------------------
