@@ -245,12 +245,10 @@ def read_meta(path):
         answers=([int], None),
     )
     length = meta.get('record_len')
-    if length:
-        answers = meta.get('answers') or [0]
-        if min(answers) < 1 or max(answers) >= length:
-            raise UserError(
-                f'{file} is damaged (record_len and answers do not fit): prepare the data set again'
-            )
+    if length and not set(meta.get('answers') or [0]) <= set(range(1, length)):
+        raise UserError(
+            f'{file} is damaged (record_len and answers do not fit): prepare the data set again'
+        )
     return meta
 
 

@@ -175,10 +175,11 @@ def read_tensors(folder):
             from safetensors.torch import load_file
 
             tensors.update(load_file(path))
-        except ImportError:
-            raise UserError(f'{folder} needs a package: pip install safetensors') from None
-        except Exception as e:  # whatever a damaged file makes of it
-            raise UserError(f'{path} does not exist or cannot be read ({e})') from None
+        except Exception as e:  # whatever a damaged file makes of it, or a package that is missing
+            raise UserError(
+                f'{path} does not exist or cannot be read ({e}): '
+                'download it again, or pip install safetensors'
+            ) from None
     return tensors
 
 

@@ -132,7 +132,7 @@ def test_a_standard_model_needs_no_code(changes, tmp_path):
 @pytest.mark.parametrize(
     'changes',
     [dict(qk_norm=True), dict(rope=True), dict(n_kv_head=1), dict(n_inner=8), dict(tied=False)]
-    + [dict(llama=True), dict(LLAMA, bias=True), dict(LLAMA, selective=True)],
+    + [dict(llama=True), dict(LLAMA, bias=True), dict(LLAMA, selective=True), dict(ssa_alpha=-3.0)],
 )
 def test_any_other_model_takes_the_code_along(changes, tmp_path):
     export_hf.export(gpt(**changes), checkpoint(gpt(**changes)), str(tmp_path))
@@ -233,7 +233,7 @@ def test_in_an_environment_without_this_repository(exported):
     assert printed.splitlines()[-1] == str([{'generated_text': text}])
 
 
-# ---- The command -----------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -111,7 +111,9 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: a Memory, whose texts input_ids continue. labels: as input_ids, -100 where
         no loss is wanted.
         """
-        keep = logits_to_keep or input_ids.size(1)
+        c = self.config
+        T = input_ids.size(1)
+        keep = logits_to_keep or T
         if use_cache and past_key_values is None:
             past_key_values = Memory(self)
         if attention_mask is not None:
@@ -122,25 +124,20 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
                     'padding on the left is not possible, and in generation none is: generate '
                     "texts one by one, score them with tokenizer.padding_side = 'right'"
                 )
-        if past_key_values is None:
-            logits = self.score(input_ids)
-        else:
+        if past_key_values is None and c.keep_bos and T == c.block_size:
+            input_ids = input_ids.clone()
+            input_ids[:, 0] = c.bos_token_id
+        if past_key_values is not None:
             logits = past_key_values.read(input_ids, keep)
+        elif self.training or c.budgets in (None, 'none'):
+            logits, _ = self.gpt(input_ids, input_ids)
+        else:
+            logits = Memory(self).read(input_ids, T)
         logits = logits[:, -keep:]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, c.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, past_key_values)
-
-    def score(self, ids):
-        """Logits (B, T, V) of whole texts."""
-        c = self.config
-        if c.keep_bos and ids.size(1) == c.block_size:
-            ids = ids.clone()
-            ids[:, 0] = c.bos_token_id
-        if self.training or c.budgets in (None, 'none'):
-            return self.gpt(ids, ids)[0]
-        return Memory(self).read(ids, ids.size(1))
 
     def generate(self, *args, budgets=None, policy=None, **kwargs):
         """transformers' generate, with at most `budgets` tokens remembered in each layer."""
