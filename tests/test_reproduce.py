@@ -306,14 +306,14 @@ def test_retrofit_and_finetune(run, commands, tmp_path, monkeypatch):
     run(prepare_text, f'{tmp_path}/file', *args)
     prompts = real.passkey.prompts(1000, 1)
     monkeypatch.setattr(real.passkey, 'prompts', lambda length, keys: prompts)
-    monkeypatch.setattr(real, 'PRESENT', ('oldest', 'tova'))
+    monkeypatch.setattr(real, 'PRESENT', ('oldest', 'knorm'))
     monkeypatch.setattr(runs.Runner, 'windows', lambda self, count: 1)
     args = [f'--data_dir={tmp_path}', '--dataset=text', '--texts=text', f'--out_dir={tmp_path}/out']
     args += [f'--model={folder}', f'--to={tmp_path}', '--seeds=1', '--steps=2']
     run(reproduce, 'retrofit', 'finetune', *args)
     page = (tmp_path / 'retrofit_text.md').read_text()
     rows = re.findall(r'^\| (\w+) \| (\w+) \|.* ([+-]\d\.\d+) \[.* ([+-]\d\.\d+) \[', page, re.M)
-    names = ['plain oldest', 'plain tova', 'voter selective', 'voter oldest', 'voter tova']
+    names = ['plain oldest', 'plain knorm', 'voter selective', 'voter oldest', 'voter knorm']
     assert [' '.join(row[:2]) for row in rows] == names
     for K in 2, 3:
         assert min(float(row[K]) for row in rows[:2]) == 0
