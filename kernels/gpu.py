@@ -33,14 +33,11 @@ the tests check the numbers.
 """
 
 import math
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, library
-
-import model
 
 HEAD_SIZES = (16, 32, 64, 128)
 DEVICES = ('cuda',)
@@ -89,7 +86,7 @@ def load(x, bh, i, T, D):
 
 @triton.jit
 def store(x, bh, i, rows, T, D):
-    tl.store(at(x, bh, i, T, D), rows.to(x.dtype.element_ty), mask=i[:, None] < T)
+    tl.store(at(x, bh, i, T, D), rows, mask=i[:, None] < T)
 
 
 @triton.jit
@@ -171,11 +168,11 @@ def forward_kernel(
     unit = LOG2E * D**-0.5
     # the largest logit so far, and what depends on it
     top = tl.full([R], float('-inf'), tl.float32)
-    total = tl.zeros([R], tl.float32)
+    total = tl.zeros_like(top)
     acc = tl.zeros([R, D], tl.float32)
     if tau is not None:
         # sum over j of min(F, tau), of which the columns that are not listed have tau each
-        masked = tl.full([R], tau * (tl.minimum(n * R + R, T) - count), tl.float32)
+        masked = tl.zeros_like(top) + tau * (tl.minimum(n * R + R, T) - count)
     for a in range(0, count, N):
         j = numbers(lists, a + tl.arange(0, N), count, T)
         k0 = load(k, b * H, j, T, D)
@@ -195,7 +192,7 @@ def forward_kernel(
     store(y, bh, i, acc / total[:, None], T, D)
     tl.store(lse + bh * T + i, top + tl.log2(total), mask=i < T)
     if tau is not None:
-        tl.store(M + b * T + i, i - masked / tau, mask=(i < T) & (h == 0))
+        tl.store(M + b * T + i, i - masked / tau, mask=i < T)  # the same from each head
 
 
 @triton.jit
@@ -217,7 +214,7 @@ def columns_kernel(
     vh = load(v, bh, j, T, D)
     factor = tl.load(scale)
     dkh = tl.zeros([N, D], tl.float32)
-    dvh = tl.zeros([N, D], tl.float32)
+    dvh = tl.zeros_like(dkh)
     for n in range(first, end):
         i = block(n, R)
         q0 = load(q, b * H, i, T, D)
@@ -257,7 +254,7 @@ def tile_kernel(
     above = n * (R // G)
     C = boundary(C, b, above, T)
     S, F = S_and_F_of(q0, k0, C, factor, rows, j[None, :], T, 0)  # (R, N)
-    dF = tl.zeros([R, N], tl.float32)
+    dF = tl.zeros_like(F)
     for h in range(H):
         bh = b * H + h
         qh = load(q, bh, i, T, D)
@@ -285,15 +282,14 @@ def tile_kernel(
 def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
     """As `model.selective_attention`: q, k, v (B, H, T, D) -> y (B, H, T, D), M (B, T) or None.
 
-    rule: the layer, of which these kernels read vote_scale alone. Dropout is left to model.py.
+    rule: the layer, of which these kernels read vote_scale alone. They have no dropout.
     """
-    if dropout:
-        return model.selective_attention(q, k, v, rule, dropout, memory_tau)
-    scale = getattr(rule, 'vote_scale', None)
+    assert not dropout, 'kernels.load leaves dropout to model.py'
+    scale = rule.vote_scale
     if scale is None:
         scale = torch.ones((), device=q.device)
-    scale = scale.float()
-    y, M, *_ = attention(q.contiguous(), k.contiguous(), v.contiguous(), scale, memory_tau)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    y, M, *_ = attention(q, k, v, scale.float(), memory_tau)
     if memory_tau is None:
         return y, None
     return y, M
@@ -335,28 +331,25 @@ def blocks_alive(q, k, C, scale, tau):
     """
     T, D = q.shape[2:]
     F = C[:, :-1] * (scale * D**-0.5)  # (B, blocks, T)
-    reach = torch.full_like(F, -math.inf)
-    limits = torch.stack(bounds(q.float() * D**-0.5, k.float()))  # (3, B, H, T)
-    for k_norm, Q, m in limits.unbind(2):
-        torch.maximum(reach, Q[:, ::ROWS, None] * k_norm[:, None] - m[:, ::ROWS, None], out=reach)
-    dead = reach - F < math.log(2**-24 / T)
-    dead &= scale >= 0  # of negative votes F may fall again
+    dead = scale >= 0  # of negative votes F may fall again
     if tau is not None:
-        dead &= F > tau
+        dead = dead & (F > tau)
+    for k_norm, Q, less in bounds(q.float() * D**-0.5, k.float()).unbind(2):  # head by head
+        reach = Q[:, ::ROWS, None] * k_norm[:, None] + less[:, ::ROWS, None]
+        dead = dead & (reach - F < math.log(2**-24 / T))
     return (~dead).sum(dim=1, dtype=torch.int32)
 
 
 def bounds(q, k):
-    """|k|, and Q and m as they hold from each row on, all (B, H, T), from k, q/√D (B, H, T, D)."""
+    """|k|, and Q and -m as they hold from each row on, (3, B, H, T), from k, q/√D (B, H, T, D)."""
     keys = k, k.roll(1, dims=2), k[:, :, :1]  # the row's own, the one before, token 0's
     # not as products of matrices, which autocast and TF32 would round
     logits = torch.stack([(q * key).sum(dim=3) for key in keys])
     logits[1, :, :, :1] = -math.inf  # row 0 has none before
     logits[2, :, :, :2] = -math.inf  # of rows 0 and 1, token 0 is one of these
-    l = logits.logsumexp(dim=0)
-    Q = q.norm(dim=3).flip(2).cummax(dim=2).values.flip(2)
-    m = l.flip(2).cummin(dim=2).values.flip(2)
-    return k.norm(dim=3), Q, m
+    rows = torch.stack([q.norm(dim=3), -logits.logsumexp(dim=0)])
+    later = rows.flip(3).cummax(dim=3).values.flip(3)
+    return torch.stack([k.norm(dim=3), *later])
 
 
 def live_columns(alive, kernel, q):
@@ -388,16 +381,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, tau: float | None)
 @attention.register_fake
 def attention_fake(q, k, v, scale, tau):
     B, H, T, _ = q.shape
-    zeros = partial(torch.zeros, device=q.device)
-    blocks = (T + ROWS - 1) // ROWS
-    alive = zeros(B, T, dtype=torch.int32)
-    return [torch.empty_like(q), zeros(B, T), zeros(B, H, T), zeros(B, blocks + 1, T), alive]
+    lse = q.new_zeros(B, H, T, dtype=torch.float32)
+    M = lse.new_zeros(B, T)
+    C = lse.new_zeros(B, (T - 1) // ROWS + 2, T)
+    return [torch.empty_like(q), M, lse, C, M.int()]
 
 
 @library.custom_op('selective::attention_backward', mutates_args=())
 def attention_backward(saved: list[Tensor], tau: float | None) -> list[Tensor]:
     """dq, dk, dv and the scalar dscale."""
-    q, k, v, scale, y, lse, C, alive, dy, dM = saved
+    q, k, v, scale, y, _, lse, C, alive, dy, dM = saved
     dq, dk, dv, dscale = attention_backward_fake(saved, tau)
     delta = (y.float() * dy).sum(-1)  # (B, H, T) what the softmax's backward subtracts
     common = q, k, v, dy, C, scale, lse, delta, dM, tau
@@ -419,9 +412,8 @@ def attention_backward_fake(saved, tau):
 
 
 def setup_context(ctx, inputs, output):
-    *qkv_scale, ctx.tau = inputs
-    y, _, *saved = output
-    ctx.save_for_backward(*qkv_scale, y, *saved)
+    *tensors, ctx.tau = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def backward(ctx, grads):
