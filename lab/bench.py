@@ -1,14 +1,14 @@
 """What selective attention costs and context pruning saves, as ratios of what one run measured.
 
-    python -m lab.bench                         everything, two hours on two CPU cores
+    python -m lab.bench                         all but parity, two hours on two CPU cores
     python -m lab.bench --what=attention,step --shapes=small --lengths=256,512      a minute or two
     python -m lab.bench --out_dir=out/a,out/b   trained selective models, each at its own length
 
     attention   attention alone, forward, and with backward; `live` is the share that is computed
     step        a whole training step, on a GPU also its memory beyond weights and optimizer
     decode      one token from a KV cache, beside transformers' GPT-2 where that is installed
-    generate    1,000 tokens at the last length: with a cache, within budgets, and without a cache,
-                as nanoGPT does it
+    parity      the kernels that run here beside model.py: how far y, M and gradients are off, and
+                how far they may be, see kernels.errors
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, …), after a round to warm
 up. On a CPU all is measured with the default number of threads, then with one. The ratio is
@@ -20,43 +20,125 @@ saves. Trained ones get their validation data.
 
 import itertools
 import json
+import platform
+import statistics
 import sys
-from collections import Counter
+import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
-from support import devices, files, settings  # before torch, see support/__init__.py
+from support import checkpoint as ckpt, devices, files, settings  # before torch
 
 import torch
 import torch.nn.functional as fn
 
+import data
 import kernels
 import model as m
-from lab import measure
 from support.settings import UserError, option
 
-# What trains: SSA's letters, and the kernel of selective attention; without one nothing votes.
-MODELS = {
-    'standard': ('', ''),
-    'selective': ('', 'auto'),
-    'selective, listing': ('', 'listing'),
-    'SSA': ('qv', ''),
-    'selective + SSA': ('qv', 'auto'),
+SHAPES = {
+    'small': {'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'vocab_size': 257},
+    '124m': {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'vocab_size': 50304},
 }
+CASES = {'standard': '', 'selective': '', 'SSA': 'qv'}  # and their letters of SSA
 LONGEST = 2048  # T of attention alone by model.py's own functions: they take T x T memory
+# what is printed of a row
+LINE = (
+    '{part:10} {shape:16} T = {T:<6} {case:22} {value:12,.2f} {unit:8} {ratio:8.2f}x'
+    '{threads:4} threads'
+)
 
 
 @dataclass
 class BenchConfig:
-    what: str = option('attention,step,decode,generate', 'parts, with commas')
+    what: str = option('attention,step,decode', 'parts, with commas')
     out_dir: str = option('', "folders of trained selective runs, with commas; '': random weights")
     shapes: str = option('small,124m', 'sizes of the models with random weights')
-    lengths: str = option('256,512,1024,2048,4096', 'context lengths T of these, from 64 on')
+    lengths: str = option('', "context lengths T from 64; '': a run's own, else 256,512,…,4096")
     tokens: int = option(4096, 'tokens of a batch of B = tokens / T, at least 1', low=1)
     rounds: int = option(5, 'rounds of which the median is taken', low=1, high=60)
     device: str = option('auto', "'cuda', 'mps', 'cpu'")
     to: str = option('out/bench.json', 'the table as JSON')
+
+
+class Subject:
+    """A model to measure, and a batch x, y (B, T) for it, B = tokens / T and at least 1.
+
+    source: one of SHAPES, with random weights, or the folder of a trained run, which has SSA of its
+    own, and a T where 0 is given. case: one of CASES; without 'selective' nothing votes. Raises
+    UserError for a run that is not selective.
+    """
+
+    def __init__(self, cfg, source, T, case='selective'):
+        self.cfg = cfg
+        self.source = source
+        self.random = source in SHAPES
+        self.name = source
+        self.memory_tau = None
+        if self.random:
+            self.name = f'{source}, random'
+            torch.manual_seed(0)
+            config = m.GPTConfig(block_size=T, selective=True, ssa=CASES[case], **SHAPES[source])
+            self.gpt = m.GPT(config).to(cfg.device).eval()
+        else:
+            self.gpt, checkpoint = ckpt.load_model(source, cfg.device)
+            config = self.gpt.config
+            if not config.selective:
+                raise UserError(f'{source} has standard attention, whose cost no weights change')
+            if checkpoint['config']['memory_loss'] and case == 'selective':
+                self.memory_tau = checkpoint['config']['memory_tau']
+        self.T = T or config.block_size
+        self.B = max(1, cfg.tokens // self.T)
+        if self.random:
+            x = y = torch.randint(config.vocab_size, (self.B, self.T))
+        else:
+            dataset = data.load_dataset(checkpoint['dataset'])
+            bos = ckpt.starts_with_bos(checkpoint)
+            x, y = dataset.batch('val', 0, self.B, self.T, bos=bos)
+        self.x = x.to(cfg.device)
+        self.y = y.to(cfg.device)
+        self.layers = [block.attn for block in self.gpt.transformer.h]
+        if case != 'selective':
+            for layer in self.layers:
+                layer.selects = False
+        self.dtype = devices.pick_dtype('auto', cfg.device)
+        self.kernel = kernels.install(self.gpt, dtype=getattr(torch, self.dtype))
+
+    @torch.no_grad()
+    def queries_keys_values(self):
+        """What the attention of each layer gets on x: [(q, k, v), …], (B, H, T, D) each."""
+        found = []
+
+        def attend(q, k, v, i, rule):
+            found.append((q, k, v))
+            return m.selective_attention(q, k, v, rule)[0]
+
+        recorders = [SimpleNamespace(attend=attend)] * self.gpt.config.n_layer
+        with devices.autocast(self.cfg.device, self.dtype):
+            self.gpt(self.x, cache=SimpleNamespace(layers=recorders, position=0))
+        return found
+
+    def times(self, cases):
+        """{case: milliseconds} of {case: function}: medians of rounds in which they take turns.
+
+        A round more comes first, to warm up.
+        """
+        taken = {case: [] for case in cases}
+        for _ in range(1 + self.cfg.rounds):
+            for case, once in cases.items():
+                self.synchronize()
+                started = time.perf_counter()
+                once()
+                self.synchronize()
+                taken[case].append(1000 * (time.perf_counter() - started))
+        return {case: statistics.median(taken[case][1:]) for case in cases}
+
+    def synchronize(self):
+        if self.cfg.device != 'cpu':
+            torch.accelerator.synchronize()
 
 
 # ---- The parts: generators of groups, (name, unit, {case: value}) --------------------------------
@@ -67,71 +149,63 @@ def standard(q, k, v, rule, memory_tau):
     return fn.scaled_dot_product_attention(q, k, v, is_causal=True), None
 
 
-def forward_backward(attention, qkv, layer, memory_tau):
-    """A function that runs attention forward and backward, and returns y."""
-    qkv = [x.detach().requires_grad_() for x in qkv]
+# None: what is installed in a layer
+FORMS = {
+    'standard': standard,
+    'selective': None,
+    'selective, rows': m.selective_attention,
+    'selective, listing': m.selective_attention_listing,
+}
 
-    def once():
-        y, M = attention(*qkv, layer, memory_tau=memory_tau)
+
+def run_layers(subject, inputs, form, backward=True):
+    """Run the attention of each layer of which there are inputs, (q, k, v). Returns the last y.
+
+    A layer without votes has standard attention in every form.
+    """
+    for layer, qkv in zip(subject.layers, inputs):
+        attention = form or layer.attention
+        if not layer.selects:
+            attention = standard
+        qkv = [x.detach().requires_grad_(backward) for x in qkv]
+        y, M = attention(*qkv, layer, memory_tau=subject.memory_tau)
         loss = y.sum()
         if M is not None:
             loss = loss + M.sum()
-        torch.autograd.grad(loss, qkv)
-        return y
-
-    return once
-
-
-def forms(layer, T):
-    """{case: function for the attention of a layer}.
-
-    A layer without votes has standard attention in every case.
-    """
-    found = {'standard': standard, 'selective': layer.attention}
-    if T <= LONGEST:
-        found['selective, rows'] = m.selective_attention
-        found['selective, listing'] = m.selective_attention_listing
-    if not layer.selects:
-        found = dict.fromkeys(found, standard)
-    return found
+        if backward:
+            torch.autograd.grad(loss, qkv)
+    return y
 
 
 def attention_part(subject):
-    """Each layer, and their sum; of random weights the first layer alone."""
-    totals = Counter()
-    forward = Counter()
-    tau = subject.memory_tau
+    """All layers together; of random weights the first one."""
     inputs = subject.queries_keys_values()
-    for l, layer in enumerate(subject.layers):
-        cases = {}
-        forwards = {}
-        for case, attention in forms(layer, subject.T).items():
-            cases[case] = forward_backward(attention, inputs[l], layer, tau)
-            forwards[case] = partial(attention, *inputs[l], layer, memory_tau=tau)
-        kernels.live_share()
-        cases['selective']()
-        live = kernels.live_share() or 1.0
-        yield f'layer {l}', '%', {'live': 100 * live}
-        taken = subject.times(cases)
-        yield f'layer {l}', 'ms', taken
-        totals.update(taken)  # a Counter adds
-        forward.update(subject.times(forwards))
-        if subject.random:
-            break
-    yield 'forward', 'ms', forward
-    yield 'attention', 'ms', totals
+    if subject.random:
+        del inputs[1:]
+    forward = {}
+    both = {}
+    for case, form in FORMS.items():
+        if subject.T <= LONGEST or 'selective,' not in case:
+            forward[case] = partial(run_layers, subject, inputs, form, backward=False)
+            both[case] = partial(run_layers, subject, inputs, form)
+    kernels.live_share()
+    both['selective']()
+    if live := kernels.live_share():  # kernels/cpu.py counts it
+        yield 'live', '%', {'selective': 100 * live}
+    yield 'forward', 'ms', subject.times(forward)
+    yield 'attention', 'ms', subject.times(both)
 
 
-def training_step(case, cfg, source, T):
-    """A function that trains one of MODELS. The learning rate is 0, so the weights stay."""
-    subject = measure.Subject(cfg, source, T, *MODELS[case])
+def training_step(subject):
+    """A function that trains a subject. The learning rate is 0, so the weights stay."""
     gpt = subject.gpt.train()
-    if 'cuda' in cfg.device:
+    device = subject.cfg.device
+    if 'cuda' in device:
         gpt.compile()  # as train.py does
-    optimizers = gpt.configure_optimizers(0.1, 0.0, (0.9, 0.95), cfg.device)
+    optimizers = gpt.configure_optimizers(0.1, 0.0, (0.9, 0.95), device)
 
     def once():
-        with devices.autocast(cfg.device, subject.dtype):
+        with devices.autocast(device, subject.dtype):
             _, *losses = gpt(subject.x, subject.y, memory_tau=subject.memory_tau)
         sum(losses).backward()
         for optimizer in optimizers:
@@ -141,24 +215,29 @@ def training_step(case, cfg, source, T):
     return once
 
 
-def step_part(subject, cases=tuple(MODELS)):
+def step_part(subject):
     """Of a trained model its own step, and one without votes. A GPU knows more of it."""
-    if not subject.random:
-        cases = 'standard', 'selective'
-    steps = {case: training_step(case, subject.cfg, subject.source, subject.T) for case in cases}
+    steps = {}
+    for case, ssa in CASES.items():
+        if subject.random or not ssa:
+            steps[case] = training_step(Subject(subject.cfg, subject.source, subject.T, case))
     taken = subject.times(steps)
     yield 'step', 'ms', taken
-    if 'cuda' in subject.cfg.device:
-        rates = {case: 1000 * subject.B * subject.T / taken[case] for case in cases}
-        yield 'step', 'tokens/s', rates
-        yield 'step', 'MFU', {case: devices.mfu(subject.gpt, rates[case]) or 0.0 for case in cases}
-        yield 'step', 'MiB', {case: measure.peak_memory(steps[case]) for case in cases}
-
-
-def caches(subject):
-    """{case: budgets}."""
-    K = max(2, subject.T // 32)
-    return {'full cache': None, f'budgets of {K}': K}
+    if 'cuda' not in subject.cfg.device:
+        return
+    rates = {}
+    used = {}
+    memory = {}
+    for case, once in steps.items():
+        rates[case] = 1000 * subject.B * subject.T / taken[case]
+        used[case] = devices.mfu(subject.gpt, rates[case]) or 0.0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once()
+        memory[case] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    yield 'step', 'tokens/s', rates
+    yield 'step', 'MFU', used
+    yield 'step', 'MiB', memory
 
 
 def transformers_step(gpt, text, new):
@@ -176,11 +255,11 @@ def transformers_step(gpt, text, new):
         eos_token_id=0,
     )
     other = transformers.GPT2LMHeadModel(config).to(gpt.lm_head.weight).eval()  # device, dtype
-    cache = other(text, use_cache=True, logits_to_keep=1).past_key_values
+    cache = other(text, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(new))
 
     def once():
-        other(new, past_key_values=cache, use_cache=True)
+        other(new, past_key_values=cache)
         cache.crop(-1)
 
     return once
@@ -188,98 +267,108 @@ def transformers_step(gpt, text, new):
 
 @torch.no_grad()
 def decode_part(subject):
-    """A step with a full cache and with budgets of T/32, and how large the caches are."""
-    gpt = subject.gpt
+    """A step with a full cache and with budgets of T/32."""
+    gpt = subject.gpt.to(getattr(torch, subject.dtype))
     kernels.fast_rows(gpt)
+    K = max(2, subject.T // 32)
     text = subject.x[:1, : -subject.cfg.rounds - 2]
     for B in 1, 32:
         new = text[:, :1].repeat(B, 1)
         steps = {}
-        sizes = {}
-        for case, budgets in caches(subject).items():
+        for case, budgets in ('full cache', None), (f'budgets of {K}', K):
             cache = m.KVCache(gpt, 1, budgets)
             m.prefill(gpt, text, cache)
             cache.repeat(B)
             steps[case] = partial(gpt, new, cache=cache)
-            sizes[case] = cache.bytes() / 2**20
         if find_spec('transformers'):
             steps["transformers' GPT-2"] = transformers_step(gpt, text, new)
         yield f'decode{B}', 'ms', subject.times(steps)
-        yield f'cache{B}', 'MiB', sizes
 
 
-@torch.no_grad()
-def generate_part(subject):
-    """Tokens a second in 1,000 steps after the first token, and in 100 steps of batches of 32.
+def parity_part(subject):
+    """Parts of a million of what model.py gives, in each dtype that a kernel takes here."""
+    layer = subject.layers[0]
+    device = subject.x.device
+    given = kernels.example(layer, 1.0)
+    expected = kernels.results(m.selective_attention, given)
+    for name in 'gpu', 'cpu':
+        for dtype in torch.float32, torch.bfloat16, torch.float16:
+            attention, why_not = kernels.load(name, device, dtype, layer.config)
+            if why_not:
+                print(f'kernels/{name}.py, {dtype}: {why_not}')
+                continue
+            found = kernels.results(attention, given, device, dtype)
+            values = {f'allowed in {dtype}': 1e6 * kernels.tolerance(device, dtype)}
+            for case, error in kernels.errors(found, expected).items():
+                values[case] = 1e6 * error
+            yield f'{name}.py', 'ppm', values
 
-    Without a cache, a step costs more the longer the text: the one in the middle stands for all.
-    """
-    gpt = subject.gpt
-    kernels.fast_rows(gpt)
-    for B, steps in (1, 1000), (32, 100):
-        n = min(steps, subject.T - 1)
-        text = subject.x[:1, :n].repeat(B, 1)
-        cases = {}
-        for case, budgets in caches(subject).items():
-            cases[case] = partial(gpt.generate, text[:, :1], n, budgets=budgets)
-        cases['no cache (nanoGPT)'] = partial(gpt, text[:, : n // 2])
-        taken = subject.times(cases, rounds=1)
-        taken['no cache (nanoGPT)'] *= n
-        rates = {case: 1000 * B * n / ms for case, ms in taken.items()}
-        yield f'generate{B}', 'tokens/s', rates
-
-
-# ---- The command ---------------------------------------------------------------------------------
 
 PARTS = {
     'attention': attention_part,
     'step': step_part,
     'decode': decode_part,
-    'generate': generate_part,
+    'parity': parity_part,
 }
 
 
-def listed(option, text, known):
-    """The words of an option's list; UserError for one that is unknown."""
-    words = text.split(',')
-    for word in words:
-        if word not in known:
-            raise UserError(f'--{option}: {word!r} is not one of {", ".join(known)}')
-    return words
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def rows_of(subject, part, unit, values):
+    """Print and return a row for each of values, {case: value}. Ratios are to the first one."""
+    rows = []
+    first = next(iter(values.values()))
+    for case, value in values.items():
+        row = {
+            'part': part,
+            'shape': subject.name,
+            'T': subject.T,
+            'batch': subject.B,
+            'threads': torch.get_num_threads(),
+            'case': case,
+            'value': value,
+            'unit': unit,
+            'ratio': value / first,
+        }
+        print(LINE.format(**row), flush=True)
+        rows.append(row)
+    return rows
 
 
 def main():
     cfg = settings.parse(BenchConfig)
-    parts = listed('what', cfg.what, PARTS)
-    sources = listed('shapes', cfg.shapes, measure.SHAPES)
-    lengths = settings.numbers(cfg.lengths, '--lengths', low=64, high=2**20)
-    files.check_output(cfg.to, '.json', '"machine"')
-    cfg.device = devices.pick_device(cfg.device)
+    parts = settings.fitting(list, {'choices': PARTS}, cfg.what.split(','), '--what')
+    sources = settings.fitting(list, {'choices': SHAPES}, cfg.shapes.split(','), '--shapes')
+    lengths = [256, 512, 1024, 2048, 4096]
     if cfg.out_dir:
         sources = cfg.out_dir.split(',')
         lengths = [0]  # a run has its own
-    for source in sources:
-        print(f'{source}: {measure.Subject(cfg, source, lengths[0]).kernel}')
-    if not cfg.out_dir:
+    else:
         print('The weights are random and mask little. For what selection saves, give --out_dir.')
-    print(f'{measure.machine(cfg)}, torch {torch.__version__}, medians of {cfg.rounds} rounds')
+    if cfg.lengths:
+        lengths = settings.numbers(cfg.lengths, '--lengths', low=64, high=2**20)
+    files.check_output(cfg.to, '.json', '"machine"')
+    cfg.device = devices.pick_device(cfg.device)
     counts = [torch.get_num_threads()]
-    if cfg.device == 'cpu' and counts[0] > 1:
+    machine = f'{platform.machine()}, {counts[0]} threads, torch {torch.__version__}'
+    if 'cuda' in cfg.device:
+        machine = f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
+        torch.set_float32_matmul_precision('high')  # TF32, as in train.py
+    elif cfg.device == 'cpu' and counts[0] > 1:
         counts.append(1)
+    for source in sources:
+        print(f'{source}: {Subject(cfg, source, lengths[0]).kernel}')
+    print(machine)
     tables = {count: [] for count in counts}
-    for part, source, T in itertools.product(parts, sources, lengths):
-        if part == 'generate' and T != lengths[-1]:  # it is slow
-            continue
-        for count in counts:
-            torch.set_num_threads(count)
-            subject = measure.Subject(cfg, source, T)
-            for name, unit, values in PARTS[part](subject):
-                tables[count] += measure.group(subject, name, unit, values)
+    for part, source, T, count in itertools.product(parts, sources, lengths, counts):
+        torch.set_num_threads(count)
+        subject = Subject(cfg, source, T)
+        for group in PARTS[part](subject):
+            tables[count] += rows_of(subject, *group)
     torch.set_num_threads(counts[0])
     content = {
-        'machine': measure.machine(cfg),
-        'torch': torch.__version__,
-        'rounds': cfg.rounds,
+        'machine': machine,
         'command': ' '.join(sys.argv[1:]),
         'rows': tables[counts[0]],
         'one_thread': tables.get(1, []),
