@@ -26,7 +26,7 @@ class Graph(m.CausalSelfAttention):
     Embeddings have C channels, fewer than there are nodes, and all have the same length.
     """
 
-    rates = 0.01, 0.03, 0.1, 0.3
+    rates = 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
     steps = 1000
     names = 'cross-entropy above the truth', 'L1', 'norm', *[f'τ {n}' for n in NEIGHBOURS]
 
@@ -145,7 +145,8 @@ def graph(r):
 GRAPH = """60 nodes of 1, 2, 4, 8 or 16 neighbours. Cross-entropy in nats a step, of which the
 truth's own is subtracted, and L1, the sum of |P - truth| over a row, are means over rows. Norm: the
 operator norm of the query-key matrix, temperatures left out. τ 1: the mean temperature of nodes of
-one neighbour; the softmax is sharper where it is larger."""
+one neighbour; the softmax is sharper where it is larger. Each model has the best of the learning
+rates 0.003, 0.01, 0.03, 0.1, 0.3 and 1, by its cross-entropy."""
 
 
 def denoising(r):
@@ -166,4 +167,5 @@ MODELS = {
 }
 DENOISING = """Mean squared errors of a channel, where the estimate 0 has 1. *Least*: that of the
 mean of u given the tokens and which of them have the signal. No estimate is better, and it is the
-Bayes-optimal one where the length of a token tells what it is."""
+Bayes-optimal one where the length of a token tells what it is. Each model has the best of the
+learning rates 0.003, 0.01, 0.03 and 0.1."""
