@@ -39,7 +39,7 @@ def load(folder):
 def losses(r, folders, text, T, K=None, policy='oldest'):
     """The Losses of models on held-out windows of T tokens of a text, in layers of K tokens."""
     text = data.load_dataset(text, r.cfg.data_dir)
-    windows = r.windows(16)
+    windows = r.windows(8192 // T)
     found = []
     for folder in folders:
         what = repr([folder, text.fingerprint(), T, K, policy, windows])
