@@ -231,6 +231,7 @@ WHOLE = gz(TRAIN[0][:100])
         (b'this is not gzip', 'damaged after line 0 .Not a gzip'),
         (WHOLE[:-8] + bytes(8), 'CRC check failed'),
         (WHOLE[:-9], 'ended before'),
+        (WHOLE[:300] + b'\xff' * 300, 'Error -3 while decompressing'),
         (WHOLE + gzip.compress(b'{"text": "half\n') + WHOLE, 'after line 100 '),
         (WHOLE + gzip.compress(b'{"text": 5}'), 'after line 100 .no "text"'),
         (WHOLE + gzip.compress(b'[' * 100_000), 'after line 100 '),
