@@ -21,8 +21,8 @@ class Rule(torch.nn.Module):
             setattr(self, name, torch.nn.Parameter(value))
 
 
-def results(attention, qkv, rule, memory_tau=None, only='yM'):
-    """y, M and all gradients of a loss that weighs each number of `only`."""
+def results(attention, qkv, rule, memory_tau=None):
+    """y, M and all gradients of a loss that weighs each number of y and M."""
     qkv = [x.detach().requires_grad_() for x in qkv]
     y, M = attention(*qkv, rule, memory_tau=memory_tau)
     found = {'y': y, 'M': M}
@@ -30,19 +30,18 @@ def results(attention, qkv, rule, memory_tau=None, only='yM'):
         assert found.pop('M') is None
     g = torch.Generator().manual_seed(1)
     loss = 0.0
-    for name, x in found.items():
-        if name in only:
-            loss = loss + (x * torch.randn(x.shape, generator=g).to(x.device)).sum()
+    for x in found.values():
+        loss = loss + (x * torch.randn(x.shape, generator=g).to(x.device)).sum()
     grads = torch.autograd.grad(loss, [*qkv, *rule.parameters()], materialize_grads=True)
     return found | dict(zip(['dq', 'dk', 'dv', *dict(rule.named_parameters())], grads))
 
 
-def compare(attention, qkv, rule, memory_tau=None, tolerance=1e-12, only='yM'):
+def compare(attention, qkv, rule, memory_tau=None, tolerance=1e-12):
     """The numbers are those of the paper's listing in float64."""
-    found = results(attention, qkv, rule, memory_tau, only)
+    found = results(attention, qkv, rule, memory_tau)
     assert found['y'].dtype == qkv[0].dtype
     exact = [x.double() for x in qkv]
-    wanted = results(m.selective_attention_listing, exact, rule.double(), memory_tau, only)
+    wanted = results(m.selective_attention_listing, exact, rule.double(), memory_tau)
     for name, want in wanted.items():
         error = (found[name] - want).abs().max() / want.abs().max().clamp(min=1e-3)
         assert error < tolerance, f'{name} is wrong by {error:.1e}'

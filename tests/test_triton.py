@@ -48,8 +48,8 @@ def example(B, H, T, D, dtype=torch.float32, strength=None):
     return qkv.to(DEVICE, dtype).transpose(1, 3).unbind(dim=2)
 
 
-def compare(qkv, tau, scale, tolerance=2e-5, only='yM'):
-    attention.compare(gpu.selective_attention, qkv, rule(scale), tau, tolerance, only)
+def compare(qkv, tau, scale, tolerance=2e-5):
+    attention.compare(gpu.selective_attention, qkv, rule(scale), tau, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,7 @@ def test_votes_that_kill_most_columns(D, tau, scale):
     compare(qkv, tau, scale)
     factor = torch.tensor(scale or 1.0, device=DEVICE)
     *_, alive = gpu.attention(*(x.contiguous() for x in qkv), factor, tau)
-    _, counts = gpu.live_columns(alive, gpu.tile_kernel, qkv[0])
-    assert counts[0, -1] < 0.6 * T
+    assert (alive == alive.max()).sum() < 0.6 * T
 
 
 @pytest.mark.parametrize('above, blocks_alive', [(-0.1, 4), (0.1, 1)])
@@ -116,11 +115,6 @@ def test_F_is_a_float32_sum():
     assert 2000.0 * (101 - M[0, 101].item()) == pytest.approx(1000 + 98 / 64, abs=0.1)
 
 
-@pytest.mark.parametrize('output', ['y', 'M'])
-def test_gradients_of_one_output_alone(output):
-    compare(example(1, 1, 20, 16), 1.0, None, only=output)
-
-
 def test_autocast_does_not_round_the_bound():
     q, k, _ = example(1, 2, 100, 16)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -135,13 +129,13 @@ def test_operators():
     args = *qkv, rule(0.5).vote_scale, 1.0
     library.opcheck(gpu.attention, args, test_utils=[*tests, 'test_autograd_registration'])
     args = [x.detach() for x in args[:4]]
-    y, M, *saved = gpu.attention(*args, 1.0)
-    saved = [*args, y, *saved, torch.randn_like(y), torch.randn_like(M)]
+    made = gpu.attention(*args, 1.0)
+    saved = [*args, *made, torch.randn_like(made[0]), torch.randn_like(made[1])]
     library.opcheck(gpu.attention_backward, (saved, 1.0), test_utils=tests)
 
 
-@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_model(compiled):
+@pytest.mark.slow
+def test_a_compiled_model():
     torch.manual_seed(0)
     shape = dict(block_size=40, vocab_size=17, n_layer=1, n_head=1, n_embd=16, rope=True)
     gpt = m.GPT(m.GPTConfig(**shape, selective=True, vote_scale=True, ssa='qv')).to(DEVICE)
@@ -151,8 +145,7 @@ def test_model(compiled):
     found = []
     for kernel in 'none', 'gpu':
         line = kernels.install(gpt, kernel)
-        if compiled:
-            gpt.compile(backend='aot_eager', fullgraph=True)
+        gpt.compile(backend='aot_eager', fullgraph=True)
         _, loss, memory = gpt(idx, idx, memory_tau=1.0)
         grads = torch.autograd.grad(loss + memory, list(gpt.parameters()))
         found.append([loss, memory, *grads])
