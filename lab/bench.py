@@ -76,10 +76,8 @@ class Subject:
         self.cfg = cfg
         self.source = source
         self.random = source in SHAPES
-        self.name = source
         self.memory_tau = None
         if self.random:
-            self.name = f'{source}, random'
             torch.manual_seed(0)
             config = m.GPTConfig(block_size=T, selective=True, ssa=CASES[case], **SHAPES[source])
             self.gpt = m.GPT(config).to(cfg.device).eval()
@@ -322,7 +320,7 @@ def rows_of(subject, part, unit, values):
     for case, value in values.items():
         row = {
             'part': part,
-            'shape': subject.name,
+            'shape': subject.source,
             'T': subject.T,
             'batch': subject.B,
             'threads': torch.get_num_threads(),
