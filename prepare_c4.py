@@ -63,7 +63,7 @@ class C4Config:
     processes: int = option(0, 'threads that tokenize; 0: one for each core, at most 16')
     retries: int = option(8, 'failures in a row of one download before giving up')
     backoff: float = option(
-        1.0, 'the waits after failures in a row are 0, 2, 4, 8 … times these seconds, up to 60'
+        1.0, 'the waits after failures in a row are 0, 2, 4, 8 … times these seconds, up to 120'
     )
     timeout: float = option(30.0, 'seconds without a byte that count as a failure', low=1e-3)
 

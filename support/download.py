@@ -23,7 +23,7 @@ class RemoteFile:
     """A file on a server, to be read once.
 
     A busy server or one that is out of reach is asked again, up to `retries` times. The waits grow
-    from 2 * backoff to 60 seconds, or are what the server says. timeout: seconds without a byte
+    from 2 * backoff to 120 seconds, or are what the server says. timeout: seconds without a byte
     that count as a failure.
     """
 
@@ -32,7 +32,7 @@ class RemoteFile:
         self.retries = retries
         self.timeout = timeout
         busy = [429, 500, 502, 503, 504]
-        retry = Retry(retries, status_forcelist=busy, backoff_factor=backoff, backoff_max=60)
+        retry = Retry(retries, status_forcelist=busy, backoff_factor=backoff)
         self.session = requests.Session()
         self.session.mount('http://', HTTPAdapter(max_retries=retry))
         self.session.mount('https://', HTTPAdapter(max_retries=retry))
