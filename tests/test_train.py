@@ -74,8 +74,8 @@ def test_resume(dataset, tmp_path, run):
     run(train, *args, parts, '--init_from=resume')
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
     assert 'has 20 of 20 steps: raise' in run(train, *args, parts, '--init_from=resume')
-    out = run(train, *args, parts, '--init_from=resume', '--rope', '--max_iters=30')
-    assert 'another run by rope=True (was False)' in out
+    out = run(train, *args, parts, '--init_from=resume', '--qk_norm', '--max_iters=30')
+    assert 'another run by qk_norm=True (was False)' in out
 
 
 @pytest.mark.slow
