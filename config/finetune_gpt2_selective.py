@@ -4,5 +4,5 @@ from config.base_finetune_gpt2 import *
 
 out_dir = 'out/finetune_gpt2_selective'
 selective = True
-# False: at full strength at once; hurts at first, masks more (results/finetune.md)
+# False: at full strength at once; hurts at first, masks more (results/finetune_toy.md)
 vote_scale = True

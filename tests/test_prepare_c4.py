@@ -89,6 +89,7 @@ def server(tmp_path, monkeypatch):
     """A server of FILES, in threads of this process; scripts run in an empty folder."""
     monkeypatch.chdir(tmp_path)
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        server.handle_error = print  # a client that hangs up is no news
         server.files = dict(FILES)
         server.faults = {}
         server.requests = []
