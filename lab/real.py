@@ -8,6 +8,7 @@ tokenizer. Every measurement is kept in a file, so a claim that was stopped goes
 """
 
 import functools
+import glob
 import hashlib
 import os
 
@@ -42,7 +43,9 @@ def losses(r, folders, text, T, K=None, policy='oldest'):
     windows = r.windows(8192 // T)
     found = []
     for folder in folders:
-        what = repr([folder, text.fingerprint(), T, K, policy, windows])
+        weights = glob.glob(f'{folder}/ckpt.pt') + glob.glob(f'{folder}/*.safetensors')
+        changed = [os.path.getmtime(path) for path in weights]  # if it was trained again
+        what = repr([folder, changed, text.fingerprint(), T, K, policy, windows])
         path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
         if not os.path.isfile(path):
             model, _ = load(folder)
