@@ -56,6 +56,8 @@ def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
     """
     if dropout or q.dtype not in DTYPES:
         return model.selective_attention(q, k, v, rule, dropout, memory_tau)
+    model.expect_shape('k', k, q.shape)  # cpu.c would read what lies behind it
+    model.expect_shape('v', v, q.shape)
     parameters = [p for p in rule.parameters() if p.requires_grad]
     grad = torch.is_grad_enabled()
     y, M = _SelectiveAttention.apply(q, k, v, rule, memory_tau, grad, *parameters)

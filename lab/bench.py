@@ -111,6 +111,9 @@ class Subject:
         found = []
 
         def attend(q, k, v, i, rule):
+            shared = q.size(1) // k.size(1)  # by how many heads of q; a kernel wants one for each
+            k = k.repeat_interleave(shared, dim=1)
+            v = v.repeat_interleave(shared, dim=1)
             found.append((q, k, v))
             return m.selective_attention(q, k, v, rule)[0]
 

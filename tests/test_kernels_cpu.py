@@ -292,3 +292,12 @@ def test_two_processes_compile_at_once_and_a_third_does_not(fresh, monkeypatch):
     cpu.note = ''
     check(example(1, 2, 80, 4, 1.0).float(), tolerance=1e-5)
     assert cpu.note == ''
+
+
+def test_heads_that_share_keys_are_refused():
+    """model.py repeats them before. Without them cpu.c would read other memory."""
+    q, k, v = torch.randn(3, 1, 4, 70, 8)
+    layer = m.CausalSelfAttention(m.GPTConfig(n_head=4, n_embd=32, selective=True))
+    for shared in (q, k[:, :2], v), (q, k, v[:, :2]):
+        with pytest.raises(ValueError, match='it must be'):
+            cpu.selective_attention(*shared, layer)

@@ -81,7 +81,7 @@ def test_trained_weights(run, dataset, tmp_path, rows):
     """A layer masks much."""
     sizes = '--n_layer=2', '--n_head=2', '--n_embd=8', '--block_size=160', '--batch_size=2'
     steps = '--max_iters=1', '--eval_iters=1', '--gradient_accumulation_steps=1'
-    method = '--selective', '--rope', '--qk_norm', '--memory_loss=0.1'
+    method = '--selective', '--rope', '--qk_norm', '--n_kv_head=1', '--memory_loss=0.1'
     out_dir = f'--out_dir={tmp_path}/run'
     run(train, dataset, out_dir, '--device=cpu', *sizes, *steps, *method)
     checkpoint = ckpt.load(tmp_path / 'run')
