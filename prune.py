@@ -244,7 +244,8 @@ def main():
     cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
     dtype = getattr(torch, cfg.dtype)
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg.device)
-    ckpt.read_budgets('2', cfg.out_dir, model, cfg.policy)  # is there such a policy?
+    every = str(model.config.block_size)  # a budget of any model: it is the policy that may not fit
+    ckpt.read_budgets(every, cfg.out_dir, model, cfg.policy)
     reference = model
     if cfg.baseline:
         reference, other = ckpt.load_model(cfg.baseline, cfg.device)

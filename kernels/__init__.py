@@ -70,9 +70,11 @@ def within(model, K):
         if K and hasattr(module, 'attention'):
             usual[module] = module.attention
             module.attention = partial(m.selective_attention_within, K=K)
-    yield
-    for module, attention in usual.items():
-        module.attention = attention
+    try:
+        yield
+    finally:
+        for module, attention in usual.items():
+            module.attention = attention
 
 
 def fast_rows(model):
