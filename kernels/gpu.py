@@ -35,6 +35,7 @@ the tests check the numbers.
 import math
 
 import torch
+import torch.nn.functional as fn
 import triton
 import triton.language as tl
 from torch import Tensor, library
@@ -47,12 +48,13 @@ if triton.knobs.runtime.interpret:  # on a CPU
     DTYPES = (torch.float32, torch.float16)  # it gets bfloat16's products wrong
 LOG2E = tl.constexpr(1.4426950408889634)
 ROWS = 32  # from one boundary to the next; R is a multiple of it
+LONGEST = 128  # R or N of any tile
 G = tl.constexpr(ROWS)
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces of the kernels. q, k, v and what is like them are (B*H, T, D), bh a head of a sequence.
-# A tile is (R, N) with rows i (R, 1) and columns j (1, N), or lies on its side: (N, R)
+# Pieces of the kernels. T is a multiple of every R and N. A tile is (R, N) with rows i (R, 1) and
+# columns j (1, N), or lies on its side: (N, R)
 
 
 @triton.jit
@@ -69,35 +71,26 @@ def block(n, R):
 @triton.jit
 def boundary(C, b, n, T):
     """Pointer to C[n] of sequence b, which is (T,)."""
-    return C + (b * (tl.cdiv(T, G) + 1) + n) * T
+    return C + (b * (T // G + 1) + n) * T
 
 
 @triton.jit
-def at(x, bh, i, T, D):
-    """Pointers to the rows i of head bh of x, as (len(i), D)."""
-    return x + (bh * T + i[:, None]) * D + tl.arange(0, D)[None, :]
+def at(x, rows, D):
+    """Pointers to rows of q, k, v or what is like them, as (len(rows), D).
+
+    Row i of head h of sequence b has the number (b * H + h) * T + i.
+    """
+    return x + rows[:, None] * D + tl.arange(0, D)[None, :]
 
 
 @triton.jit
-def load(x, bh, i, T, D):
-    """These rows, zeros from T on."""
-    return tl.load(at(x, bh, i, T, D), mask=i[:, None] < T, other=0.0)
+def load(x, rows, D):
+    return tl.load(at(x, rows, D))
 
 
 @triton.jit
-def store(x, bh, i, rows, T, D):
-    tl.store(at(x, bh, i, T, D), rows, mask=i[:, None] < T)
-
-
-@triton.jit
-def add(x, bh, i, rows, T, D):
-    tl.atomic_add(at(x, bh, i, T, D), rows, mask=i[:, None] < T, sem='relaxed')
-
-
-@triton.jit
-def numbers(x, i, n, other=0.0):
-    """x[i], `other` from n on."""
-    return tl.load(x + i, mask=i < n, other=other)
+def add(pointers, numbers):
+    tl.atomic_add(pointers, numbers, sem='relaxed')
 
 
 @triton.jit
@@ -108,30 +101,37 @@ def S_of(x, y, i, j):
 
 
 @triton.jit
-def S_and_F_of(x, y, C, factor, i, j, T, axis):
+def S_and_F_of(x, y, C, factor, i, j, axis):
     """S and F of a tile, F infinite in the future. C: at its first row; axis: along the rows."""
     S = S_of(x, y, i, j)
     above = tl.cumsum(S, axis) - S
-    return S, tl.where(j <= i, factor * (numbers(C, j, T) + above), float('inf'))
+    return S, tl.where(j <= i, factor * (tl.load(C + j) + above), float('inf'))
 
 
 @triton.jit
-def dF_of_M(F, dM, tau, b, i, T, D):
-    """What the gradient of M takes from that of F: M counts min(F, tau) / tau."""
-    return tl.where(F * D**-0.5 <= tau, numbers(dM + b * T, i, T) / tau, 0.0)
+def dF_of_M(F, dM, tau, D):
+    """What the gradient of M takes from that of F: M counts min(F, tau) / tau.
+
+    dM: pointers to those of its rows.
+    """
+    return tl.where(F * D**-0.5 <= tau, tl.load(dM) / tau, 0.0)
 
 
 @triton.jit
-def softmax_backward(x, y, dx, dy, F, lse, delta, bh, i, T, D):
-    """P and dL of a tile. x, y, dx, dy: q, k, dy, v of a head; for one on its side k, q, v, dy."""
+def softmax_backward(x, y, dx, dy, F, lse, delta, D):
+    """P and dL of a tile. x, y, dx, dy: q, k, dy, v of a head; for one on its side k, q, v, dy.
+
+    lse, delta: pointers to those of its rows.
+    """
     L = tl.dot(x, tl.trans(y)) - F
-    P = tl.exp2(L * (LOG2E * D**-0.5) - numbers(lse + bh * T, i, T, float('inf')))
+    P = tl.exp2(L * (LOG2E * D**-0.5) - tl.load(lse))
     dP = tl.dot(dx, tl.trans(dy))
-    return P, P * (dP - numbers(delta + bh * T, i, T))
+    return P, P * (dP - tl.load(delta))
 
 
 # --------------------------------------------------------------------------------------------------
-# The kernels. A program has its row block n with rows i, its column block m with columns j, or both
+# The kernels. A program has its row block n with rows i, its column block m with columns j, or
+# both. `voter` and `head` are the numbers of the first rows of head 0 and of its own head.
 
 
 @triton.jit
@@ -140,12 +140,13 @@ def votes_kernel(q, k, C, H, T, D: tl.constexpr, R: tl.constexpr, N: tl.constexp
     n, m, b = program()
     if m * N >= (n + 1) * R:
         return  # all future
+    voter = b * H * T
     i = block(n, R)
     j = block(m, N)
-    q0 = load(q, b * H, i, T, D)
-    k0 = load(k, b * H, j, T, D)
+    q0 = load(q, voter + i, D)
+    k0 = load(k, voter + j, D)
     S = S_of(q0, k0, i[:, None], j[None, :])
-    tl.store(boundary(C, b, n + 1, T) + j, tl.sum(S, 0), mask=j < T)
+    tl.store(boundary(C, b, n + 1, T) + j, tl.sum(S, 0))
 
 
 @triton.jit
@@ -156,10 +157,11 @@ def forward_kernel(
     """y of a row block, and log2 of its softmax's denominator; M where tau is given."""
     n, h, b = program()
     n = tl.num_programs(0) - 1 - n  # the longest rows first
-    bh = b * H + h
+    voter = b * H * T
+    head = voter + h * T
     i = block(n, R)
-    q0 = load(q, b * H, i, T, D)
-    qh = load(q, bh, i, T, D)
+    q0 = load(q, voter + i, D)
+    qh = load(q, head + i, D)
     C = boundary(C, b, n * (R // G), T)
     place = b * tl.num_programs(0) + n
     lists += place * T
@@ -171,17 +173,17 @@ def forward_kernel(
     total = tl.zeros_like(top)
     acc = tl.zeros([R, D], tl.float32)
     if tau is not None:
-        # sum over j of min(F, tau), of which the columns that are not listed have tau each
-        masked = tl.zeros_like(top) + tau * (tl.minimum(n * R + R, T) - count)
-    for a in range(0, count, N):
-        j = numbers(lists, a + tl.arange(0, N), count, T)
-        k0 = load(k, b * H, j, T, D)
-        _, F = S_and_F_of(q0, k0, C, factor, i[:, None], j[None, :], T, 0)  # (R, N)
+        # sum over j of min(F, tau), of which the columns without a tile have tau each
+        masked = tl.zeros_like(top) + tau * tl.maximum((n + 1) * R - count * N, 0)
+    for m in range(count):
+        j = tl.load(lists + block(m, N))
+        k0 = load(k, voter + j, D)
+        _, F = S_and_F_of(q0, k0, C, factor, i[:, None], j[None, :], 0)  # (R, N)
         if tau is not None:
             seen = tl.where(F < float('inf'), F, 0.0)
             masked += tl.sum(tl.minimum(seen * D**-0.5, tau), 1)
-        kh = load(k, bh, j, T, D)
-        vh = load(v, bh, j, T, D)
+        kh = load(k, head + j, D)
+        vh = load(v, head + j, D)
         L = tl.dot(qh, tl.trans(kh)) - F
         new_top = tl.maximum(top, tl.max(L, 1) * unit)  # finite: each row sees the first column
         P = tl.exp2(L * unit - new_top[:, None])
@@ -189,10 +191,10 @@ def forward_kernel(
         total = total * shrink + tl.sum(P, 1)
         acc = tl.dot(P.to(vh.dtype), vh, acc * shrink[:, None])
         top = new_top
-    store(y, bh, i, acc / total[:, None], T, D)
-    tl.store(lse + bh * T + i, top + tl.log2(total), mask=i < T)
+    tl.store(at(y, head + i, D), acc / total[:, None])
+    tl.store(lse + head + i, top + tl.log2(total))
     if tau is not None:
-        tl.store(M + b * T + i, i - masked / tau, mask=i < T)  # the same from each head
+        tl.store(M + b * T + i, i - masked / tau)  # the same from each head
 
 
 @triton.jit
@@ -205,33 +207,32 @@ def columns_kernel(
     Its tiles lie on their sides, so that products with them add up to rows of dk and dv.
     """
     m, h, b = program()
-    bh = b * H + h
-    j = numbers(order + b * T, block(m, N), T, T)
+    voter = b * H * T
+    head = voter + h * T
+    j = tl.load(order + b * T + block(m, N))
     first = tl.min(j, 0) // R
-    end = tl.max(numbers(ends + b * T, j, T, 0), 0)
-    k0 = load(k, b * H, j, T, D)
-    kh = load(k, bh, j, T, D)
-    vh = load(v, bh, j, T, D)
+    end = tl.max(tl.load(ends + b * T + j), 0)
+    k0 = load(k, voter + j, D)
+    kh = load(k, head + j, D)
+    vh = load(v, head + j, D)
     factor = tl.load(scale)
     dkh = tl.zeros([N, D], tl.float32)
     dvh = tl.zeros_like(dkh)
     for n in range(first, end):
         i = block(n, R)
-        q0 = load(q, b * H, i, T, D)
-        qh = load(q, bh, i, T, D)
+        q0 = load(q, voter + i, D)
+        qh = load(q, head + i, D)
         rows = i[None, :]
-        C_n = boundary(C, b, n, T)
-        _, F = S_and_F_of(k0, q0, C_n, factor, rows, j[:, None], T, 1)  # (N, R)
-        dyh = load(dy, bh, i, T, D)  # here it leaves registers free above
-        P, dL = softmax_backward(kh, qh, vh, dyh, F, lse, delta, bh, rows, T, D)
+        _, F = S_and_F_of(k0, q0, boundary(C, b, n, T), factor, rows, j[:, None], 1)  # (N, R)
+        dyh = load(dy, head + i, D)  # here it leaves registers free above
+        P, dL = softmax_backward(kh, qh, vh, dyh, F, lse + head + rows, delta + head + rows, D)
         dvh = tl.dot(P.to(dyh.dtype), dyh, dvh)
         dkh = tl.dot(dL.to(qh.dtype), qh, dkh)
         if tau is not None and h == 0:  # M belongs to no head
-            dL += dF_of_M(F, dM, tau, b, rows, T, D)
-        sums = boundary(dC, b, n, T) + j
-        tl.atomic_add(sums, -tl.sum(dL, 1), mask=j < T, sem='relaxed')
-    store(dk, bh, j, dkh * D**-0.5, T, D)
-    store(dv, bh, j, dvh, T, D)
+            dL += dF_of_M(F, dM + b * T + rows, tau, D)
+        add(boundary(dC, b, n, T) + j, -tl.sum(dL, 1))
+    tl.store(at(dk, head + j, D), dkh * D**-0.5)
+    tl.store(at(dv, head + j, D), dvh)
 
 
 @triton.jit
@@ -242,37 +243,36 @@ def tile_kernel(
     """The share of a tile (R, N) in dq, and by its votes in dk0 and dscale."""
     n, m, b = program()
     place = b * tl.num_programs(0) + n
-    count = tl.load(counts + place)
-    if m * N >= count:
+    if m >= tl.load(counts + place):
         return
+    voter = b * H * T
     i = block(n, R)
-    j = numbers(lists + place * T, block(m, N), count, T)
-    q0 = load(q, b * H, i, T, D)
-    k0 = load(k, b * H, j, T, D)
+    j = tl.load(lists + place * T + block(m, N))
+    q0 = load(q, voter + i, D)
+    k0 = load(k, voter + j, D)
     factor = tl.load(scale)
     rows = i[:, None]
     above = n * (R // G)
-    C = boundary(C, b, above, T)
-    S, F = S_and_F_of(q0, k0, C, factor, rows, j[None, :], T, 0)  # (R, N)
+    S, F = S_and_F_of(q0, k0, boundary(C, b, above, T), factor, rows, j[None, :], 0)  # (R, N)
     dF = tl.zeros_like(F)
     for h in range(H):
-        bh = b * H + h
-        qh = load(q, bh, i, T, D)
-        kh = load(k, bh, j, T, D)
-        vh = load(v, bh, j, T, D)
-        dyh = load(dy, bh, i, T, D)
-        _, dL = softmax_backward(qh, kh, dyh, vh, F, lse, delta, bh, rows, T, D)
+        head = voter + h * T
+        qh = load(q, head + i, D)
+        kh = load(k, head + j, D)
+        vh = load(v, head + j, D)
+        dyh = load(dy, head + i, D)
+        _, dL = softmax_backward(qh, kh, dyh, vh, F, lse + head + rows, delta + head + rows, D)
         dF -= dL
-        add(dq, bh, i, tl.dot((dL * D**-0.5).to(kh.dtype), kh), T, D)
+        dqh = tl.dot((dL * D**-0.5).to(kh.dtype), kh)
+        add(at(dq, head + i, D), dqh)
     if tau is not None:
-        dF -= dF_of_M(F, dM, tau, b, rows, T, D)
-    below = tl.minimum(above + R // G, tl.cdiv(T, G))
-    from_below = numbers(boundary(dC, b, below, T), j, T)[None, :]
+        dF -= dF_of_M(F, dM + b * T + rows, tau, D)
+    from_below = tl.load(boundary(dC, b, above + R // G, T) + j)[None, :]
     dS = from_below + tl.sum(dF, 0)[None, :] - tl.cumsum(dF, 0)
-    tl.atomic_add(dscale, tl.sum(dS * S) * D**-0.5, sem='relaxed')
+    add(dscale, tl.sum(dS * S) * D**-0.5)
     dL0 = tl.where(S > 0, dS * (factor * D**-0.5), 0.0).to(q0.dtype)
-    add(dq, b * H, i, tl.dot(dL0, k0), T, D)
-    add(dk0, b, j, tl.dot(tl.trans(dL0), q0), T, D)
+    add(at(dq, voter + i, D), tl.dot(dL0, k0))
+    add(at(dk0, b * T + j, D), tl.dot(tl.trans(dL0), q0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,11 +288,13 @@ def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
     scale = rule.vote_scale
     if scale is None:
         scale = torch.ones((), device=q.device)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    y, M, *_ = attention(q, k, v, scale.float(), memory_tau)
+    T = q.size(2)
+    # rows of zeros at the end see tokens and mask none
+    padded = [fn.pad(x, (0, 0, 0, -T % LONGEST)).contiguous() for x in (q, k, v)]
+    y, M, *_ = attention(*padded, scale.float(), memory_tau)
     if memory_tau is None:
-        return y, None
-    return y, M
+        return y[:, :, :T], None
+    return y[:, :, :T], M[:, :T]
 
 
 def tiles(D, dtype):
@@ -319,7 +321,7 @@ def launch(kernel, x, y, q, *args):
     """Run a kernel on q's device: a program for each of x, each of y and each sequence."""
     B, H, T, D = q.shape
     tile = tiles(D, q.dtype)[kernel]
-    programs = {'rows': triton.cdiv(T, tile['R']), 'columns': triton.cdiv(T, tile['N']), 'heads': H}
+    programs = {'rows': T // tile['R'], 'columns': T // tile['N'], 'heads': H}
     with torch.cuda.device_of(q):
         kernel[programs[x], programs[y], B](q, *args, H, T, D=D, **tile)
 
@@ -353,17 +355,20 @@ def bounds(q, k):
 
 
 def live_columns(alive, kernel, q):
-    """For the kernel's blocks of rows, the columns that are alive or their own, and how many.
+    """For the kernel's blocks of rows, the columns in an order, and how many tiles they take.
 
-    They lead the lists (B, blocks, T); the counts are (B, blocks).
+    What is alive, or the block's own, leads the lists (B, blocks, T). The last tile is filled up
+    with others, which are too weak to matter or in the future. The numbers are (B, blocks).
     """
     T, D = q.shape[2:]
-    R = tiles(D, q.dtype)[kernel]['R']
+    tile = tiles(D, q.dtype)[kernel]
+    R = tile['R']
+    N = tile['N']
     n = torch.arange(0, T, R, device=alive.device)[:, None]  # the first row of each block
     past = torch.arange(T, device=alive.device) < n + R
     live = (alive[:, None] > n // ROWS) & past
     lists = (~live).byte().argsort(dim=2, stable=True)
-    return lists.int(), live.sum(dim=2, dtype=torch.int32)
+    return lists.int(), (live.sum(dim=2, dtype=torch.int32) + N - 1) // N
 
 
 @library.custom_op('selective::attention', mutates_args=())
@@ -383,7 +388,7 @@ def attention_fake(q, k, v, scale, tau):
     B, H, T, _ = q.shape
     lse = q.new_zeros(B, H, T, dtype=torch.float32)
     M = lse.new_zeros(B, T)
-    C = lse.new_zeros(B, (T - 1) // ROWS + 2, T)
+    C = lse.new_zeros(B, T // ROWS + 1, T)
     return [torch.empty_like(q), M, lse, C, M.int()]
 
 
