@@ -11,8 +11,8 @@
                 how far they may be, see kernels.errors
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, …), after a round to warm
-up. On a CPU all is measured with the default number of threads, then with one. The ratio is
-to the first case of a group. The table goes to --to as JSON, too: `rows`, and `one_thread`.
+up. The ratio is to the first case of a group. The table goes to --to as JSON, too. On a CPU,
+OMP_NUM_THREADS=1 in front of the command measures with one thread.
 
 Random weights mask little, as at the start of training: they say nothing about what selection
 saves. Trained ones get their validation data.
@@ -27,7 +27,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 from support import checkpoint as ckpt, devices, files, settings  # before torch
 
@@ -75,33 +74,28 @@ class Subject:
     def __init__(self, cfg, source, T, case='selective'):
         self.cfg = cfg
         self.source = source
-        self.random = source in SHAPES
         self.memory_tau = None
-        if self.random:
+        if source in SHAPES:
             torch.manual_seed(0)
             config = m.GPTConfig(block_size=T, selective=True, ssa=CASES[case], **SHAPES[source])
             self.gpt = m.GPT(config).to(cfg.device).eval()
+            B = max(1, cfg.tokens // T)
+            batch = torch.randint(config.vocab_size, (2, B, T))
         else:
             self.gpt, checkpoint = ckpt.load_model(source, cfg.device)
-            config = self.gpt.config
-            if not config.selective:
+            if not self.gpt.config.selective:
                 raise UserError(f'{source} has standard attention, whose cost no weights change')
-            if checkpoint['config']['memory_loss'] and case == 'selective':
-                self.memory_tau = checkpoint['config']['memory_tau']
-        self.T = T or config.block_size
-        self.B = max(1, cfg.tokens // self.T)
-        if self.random:
-            x = y = torch.randint(config.vocab_size, (self.B, self.T))
-        else:
+            T = T or self.gpt.config.block_size
+            B = max(1, cfg.tokens // T)
             dataset = data.load_dataset(checkpoint['dataset'])
-            bos = ckpt.starts_with_bos(checkpoint)
-            x, y = dataset.batch('val', 0, self.B, self.T, bos=bos)
-        self.x = x.to(cfg.device)
-        self.y = y.to(cfg.device)
+            batch = dataset.batch('val', 0, B, T, bos=ckpt.starts_with_bos(checkpoint))
+            run = checkpoint['config']
+            if run['memory_loss'] and case == 'selective':
+                self.memory_tau = run['memory_tau']
+        self.x, self.y = [tokens.to(cfg.device) for tokens in batch]
         self.layers = [block.attn for block in self.gpt.transformer.h]
-        if case != 'selective':
-            for layer in self.layers:
-                layer.selects = False
+        for layer in self.layers:
+            layer.selects = case == 'selective'
         self.dtype = devices.pick_dtype('auto', cfg.device)
         self.kernel = kernels.install(self.gpt, dtype=getattr(torch, self.dtype))
 
@@ -109,17 +103,18 @@ class Subject:
     def queries_keys_values(self):
         """What the attention of each layer gets on x: [(q, k, v), …], (B, H, T, D) each."""
         found = []
+        installed = self.layers[0].attention
 
-        def attend(q, k, v, i, rule):
-            shared = q.size(1) // k.size(1)  # by how many heads of q; a kernel wants one for each
-            k = k.repeat_interleave(shared, dim=1)
-            v = v.repeat_interleave(shared, dim=1)
+        def attention(q, k, v, *args):
             found.append((q, k, v))
-            return m.selective_attention(q, k, v, rule)[0]
+            return installed(q, k, v, *args)
 
-        recorders = [SimpleNamespace(attend=attend)] * self.gpt.config.n_layer
+        for layer in self.layers:
+            layer.attention = attention
         with devices.autocast(self.cfg.device, self.dtype):
-            self.gpt(self.x, cache=SimpleNamespace(layers=recorders, position=0))
+            self.gpt(self.x)
+        for layer in self.layers:
+            layer.attention = installed
         return found
 
     def times(self, cases):
@@ -130,16 +125,11 @@ class Subject:
         taken = {case: [] for case in cases}
         for _ in range(1 + self.cfg.rounds):
             for case, once in cases.items():
-                self.synchronize()
                 started = time.perf_counter()
                 once()
-                self.synchronize()
+                self.x[0, 0].item()  # waits for a GPU
                 taken[case].append(1000 * (time.perf_counter() - started))
         return {case: statistics.median(taken[case][1:]) for case in cases}
-
-    def synchronize(self):
-        if self.cfg.device != 'cpu':
-            torch.accelerator.synchronize()
 
 
 # ---- The parts: generators of groups, (name, unit, {case: value}) --------------------------------
@@ -181,12 +171,12 @@ def run_layers(subject, inputs, form, backward=True):
 def attention_part(subject):
     """All layers together; of random weights the first one."""
     inputs = subject.queries_keys_values()
-    if subject.random:
+    if subject.source in SHAPES:
         del inputs[1:]
     forward = {}
     both = {}
     for case, form in FORMS.items():
-        if subject.T <= LONGEST or 'selective,' not in case:
+        if subject.x.size(1) <= LONGEST or 'selective,' not in case:
             forward[case] = partial(run_layers, subject, inputs, form, backward=False)
             both[case] = partial(run_layers, subject, inputs, form)
     kernels.live_share()
@@ -218,19 +208,21 @@ def training_step(subject):
 
 def step_part(subject):
     """Of a trained model its own step, and one without votes. A GPU knows more of it."""
+    cfg = subject.cfg
+    B, T = subject.x.shape
     steps = {}
     for case, ssa in CASES.items():
-        if subject.random or not ssa:
-            steps[case] = training_step(Subject(subject.cfg, subject.source, subject.T, case))
+        if subject.source in SHAPES or not ssa:
+            steps[case] = training_step(Subject(cfg, subject.source, T, case))
     taken = subject.times(steps)
     yield 'step', 'ms', taken
-    if 'cuda' not in subject.cfg.device:
+    if 'cuda' not in cfg.device:
         return
     rates = {}
     used = {}
     memory = {}
     for case, once in steps.items():
-        rates[case] = 1000 * subject.B * subject.T / taken[case]
+        rates[case] = 1000 * B * T / taken[case]
         used[case] = devices.mfu(subject.gpt, rates[case]) or 0.0
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -271,7 +263,7 @@ def decode_part(subject):
     """A step with a full cache and with budgets of T/32."""
     gpt = subject.gpt.to(getattr(torch, subject.dtype))
     kernels.fast_rows(gpt)
-    K = max(2, subject.T // 32)
+    K = max(2, subject.x.size(1) // 32)
     text = subject.x[:1, : -subject.cfg.rounds - 2]
     for B in 1, 32:
         new = text[:, :1].repeat(B, 1)
@@ -319,13 +311,14 @@ PARTS = {
 def rows_of(subject, part, unit, values):
     """Print and return a row for each of values, {case: value}. Ratios are to the first one."""
     rows = []
+    B, T = subject.x.shape
     first = next(iter(values.values()))
     for case, value in values.items():
         row = {
             'part': part,
             'shape': subject.source,
-            'T': subject.T,
-            'batch': subject.B,
+            'T': T,
+            'batch': B,
             'threads': torch.get_num_threads(),
             'case': case,
             'value': value,
@@ -340,40 +333,29 @@ def rows_of(subject, part, unit, values):
 def main():
     cfg = settings.parse(BenchConfig)
     parts = settings.fitting(list, {'choices': PARTS}, cfg.what.split(','), '--what')
-    sources = settings.fitting(list, {'choices': SHAPES}, cfg.shapes.split(','), '--shapes')
-    lengths = [256, 512, 1024, 2048, 4096]
     if cfg.out_dir:
         sources = cfg.out_dir.split(',')
         lengths = [0]  # a run has its own
     else:
+        sources = settings.fitting(list, {'choices': SHAPES}, cfg.shapes.split(','), '--shapes')
+        lengths = [256, 512, 1024, 2048, 4096]
         print('The weights are random and mask little. For what selection saves, give --out_dir.')
     if cfg.lengths:
         lengths = settings.numbers(cfg.lengths, '--lengths', low=64, high=2**20)
     files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
-    counts = [torch.get_num_threads()]
-    machine = f'{platform.machine()}, {counts[0]} threads, torch {torch.__version__}'
+    machine = f'{platform.machine()}, torch {torch.__version__}'
     if 'cuda' in cfg.device:
         machine = f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
         torch.set_float32_matmul_precision('high')  # TF32, as in train.py
-    elif cfg.device == 'cpu' and counts[0] > 1:
-        counts.append(1)
-    for source in sources:
-        print(f'{source}: {Subject(cfg, source, lengths[0]).kernel}')
     print(machine)
-    tables = {count: [] for count in counts}
-    for part, source, T, count in itertools.product(parts, sources, lengths, counts):
-        torch.set_num_threads(count)
+    rows = []
+    for part, source, T in itertools.product(parts, sources, lengths):
         subject = Subject(cfg, source, T)
+        print(f'{source}: {subject.kernel}')
         for group in PARTS[part](subject):
-            tables[count] += rows_of(subject, *group)
-    torch.set_num_threads(counts[0])
-    content = {
-        'machine': machine,
-        'command': ' '.join(sys.argv[1:]),
-        'rows': tables[counts[0]],
-        'one_thread': tables.get(1, []),
-    }
+            rows += rows_of(subject, *group)
+    content = {'machine': machine, 'command': ' '.join(sys.argv[1:]), 'rows': rows}
     files.write_file(cfg.to, json.dumps(content, indent=1))
     print(cfg.to)
 
