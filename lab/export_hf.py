@@ -59,10 +59,9 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
 
     readme = f'{folder}/README.md'
     files.check_output(readme, '.md', SIGN)
-    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(readme):
+    if os.listdir(folder) and not os.path.isfile(readme):
         raise UserError(f'{folder} has files that are not an export: choose another --folder')
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
-    fields = dict(vars(model.config))
     state = model.state_dict()
     if model.config.tied:
         del state['lm_head.weight']
@@ -71,12 +70,9 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         layout = llama
     config, tensors = layout(model.config, state)
     code = []
-    padding = 'left'
     if budgets is not None or not agrees(model, config, tensors):
         code = CODE
-        padding = 'right'  # only for scoring, see modeling_selective_gpt.py
-        fields.update(budgets=budgets, policy=policy)
-        config = {**OURS, **fields}
+        config = {**OURS, **vars(model.config), 'budgets': budgets, 'policy': policy}
         tensors = {f'gpt.{name}': x for name, x in state.items()}
     ends = 'bos_token', 'eos_token', 'pad_token'
     for end in ends:
@@ -84,12 +80,11 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     tokenizer_config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'model_max_length': model.config.block_size,
-        'padding_side': padding,
         **dict.fromkeys(ends, data.END_OF_TEXT),
     }
     # README.md first, so that an export which was stopped can be repeated
     content = {
-        'README.md': card(os.path.basename(os.path.abspath(folder)), checkpoint, fields),
+        'README.md': card(folder, checkpoint, code),
         'model.safetensors': safetensors.torch.save(tensors, {'format': 'pt'}),
         'tokenizer.json': tokenizer_json(tokenizer, ckpt.starts_with_bos(checkpoint)),
         'tokenizer_config.json': json.dumps(tokenizer_config, indent=1),
@@ -214,7 +209,7 @@ def tokenizer_json(tokenizer, bos):
 # ---- The model card ------------------------------------------------------------------------------
 
 CARD = """---
-{sign}{name}
+{sign}{folder}
 
 | | |
 |---|---|
@@ -222,35 +217,31 @@ CARD = """---
 | tokenizer | {run[tokenizer]} |
 | steps | {run[iter_num]} |
 | validation loss, nats a token | {run[val_loss]!s:.6} |
-{rows}
-`selective` is selective attention ([arXiv 2410.02703](https://arxiv.org/abs/2410.02703)), `ssa`
-names what has temperatures ([arXiv 2411.12892](https://arxiv.org/abs/2411.12892)).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained('{name}'{trust})
-model = AutoModelForCausalLM.from_pretrained('{name}'{trust})
+tokenizer = AutoTokenizer.from_pretrained('{folder}'{trust})
+model = AutoModelForCausalLM.from_pretrained('{folder}'{trust})
 prompt = tokenizer('Once', return_tensors='pt')
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 """
-BUDGETS = """
+OURS_ALSO = """
+In config.json `selective` is selective attention
+([arXiv 2410.02703](https://arxiv.org/abs/2410.02703)), and `ssa` names what has temperatures
+([arXiv 2411.12892](https://arxiv.org/abs/2411.12892)).
 `budgets=32` in `from_pretrained` or `generate` keeps 32 tokens in each layer; a list has a number
 for each layer, `budgets='none'` keeps all. `policy` is what is dropped: POLICIES in model.py.
 """
 
 
-def card(name, run, fields):
+def card(folder, run, code):
     """README.md of the folder: what the model is, and how to load it."""
-    rows = ''
-    for key, value in fields.items():
-        rows += f'| {key} | {value} |\n'
-    end = trust = ''
-    if 'budgets' in fields:
-        end = BUDGETS
-        trust = ', trust_remote_code=True'
     run = {**run, 'tokenizer': data.label(run['tokenizer'])}
-    return CARD.format(sign=SIGN, name=name, run=run, rows=rows, trust=trust) + end
+    if not code:
+        return CARD.format(sign=SIGN, folder=folder, run=run, trust='')
+    trust = ', trust_remote_code=True'
+    return CARD.format(sign=SIGN, folder=folder, run=run, trust=trust) + OURS_ALSO
 
 
 def main():

@@ -48,7 +48,6 @@ class Memory(Cache):
         self.gpt = model.gpt
         self.budgets = None if budgets == 'none' else budgets
         self.policy = policy or model.config.policy
-        self.parts = []  # of the texts, as they came
         self.seen = 0
         self.cache = None
 
@@ -59,16 +58,12 @@ class Memory(Cache):
     def read(self, new, keep):
         """Logits of `new` (B, T), which continue the texts; at least of the last `keep` tokens.
 
-        With keep=1 a text may go on past learned positions, as by model.py's `stream`.
+        Raises ValueError where learned positions end.
         """
-        size = self.gpt.config.block_size
-        self.parts.append(new)
+        c = self.gpt.config
         self.seen += new.size(1)
-        if self.gpt.config.learned_positions and keep == 1:
-            new = new[:, -size:]
-            if self.cache and int(self.cache.position) + new.size(1) > size:
-                new = torch.cat(self.parts, dim=1)[:, -(size // 2) :]
-                self.cache = None
+        if c.learned_positions and self.seen > c.block_size:
+            raise ValueError(f'{self.seen} tokens do not fit into block_size {c.block_size}')
         if self.cache is None:
             self.cache = KVCache(self.gpt, len(new), self.budgets, self.policy)
         logits = []
@@ -116,23 +111,24 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
         keep = logits_to_keep or T
         if use_cache and past_key_values is None:
             past_key_values = Memory(self)
-        if attention_mask is not None:
-            if past_key_values is None:  # no token sees padding on its right
-                attention_mask = attention_mask[:, :1]
-            if not attention_mask.all():
-                raise ValueError(
-                    'padding on the left is not possible, and in generation none is: generate '
-                    "texts one by one, score them with tokenizer.padding_side = 'right'"
-                )
-        if past_key_values is None and c.keep_bos and T == c.block_size:
-            input_ids = input_ids.clone()
-            input_ids[:, 0] = c.bos_token_id
-        if past_key_values is not None:
-            logits = past_key_values.read(input_ids, keep)
-        elif self.training or c.budgets in (None, 'none'):
+        memory = past_key_values
+        if memory is None:  # a whole text
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, :1]  # no token sees padding on its right
+            if c.keep_bos and T == c.block_size:
+                input_ids = input_ids.clone()
+                input_ids[:, 0] = c.bos_token_id
+            if c.budgets not in (None, 'none') and not self.training:
+                memory = Memory(self)
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                'padding on the left is not possible, and in generation none is: generate '
+                "texts one by one, score them with tokenizer.padding_side = 'right'"
+            )
+        if memory is None:
             logits, _ = self.gpt(input_ids, input_ids)
         else:
-            logits = Memory(self).read(input_ids, T)
+            logits = memory.read(input_ids, keep)
         logits = logits[:, -keep:]
         loss = None
         if labels is not None:
