@@ -1,11 +1,11 @@
 """See what a model forgets in a text, when, and who made it: one HTML file that needs no network.
 
     python -m lab.visualize --out_dir=out/selective_small --start="def f(self):"
-    python -m lab.visualize --out_dir=out/selective_small --start=FILE:model.py --cut --budgets=32
-    python sample.py --out_dir=out/selective_small | python -m lab.visualize --start=- --cut
+    python -m lab.visualize --out_dir=out/selective_small --start=FILE:model.py --budgets=32
+    python sample.py --out_dir=out/selective_small | python -m lab.visualize --start=-
 
 A selective model shows F, the votes behind it and how many tokens each layer needs; SSA its
-temperatures.
+temperatures. Of a long text the page has the beginning, block_size tokens.
 """
 
 import base64
@@ -24,8 +24,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 import data
-from model import POLICIES, F_dtype, KVCache, LayerCache, attend
-from support import checkpoint as ckpt, devices, files
+from model import POLICIES, F_dtype, KVCache, attend
+from support import checkpoint as ckpt, files
 from support.settings import UserError, option
 
 
@@ -34,11 +34,11 @@ class VisualizeConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
     start: str = option('', 'the text to read: text, FILE:path, or - for standard input')
     to: str = option('', "the page; '': <out_dir>/visualize.html")
-    cut: bool = option(False, 'of a text longer than block_size, read what fits')
     budgets: str = option('', 'tokens that a layer keeps: a number, 4,9,16,8, a budgets.json; none')
     policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
-    memory_tau: float = option(1.0, 'the F of a token that is wholly masked', low=1e-3)
-    device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
+
+
+MEMORY_TAU = 1.0  # the F of a token that counts as masked
 
 
 # ---- The numbers ---------------------------------------------------------------------------------
@@ -55,25 +55,20 @@ class Reading:
     temperatures: dict  # 'q', 'k' or 'v' -> (L, T, H)
 
 
-class Recorder(LayerCache):
-    """A layer's memory that reads all rows at once, with context pruning in its parallel form."""
-
-    def __init__(self, layer):
-        vars(self).update(vars(layer))
-
-    def attend(self, q, k, v, i, rule):
-        F = q.new_zeros(len(q), len(i), dtype=F_dtype(q.dtype))
-        forget = partial(self.forget, self.start(k))
-        y, F, hidden, _ = attend(q, k, v, F, i, i[None], rule, forget)
-        self.F = F[:, :-1]  # (1, T, T)
-        self.votes = F.diff(dim=1).masked_fill(hidden, 0)
-        # A column is dropped for good, so the rows that see it come one after the other.
-        self.dropped_at = i + (~hidden).sum(dim=1)  # (1, T)
-        return y
+def record(layer, q, k, v, i, rule):
+    """LayerCache.attend for all rows at once, which keeps what it computes in the layer."""
+    F = q.new_zeros(len(q), len(i), dtype=F_dtype(q.dtype))
+    forget = partial(layer.forget, layer.start(k))
+    y, F, hidden, _ = attend(q, k, v, F, i, i[None], rule, forget)
+    layer.F = F[:, :-1]  # (1, T, T)
+    layer.votes = F.diff(dim=1).masked_fill(hidden, 0)
+    # A column is dropped for good, so the rows that see it come one after the other.
+    layer.dropped_at = i + (~hidden).sum(dim=1)  # (1, T)
+    return y
 
 
 @torch.no_grad()
-def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
+def read(model, idx, budgets=None, policy='selective'):
     """The Reading of idx, int64 (1, T).
 
     Raises ValueError where budgets or policy do not fit the model, and UserError for a policy or a
@@ -82,7 +77,8 @@ def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
     cache = KVCache(model, 1, budgets, policy)
     if budgets and cache.layers[0].policy.needs_P:
         raise UserError(f'the page cannot draw --policy={policy}, which needs attention weights')
-    cache.layers = [Recorder(layer) for layer in cache.layers]
+    for layer in cache.layers:
+        layer.attend = partial(record, layer)
     outputs = {}  # module -> what it gave
 
     def keep(module, inputs, output):
@@ -90,7 +86,7 @@ def read(model, idx, budgets=None, policy='selective', memory_tau=1.0):
 
     attention = [block.attn for block in model.transformer.h]
     with register_module_forward_hook(keep):
-        model(idx, memory_tau=memory_tau)  # M is defined without budgets
+        model(idx, memory_tau=MEMORY_TAU)  # M is defined without budgets
         M = joined(outputs[layer][1] for layer in attention)
         model(idx, cache=cache)
     votes = joined(layer.votes for layer in cache.layers)
@@ -140,19 +136,19 @@ def packed(array):
     return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode()
 
 
-def page(reading, tokens, title, config, budgets=None, memory_tau=1.0):
+def page(reading, tokens, title, config, budgets=None):
     """The HTML file as text. tokens as token_texts gives them; title is plain text."""
     T = len(tokens)
     i, j = np.tril_indices(T, -1)  # nothing happens on the diagonal or above it
     # (L, T, T) the last rows do without a column once it is masked or dropped
     gone = np.arange(T)[:, None] >= reading.dropped_at[:, None]
-    gone |= reading.F >= memory_tau
+    gone |= reading.F >= MEMORY_TAU
     content = {
         'title': title,
         'tokens': tokens,
         'config': vars(config),
         'budgets': budgets,
-        'memoryTau': memory_tau,
+        'memoryTau': MEMORY_TAU,
         'votes': packed(reading.votes[:, i, j]),
         'dropped': reading.dropped_at.tolist(),
         'forgotten': (T - gone.sum(axis=1)).tolist(),
@@ -174,8 +170,7 @@ def main():
     cfg = settings.parse(VisualizeConfig)
     path = cfg.to or f'{cfg.out_dir}/visualize.html'
     files.check_output(path, '.html', '<!DOCTYPE html>')
-    device = devices.pick_device(cfg.device)
-    model, checkpoint = ckpt.load_model(cfg.out_dir, device)
+    model, checkpoint = ckpt.load_model(cfg.out_dir)
     c = model.config
     if not c.selective and not c.ssa:
         raise UserError(
@@ -186,17 +181,12 @@ def main():
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     text = files.read_text(cfg.start)
     ids = data.encode_prompt(text, tokenizer, ckpt.starts_with_bos(checkpoint))
-    if cfg.cut:
-        ids = ids[: c.block_size]
-    if not 2 <= len(ids) <= c.block_size:
-        raise UserError(
-            f'--start has {len(ids)} tokens, the page takes 2 to {c.block_size}: '
-            '--cut takes the first of a longer text'
-        )
-    reading = read(model, torch.tensor([ids], device=device), budgets, cfg.policy, cfg.memory_tau)
-    tokens = token_texts(ids, tokenizer)
-    files.write_file(path, page(reading, tokens, cfg.out_dir, c, budgets, cfg.memory_tau))
-    print(path, file=sys.stderr)
+    if len(ids) < 2:
+        raise UserError('--start is a single token, which has nothing to forget: give more text')
+    tokens = token_texts(ids[: c.block_size], tokenizer)
+    reading = read(model, torch.tensor([ids[: c.block_size]]), budgets, cfg.policy)
+    files.write_file(path, page(reading, tokens, cfg.out_dir, c, budgets))
+    print(f'{path} has {len(tokens)} of {len(ids)} tokens', file=sys.stderr)
 
 
 if __name__ == '__main__':

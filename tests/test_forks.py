@@ -292,7 +292,7 @@ def test_a_failing_edit_is_one_line(tree, dataset):
 def test_the_page_refuses_votes_that_it_cannot_draw(tree, dataset):
     tree('model.py', *NO_RELU[0])
     tree.run(*TRAIN, dataset, '--out_dir=x', '--max_iters=2')
-    line = tree.fail('-m', 'lab.visualize', '--out_dir=x', '--start=line 1: 1', '--device=cpu')
+    line = tree.fail('-m', 'lab.visualize', '--out_dir=x', '--start=line 1: 1')
     assert 'votes' in line
 
 
