@@ -14,7 +14,7 @@ They differ in who votes, on what, and how much:
                         tokens alike
     selective           S[i,j] = max(0, L[0,i,j]): reader and token decide together
 
-These rules change the votes. They need --selective (2410.02703 section 3):
+These rules change the votes, and set --selective (2410.02703 section 3):
 
     no_relu             negative votes count: S = L[0], so a masked token can be unmasked
     fox                 S[i,j] = softplus(-L[0,i,0] - 4), after the Forgetting Transformer (arXiv
@@ -22,7 +22,7 @@ These rules change the votes. They need --selective (2410.02703 section 3):
                         the same in all texts, so a linear function of the row at no new parameters.
                         Theirs has a gate of its own for each head, and acts at once.
 
-These rules change what is masked. They need --selective, too, and build T x T tensors:
+These rules change what is masked. They set --selective, too, and build T x T tensors:
 
     first_too           token 0 may be masked, too
     self_too            a token may mask itself for later rows
@@ -34,20 +34,17 @@ These rules change what is masked. They need --selective, too, and build T x T t
     alibi=K             alibi on token 0 and the newest K - 1 tokens alone
     votes_and_alibi     both, to see what either adds to the other
 
-These rules change the temperatures. They need --ssa (2411.12892 section 3):
+These rules change the temperatures, and set --ssa=q (2411.12892 section 3):
 
-    no_position         --ssa=qv without the position-aware part
-    position_on_values  --ssa=qv with the position-aware part on values, too, as in the paper's
-                        ablation
-    position_only       --ssa=q, the position-aware part alone as in the authors' code:
+    position_only       the position-aware part alone as in the authors' code:
                         1 + exp(-exp(β)) log n, one β a layer
-    ssmax               --ssa=q, the scalable softmax (arXiv 2501.19399): s log n, one s a head
+    ssmax               the scalable softmax (arXiv 2501.19399): s log n, one s a head
 
 Last, double_heads is standard attention with twice the heads, of the same size, and so with twice
 its parameters.
 
 The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or
-refuse it. To resume or evaluate, give the rule and its flags again.
+refuse it. To resume or evaluate, give the rule again.
 """
 
 import contextlib
@@ -86,10 +83,12 @@ class Masks(m.CausalSelfAttention):
     """Selective attention with T x T tensors, and what a rule can change in it."""
 
     head = 0  # which votes
+    first = 1  # the first token that may be masked
+    newest = -1  # the newest one, counted from the row
 
     def votes(self, L, i, j):
         """S (B, T, T), from the logits L (B, T, T) of the head that votes."""
-        return m.votes(self, L, i, j)
+        return torch.where((self.first <= j) & (j <= i + self.newest), self.vote(L), 0.0)
 
     def bias(self, i, j):
         """What is added to the logits of rows i (T, 1) and columns j (1, T)."""
@@ -110,13 +109,11 @@ class Masks(m.CausalSelfAttention):
 
 
 class FirstToo(Masks):
-    def votes(self, L, i, j):
-        return torch.where(j < i, self.vote(L), 0.0)
+    first = 0
 
 
 class SelfToo(Masks):
-    def votes(self, L, i, j):
-        return torch.where((0 < j) & (j <= i), self.vote(L), 0.0)
+    newest = 0
 
 
 class LastHead(Masks):
@@ -158,16 +155,6 @@ class DoubleHeads(m.CausalSelfAttention):
 # ---- Temperatures --------------------------------------------------------------------------------
 
 
-class NoPosition(m.Temperature):
-    def __init__(self, config, heads, position_aware):
-        super().__init__(config, heads, False)
-
-
-class PositionOnValues(m.Temperature):
-    def __init__(self, config, heads, position_aware):
-        super().__init__(config, heads, True)
-
-
 class PositionOnly(nn.Module):
     def __init__(self, config, heads, position_aware):
         super().__init__()
@@ -189,12 +176,7 @@ class ScalableSoftmax(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 
-TEMPERATURES = {
-    'no_position': NoPosition,
-    'position_on_values': PositionOnValues,
-    'position_only': PositionOnly,
-    'ssmax': ScalableSoftmax,
-}
+TEMPERATURES = {'position_only': PositionOnly, 'ssmax': ScalableSoftmax}
 RULES = {
     'no_relu': NoReLU,
     'fox': Fox,
@@ -237,29 +219,17 @@ def changed(rule):
         setattr(m, place, own)
 
 
-def check(rule, config):
-    """UserError if the rule does not fit a model of these settings."""
-    if rule == 'double_heads':
-        fits = not config.selective and not config.ssa
-    elif rule in TEMPERATURES:
-        fits = 'q' in config.ssa
-    else:
-        fits = config.selective
-    if not fits:
-        raise UserError(
-            f'{rule} does not fit selective={config.selective} and ssa={config.ssa!r}: see --help'
-        )
-
-
 def main():
     if '--help' in sys.argv:
         print(__doc__)
         return
     rule = ''.join(sys.argv[1:2])
-    parse(rule)
-    del sys.argv[1]
-    check(rule, settings.parse(train.TrainConfig))
     with changed(rule):
+        sys.argv[1] = '--selective'  # without which a rule would do nothing
+        if rule in TEMPERATURES:
+            sys.argv[1] = '--ssa=q'
+        if rule == 'double_heads':
+            sys.argv[1] = '--selective=False'
         train.main()
 
 

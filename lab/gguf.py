@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 
 from support import files, settings
-from support.settings import UserError, one_line, option
+from support.settings import UserError, option
 
 
 @dataclass
@@ -33,17 +33,16 @@ def convert(path, folder):
         from tokenizers import pre_tokenizers
 
         fields = gguf.GGUFReader(path).fields
-        names = 'general.architecture', 'tokenizer.ggml.model', 'tokenizer.ggml.pre'
-        family, kind, cut = [fields[name].contents() for name in names]
+        family = fields['general.architecture'].contents()
+        kind = fields['tokenizer.ggml.model'].contents()
+        cut = fields['tokenizer.ggml.pre'].contents()
         if (family, kind) != ('llama', 'gpt2'):
             raise ValueError(f'{family} with a {kind} tokenizer, not llama with gpt2')
         where, name = os.path.split(os.path.abspath(path))
         model = transformers.LlamaForCausalLM.from_pretrained(where, gguf_file=name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
-    except ImportError as e:
-        raise UserError(f'lab.gguf needs a package: pip install {e.name}') from None
-    except Exception as e:  # whatever a damaged file makes of these packages
-        raise UserError(f'{path} cannot be read as a Llama ({one_line(repr(e), 300)})') from None
+    except Exception as e:  # whatever a damaged file, or one of another family, makes of these
+        raise UserError(f'{path} cannot be read as a Llama: {e!r}') from None
     fast = tokenizer.backend_tokenizer
     if cut == 'smollm':  # it takes digits one by one, which transformers does not know
         digits = pre_tokenizers.Digits(individual_digits=True)

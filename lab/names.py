@@ -24,6 +24,7 @@ import prepare_text
 from support import settings
 from support.settings import option
 
+COPIES = 5  # of each file, with other names
 FIRST_NAME = 96  # names are the bytes from here on, everything else lies below
 LAYOUT = [token.NEWLINE, token.INDENT, token.DEDENT]
 WORDS = [*keyword.kwlist, 'self', *token.EXACT_TOKEN_TYPES]
@@ -32,25 +33,20 @@ FIXED = {word: number for number, word in enumerate(WORDS, start=len(LAYOUT))}
 
 @dataclass
 class NamesConfig:
-    data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')
-    name: str = option('names', "data set's name")
-    copies: int = option(5, 'of each file, with other names', low=1)
-    seed: int = option(0, 'same seed, same data')
+    data_dir: str = option('data', 'the data set goes into <data_dir>/names')
 
 
-def lexemes(file):
-    """The tokens of an open Python file: the text of a name, number or string, else a number < 96.
-
-    Raises SyntaxError or tokenize.TokenError where it is not Python.
-    """
+def lexemes(path):
+    """The tokens of a Python file: the text of a name, number or string, else a number < 96."""
     found = []
-    for kind, text, *_ in tokenize.tokenize(file.readline):
-        if kind in LAYOUT:
-            found.append(LAYOUT.index(kind))
-        elif text in FIXED:
-            found.append(FIXED[text])
-        elif kind in (token.NAME, token.NUMBER, token.STRING):
-            found.append(text)
+    with open(path, 'rb') as file:
+        for kind, text, *_ in tokenize.tokenize(file.readline):
+            if kind in LAYOUT:
+                found.append(LAYOUT.index(kind))
+            elif text in FIXED:
+                found.append(FIXED[text])
+            elif kind in (token.NAME, token.NUMBER, token.STRING):
+                found.append(text)
     return found
 
 
@@ -74,20 +70,15 @@ def named(found, rng):
 
 def main():
     cfg = settings.parse(NamesConfig)
-    folder = data.output_folder(cfg.data_dir, cfg.name, source='lab.names')
+    folder = data.output_folder(cfg.data_dir, 'names', source='lab.names')
     pieces = prepare_text.split_documents(prepare_text.stdlib_documents(), 'stdlib')
     tokenizer = data.get_tokenizer('bytes')
-    source = f'lab.names, {cfg.copies} copies, seed {cfg.seed}'
-    with data.new_dataset(folder, tokenizer, source) as (train, val):
+    with data.new_dataset(folder, tokenizer, f'lab.names, {COPIES} copies') as (train, val):
         for number, (file, _, _, is_val) in enumerate(pieces):
-            try:
-                with open(file, 'rb') as f:
-                    found = lexemes(f)
-            except (OSError, SyntaxError, ValueError, tokenize.TokenError):
-                continue
+            found = lexemes(file)
             out = val if is_val else train
-            for copy in range(cfg.copies):
-                rng = np.random.default_rng([cfg.seed, number, copy])
+            for copy in range(COPIES):
+                rng = np.random.default_rng([0, number, copy])
                 data.write_tokens(out, [*named(found, rng), tokenizer.eot_token])
     print(data.summary(folder))
 

@@ -23,6 +23,8 @@ from support import files, pretrained
 
 PRESENT = 'streaming', 'oldest', 'random', 'knorm', 'tova', 'h2o', 'h2o_mean'
 VOTER = '--selective --voter=16 --vote_scale --ssa_lr=60 --memory_loss=0.15 --train_budgets=0,64'
+TOKENS = 8192  # of each held-out text
+EVICTION = 1024, (32, 64, 128, 256)  # T, and K of the claim `eviction`
 LEGEND = f"""Losses in nats per token, of all targets / of recall tokens, which occurred in the
 window before, but not among the newest {runs.NEAR} tokens. Every layer keeps as many tokens as the
 header says, and drops one by the row's policy as each token comes. Heads share the decision."""
@@ -39,49 +41,62 @@ def load(folder):
 
 def losses(r, folders, text, T, K=None, policy='oldest'):
     """The Losses of models on held-out windows of T tokens of a text, in layers of K tokens."""
-    text = data.load_dataset(text, r.cfg.data_dir)
-    windows = r.windows(8192 // T)
+    text = data.load_dataset(text)
     found = []
     for folder in folders:
         weights = glob.glob(f'{folder}/ckpt.pt') + glob.glob(f'{folder}/*.safetensors')
         changed = [os.path.getmtime(path) for path in weights]  # if it was trained again
-        what = repr([folder, changed, text.fingerprint(), T, K, policy, windows])
+        what = repr([folder, changed, text.fingerprint(), T, K, policy])
         path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
         if not os.path.isfile(path):
             model, _ = load(folder)
-            new = runs.losses_on(model, text, T, windows, True, K, policy)
+            new = runs.losses_on(model, text, T, TOKENS // T, True, K, policy)
             with files.replacing(path) as f:
                 torch.save(vars(new), f)
         found.append(Losses(**torch.load(path, weights_only=True)))
     return runs.joined(found)
 
 
+def policies_table(r, models, text, T, Ks):
+    """The losses of models in layers of K of T tokens, by each policy of eviction.
+
+    models: {name: its folders}. The last columns compare with the best policy of the first model.
+    """
+    first = next(iter(models.values()))
+    best = {}
+    for K in Ks:
+        tried = [losses(r, first, text, T, K, policy) for policy in PRESENT]
+        best[K] = min(tried, key=lambda found: found.nats.mean())
+    rows = []
+    for name, folders in models.items():
+        full = losses(r, folders, text, T).shown()
+        rows.append({'weights': name, 'policy': 'keeps all', f'{Ks[0]} of {T} tokens': full})
+        policies = PRESENT
+        if load(folders[0])[0].config.selective:
+            policies = 'selective', *PRESENT
+        for policy in policies:
+            row = {'weights': name, 'policy': policy}
+            rows.append(row)
+            for K in Ks:
+                found = losses(r, folders, text, T, K, policy)
+                row[f'{K} of {T} tokens'] = found.shown()
+                row[f'{K}: against the best of {next(iter(models))}'] = found.against(best[K])
+    return markdown(rows)
+
+
 def eviction(r):
     """What a language model loses when every layer keeps 32, 64, 128 or 256 of 1,024 tokens, by
     each policy of eviction. Takes 2 hours."""
-    config = load(r.cfg.model)[0].config
-    T = min(1024, config.block_size)
-    policies = PRESENT
-    if config.selective:
-        policies = 'selective', *PRESENT
     parts = [LEGEND]
     for text in r.cfg.texts.split(','):
-        full = losses(r, [r.cfg.model], text, T).shown()
-        rows = []
-        for policy in policies:
-            row = {'policy': policy}
-            for K in 32, 64, 128, 256:
-                if K < T:
-                    found = losses(r, [r.cfg.model], text, T, K, policy)
-                    row[f'{K} tokens'] = found.shown()
-            rows.append(row)
-        parts.append(f'**{text}**, all {T} tokens: {full}\n\n{markdown(rows)}')
+        table = policies_table(r, {'as it is': [r.cfg.model]}, text, *EVICTION)
+        parts += [f'**{text}**', table]
     return parts
 
 
 def train(r, models, steps):
     """The arms of models that go on from --model with --dataset."""
-    text = data.load_dataset(r.cfg.dataset, r.cfg.data_dir)
+    text = data.load_dataset(r.cfg.dataset)
     r.about = f'Text: {data.summary(text.path)}.'
     flags = ['config/real_model.py', f'--init_from={r.cfg.model}', f'--dataset={text.path}']
     return r.train(models, steps, flags)
@@ -92,26 +107,10 @@ def retrofit(r):
     budgets, beside plain fine-tuning of as many tokens under the best of the other policies. Ours,
     not of a paper. Takes 2 hours for each seed."""
     arms = train(r, {'plain': '', 'voter': VOTER}, 600)
-    folders = {name: [run.folder for run in arm.runs] for name, arm in arms.items()}
-    policies = {'plain': PRESENT, 'voter': ('selective', *PRESENT)}
+    models = {name: arm.folders for name, arm in arms.items()}
     parts = [LEGEND]
     for text in r.cfg.texts.split(','):
-        best = {}  # K -> the Losses that the voter must beat
-        for K in 64, 128:
-            tried = [losses(r, folders['plain'], text, 512, K, policy) for policy in PRESENT]
-            best[K] = min(tried, key=lambda found: found.nats.mean())
-        rows = []
-        for name in arms:
-            full = losses(r, folders[name], text, 512).shown()
-            rows.append({'weights': name, 'policy': 'keeps all', '64 of 512 tokens': full})
-            for policy in policies[name]:
-                row = {'weights': name, 'policy': policy}
-                for K in best:
-                    found = losses(r, folders[name], text, 512, K, policy)
-                    row[f'{K} of 512 tokens'] = found.shown()
-                    row[f'{K}: against the best with plain weights'] = found.against(best[K])
-                rows.append(row)
-        parts.append(f'**{text}**\n\n{markdown(rows)}')
+        parts += [f'**{text}**', policies_table(r, models, text, 512, (64, 128))]
     return parts
 
 
@@ -127,7 +126,7 @@ def finetune(r):
     arms = train(r, models, 200)
     folders = {'before': [r.cfg.model]}
     for name in 'going on', 'qv, learning rate x 1':
-        folders[name] = [run.folder for run in arms[name].runs]
+        folders[name] = arms[name].folders
     rows = []
     for name, some in folders.items():
         row = {'model': name}
@@ -135,7 +134,7 @@ def finetune(r):
             right = [passkeys_found(folder, T) for folder in some]
             row[f'passkeys in {T} tokens'] = spread(right, '{:.0%}')
         rows.append(row)
-    return runs.against(arms, 'going on'), r.curves(arms), markdown(rows)
+    return runs.steps_table(arms), r.curves(arms), markdown(rows)
 
 
 @torch.no_grad()

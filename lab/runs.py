@@ -28,46 +28,36 @@ from support import checkpoint as ckpt, files
 from support.settings import UserError
 
 NEAR = 64  # tokens: what lies farther back is recall
-KINDS = 'new', 'near', 'recall'
-LEGEND = f"""Losses in nats per token, on the same validation windows for all rows. Kinds of
-targets: *new* did not occur in the window before; *recall* did, but not among the newest {NEAR}
-tokens; *near* are the others. In brackets: the share of a kind, or a 95% interval over windows
-(paired bootstrap), which does not cover how runs differ by their seeds."""
+LEGEND = f"""Losses in nats per token, on the same validation windows for all rows. *Recall* tokens
+are targets that occurred in the window before, but not among the newest {NEAR} tokens. In brackets:
+their share, or a 95% interval over windows (paired bootstrap), which does not cover how runs differ
+by their seeds."""
 
 
-@dataclass
-class Run:
-    """A run of train.py, or of lab.ablate with a rule."""
-
-    folder: str
-    rule: str = ''  # '': train.py itself
-
-    @property
-    def evaluations(self):
-        """The figures of each evaluation as a dictionary."""
-        return ckpt.read_log(self.folder, 'val_loss')
-
-
-@dataclass
 class Arm:
-    """A model of a claim."""
+    """A model of a claim, with a run for each seed."""
 
-    flags: str  # of train.py; the first word may be a rule of lab.ablate
-    runs: list  # a Run for each seed
-    losses: object = None  # the Losses of all runs, see `kinds_table`
+    def __init__(self, flags):
+        """flags: of train.py, as text; the first word may be a rule of lab.ablate."""
+        self.flags = flags
+        rule, dashes, options = flags.partition('--')
+        self.rule = rule.strip()
+        self.options = f'{dashes}{options}'.split()
+        self.folders = []  # of the runs
+        self.losses = None  # the Losses of all runs, see `losses_table`
 
-    def last(self, name):
-        """The figure at the end of each run, [] where it is not logged."""
-        ends = [run.evaluations[-1] for run in self.runs]
-        return [end[name] for end in ends if name in end]
+    def curve(self, figure):
+        """The steps of the evaluations that log a figure, and its values (seeds, steps)."""
+        values = []
+        for folder in self.folders:
+            steps, found = plot.curve(folder, figure)
+            values.append(found)
+        return np.array(steps), np.array(values)
 
-    def first(self, reached):
-        """The step of each run's first evaluation for which reached(figures) holds, or None."""
-        found = []
-        for run in self.runs:
-            steps = [line['iter'] for line in run.evaluations if reached(line)]
-            found.append(min(steps, default=None))
-        return found
+    def last(self, figure):
+        """The figure at the end of each run, (seeds,), or (0,) where it is not logged."""
+        _, values = self.curve(figure)
+        return values[:, -1:].ravel()
 
 
 # ---- Running -------------------------------------------------------------------------------------
@@ -79,14 +69,7 @@ class Runner:
     def __init__(self, cfg, title):
         self.cfg = cfg
         self.title = title
-        self.commands = []  # of the runs, for the end of the section
-        self.about = ''  # the text that they learned from
-
-    def windows(self, count):
-        """How many windows to measure on: count, or few in a quick version."""
-        if self.cfg.quick:
-            return min(count, 32)
-        return count
+        self.about = ''  # the text that the models learn from
 
     def train(self, models, steps, flags, seeds=None):
         """{name: its Arm}. models: {name: its flags as text}.
@@ -98,18 +81,25 @@ class Runner:
             steps //= 8
         steps = self.cfg.steps or steps
         flags = [*flags, f'--max_iters={steps}', f'--warmup_iters={steps // 10}']
-        self.commands.append(f'    python train.py {" ".join(flags)} FLAGS --seed=SEED')
-        arms = {name: Arm(own, []) for name, own in models.items()}
-        jobs = []
-        for seed in seeds or range(1, self.cfg.seeds + 1):
-            for arm in arms.values():
-                rule, dashes, own = arm.flags.partition('--')
-                rule = rule.strip()
-                args = [*flags, *f'{dashes}{own}'.split(), f'--seed={seed}']
-                run = Run(self.folder_of(rule, args), rule)
-                arm.runs.append(run)
-                jobs.append((run, args, steps))
-        self.each(self.one, jobs)
+        arms = {}
+        commands = []
+        for name, own in models.items():
+            arm = Arm(own)
+            arms[name] = arm
+            script = ['train.py']
+            if arm.rule:
+                script = ['-m', 'lab.ablate', arm.rule]
+            for seed in seeds or range(1, self.cfg.seeds + 1):
+                args = [*flags, *arm.options, f'--seed={seed}']
+                folder = self.folder_of(arm.rule, args)
+                arm.folders.append(folder)
+                args += [f'--out_dir={folder}', f'--device={self.cfg.device}']
+                if os.path.isfile(f'{folder}/ckpt.pt'):
+                    if ckpt.read_log(folder, 'val_loss')[-1]['iter'] >= steps:
+                        continue
+                    args.append('--init_from=resume')
+                commands.append([*script, *args])
+        self.run(commands)
         return arms
 
     def folder_of(self, rule, args):
@@ -121,107 +111,72 @@ class Runner:
         digest = hashlib.sha256(settled.encode()).hexdigest()
         return f'{self.cfg.out_dir}/{rule or "train"}-{digest[:16]}'
 
-    def one(self, run, args, steps):
-        """Train a run to its end, on from where it has come."""
-        script = ['train.py']
-        if run.rule:
-            script = ['-m', 'lab.ablate', run.rule]
-        args = [*script, *args, f'--out_dir={run.folder}', f'--device={self.cfg.device}']
-        if os.path.isfile(f'{run.folder}/ckpt.pt'):
-            if run.evaluations[-1]['iter'] >= steps:
-                return
-            args.append('--init_from=resume')
-        command(args)
-
-    def each(self, function, jobs):
-        """Call function(*job) for each job, several at a time.
+    def run(self, commands):
+        """Run python with each of these lists of arguments, several at a time.
 
         After an error or Ctrl-C no other one starts; what runs saves and stops.
         """
         with concurrent.futures.ThreadPoolExecutor(self.cfg.workers) as pool:
-            done = pool.map(function, *zip(*jobs))
-            for n, _ in enumerate(done, start=1):
-                print(f'{self.title}: {n} of {len(jobs)}', file=sys.stderr)
+            for n, _ in enumerate(pool.map(command, commands), start=1):
+                print(f'{self.title}: {n} of {len(commands)}', file=sys.stderr)
 
     def curves(self, arms, figure='val_loss', y='validation loss, nats per token'):
         """Draw a figure of the arms against steps, mean and pale each seed; returns a link to it.
 
-        Without the first evaluation, which would leave no room for differences. The picture is
-        <title>.png beside the table.
+        Without the first evaluation, which would leave no room for differences.
         """
         means = {}
         pale = {}
         for name, arm in arms.items():
-            curves = []
-            for run in arm.runs:
-                curves += plot.curve(run.folder, run.evaluations[1:], 'iter', figure)
-            means[name] = curves[0], np.mean(curves[1::2], axis=0)
-            pale[name] = curves
-        path = f'{self.cfg.to}/{self.title}.png'
-        plot.draw(path, means, self.title, 'step', y, pale)
+            steps, values = arm.curve(figure)
+            means[name] = steps[1:], values.mean(axis=0)[1:]
+            pale[name] = steps[1:], values.T[1:]
+        plot.draw(f'{self.cfg.out_dir}/{self.title}.png', means, self.title, 'step', y, pale)
         return f'![{self.title}]({self.title}.png)'
 
 
-RUNNING = set()  # processes of `command`
-
-
-def stop(*_):
-    """What SIGTERM does: pass it on to the runs, which save, and end as Ctrl-C does."""
-    for process in list(RUNNING):
-        process.terminate()
-    raise KeyboardInterrupt
-
-
 def command(args):
-    """Run python; UserError with the last line that it printed if it fails."""
-    process = subprocess.Popen(
-        [sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    RUNNING.add(process)
-    output, _ = process.communicate()
-    RUNNING.remove(process)
-    if process.returncode:
-        last = output.strip().split('\n')[-1]
+    """Run python; UserError with the last line that it printed if it fails.
+
+    A search of prune.py that has nothing to find does not count as a failure.
+    """
+    process = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+    if process.returncode and prune.ABOVE not in process.stderr:
+        last = process.stderr.strip().split('\n')[-1]
         raise UserError(f'python {shlex.join(args)}: {last}')
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
 
-def load(run):
+def load(folder, rule=''):
     """The model of a run, under its rule, and its checkpoint."""
-    if run.rule:
-        with ablate.changed(run.rule):
-            return ckpt.load_model(run.folder)
-    model, checkpoint = ckpt.load_model(run.folder)
+    if rule:
+        with ablate.changed(rule):
+            return ckpt.load_model(folder)
+    model, checkpoint = ckpt.load_model(folder)
     kernels.install(model)
     return model, checkpoint
 
 
 @dataclass
 class Losses:
-    """The loss of each target of some windows, and its kind."""
+    """The loss of each target of some windows. Means are over all, or over recall tokens alone."""
 
     nats: torch.Tensor  # (seeds, windows, T)
-    kinds: torch.Tensor  # (windows, T), places in KINDS
+    recall: torch.Tensor  # (windows, T), whether a target is a recall token
 
-    def of(self, kind):
-        """(windows, T): 1 where a target is of this kind, 0 elsewhere; None: all kinds."""
-        if kind is None:
-            return torch.ones(self.kinds.shape)
-        return (self.kinds == KINDS.index(kind)).float()
-
-    def means(self, kind=None):
+    def means(self, all_targets=True):
         """The mean loss of each seed."""
-        counted = self.of(kind)
+        counted = self.recall | all_targets
         return ((self.nats * counted).sum(dim=(1, 2)) / counted.sum()).tolist()
 
-    def against(self, base, kind=None):
+    def against(self, base, all_targets=True):
         """The difference to other Losses on the same windows, and its 95% interval, as text.
 
         Seeds are averaged first: each window counts once in an interval over windows.
         """
-        counted = self.of(kind)
+        counted = self.recall | all_targets
         difference = ((self.nats - base.nats).mean(dim=0) * counted).sum(dim=1)
         counts = counted.sum(dim=1)  # a mean over targets: windows have unequal numbers of a kind
         low, high = prune.bootstrap(difference, counts)
@@ -229,33 +184,31 @@ class Losses:
 
     def shown(self):
         """The losses of all targets and of recall tokens as text."""
-        return f'{spread(self.means(), "{:.3f}")} / {spread(self.means("recall"), "{:.3f}")}'
+        return f'{spread(self.means(), "{:.3f}")} / {spread(self.means(False), "{:.3f}")}'
 
 
 def joined(found):
     """The Losses of several seeds, from those of each."""
-    return Losses(torch.cat([losses.nats for losses in found]), found[0].kinds)
+    return Losses(torch.cat([losses.nats for losses in found]), found[0].recall)
 
 
-def kinds_of(x, y, near=NEAR):
-    """The kind of each target, as a place in KINDS. x, y (B, T) -> (B, T).
+def is_recall(x, y, near=NEAR):
+    """Whether targets are recall tokens. x, y (B, T) -> (B, T).
 
-    new: the target did not occur in its window before; recall: it did, but not among the newest
-    `near` tokens, so that only a longer memory can know it; near: all the others.
+    Such a target occurred in its window before, but not among the newest `near` tokens, so that
+    only a longer memory can know it.
     """
-    place = torch.arange(1, x.size(1) + 1)
-    before = (x[:, None] == y[..., None]) & (place <= place[:, None])  # (B, T, T)
-    newest = (before * place).amax(dim=2)  # where the target was last; 0: nowhere
-    kinds = torch.where(place - newest < near, 1, 2)
-    return kinds.masked_fill(newest == 0, 0)
+    before = (x[:, None] == y[..., None]).tril()  # (B, T, T)
+    newest = before.triu(1 - near)
+    return before.any(dim=2) & ~newest.any(dim=2)
 
 
-def token_losses(run, windows, budgets=None, policy='selective'):
+def token_losses(folder, rule, windows, budgets=None, policy='selective'):
     """The Losses of a run on so many validation windows or a few more, which prune.py does not see.
 
     budgets, policy: of a KVCache; None: the whole context.
     """
-    model, checkpoint = load(run)
+    model, checkpoint = load(folder, rule)
     text = data.load_dataset(checkpoint['dataset'])
     T = model.config.block_size
     bos = ckpt.starts_with_bos(checkpoint)
@@ -267,7 +220,7 @@ def losses_on(model, text, T, windows, bos, budgets=None, policy='selective'):
     """The Losses of a model on windows of T tokens of a Dataset; see `token_losses`."""
     size = max(1, 4096 // T)
     nats = []
-    kinds = []
+    recall = []
     for n in range(math.ceil(windows / size)):
         x, y = text.batch('val', n, size, T, 1, bos)
         cache = None
@@ -275,84 +228,55 @@ def losses_on(model, text, T, windows, bos, budgets=None, policy='selective'):
             cache = m.KVCache(model, size, budgets, policy)
         logits, _ = model(x, y, cache=cache)
         nats.append(fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'))
-        kinds.append(kinds_of(x, y))
-    return Losses(torch.cat(nats)[None], torch.cat(kinds))
+        recall.append(is_recall(x, y))
+    return Losses(torch.cat(nats)[None], torch.cat(recall))
 
 
 @torch.no_grad()
-def records_right(run, folder):
-    """The fraction of validation records of a data set, 512 drawn, whose answers are all right."""
-    model, _ = load(run)
-    questions = data.Dataset(folder)
-    right = []
-    for n in range(8):
-        x, y = questions.batch('val', n, 64, model.config.block_size)
-        is_right = (model(x, y)[0].argmax(dim=-1) == y) | (y < 0)
-        right += is_right.all(dim=1).tolist()
-    return np.mean(right)
-
-
-def position_part(arm):
-    """The factors of log n in SSA at the end of training, σ(α), of all heads, layers and runs."""
-    factors = []
-    for run in arm.runs:
-        for name, p in ckpt.load(run.folder)['model'].items():
-            if name.endswith('.alpha'):
-                factors += torch.sigmoid(p).tolist()
-    return factors
+def records_right(folder, questions):
+    """The fraction of 512 validation records of a Dataset whose answers a run has all right."""
+    model, _ = load(folder)
+    x, y = questions.batch('val', 0, 512, model.config.block_size)
+    is_right = (model(x, y)[0].argmax(dim=-1) == y) | (y < 0)
+    return is_right.all(dim=1).float().mean().item()
 
 
 # ---- Searches of prune.py ------------------------------------------------------------------------
 
 
-def search(runner, jobs, windows):
-    """Have prune.py look for budgets where it has not yet.
+def search(r, folders, baselines, windows):
+    """Have prune.py look for budgets by F and by age, where it has not yet.
 
-    jobs: [(Run, policy, folder of the model whose loss is the target)]. A model whose loss is above
-    the target without pruning is left without a file.
+    baselines: folders of the models whose losses are the targets. A model whose loss is above the
+    target without pruning is left without a file.
     """
-
-    def one(run, policy, baseline):
-        if holds(run, policy):
-            return
-        args = ['prune.py', f'--out_dir={run.folder}', f'--to=budgets_{policy}.json']
-        args += [f'--baseline={baseline}', f'--policy={policy}', f'--windows={windows}']
-        args.append(f'--device={runner.cfg.device}')
-        try:
-            command(args)
-        except UserError as e:
-            if prune.ABOVE not in str(e):
-                raise
-
-    runner.each(one, jobs)
+    commands = []
+    for folder, baseline in zip(folders, baselines):
+        for policy in 'selective', 'oldest':
+            if not holds(folder, policy):
+                args = ['prune.py', f'--out_dir={folder}', f'--to=budgets_{policy}.json']
+                args += [f'--baseline={baseline}', f'--policy={policy}', f'--windows={windows}']
+                commands.append([*args, f'--device={r.cfg.device}'])
+    r.run(commands)
 
 
-def holds(run, policy):
+def holds(folder, policy):
     """The point with the least memory that keeps the loss on unseen windows, too, or None."""
-    path = f'{run.folder}/budgets_{policy}.json'
-    if not os.path.isfile(path):
-        return None
-    return files.read_json(path, 'run prune.py again', held_out=dict)['held_out'].get('holds')
+    path = f'{folder}/budgets_{policy}.json'
+    if os.path.isfile(path):
+        return files.read_json(path, 'run prune.py again', held_out=dict)['held_out'].get('holds')
 
 
 # ---- Tables --------------------------------------------------------------------------------------
 
 
 def spread(values, form='{:.4f}'):
-    """Mean and sample standard deviation as text.
-
-    None is a seed that never got there, and is counted.
-    """
-    if not values:
+    """Mean and sample standard deviation as text."""
+    if not len(values):
         return ''
-    there = [value for value in values if value is not None]
-    if not there:
-        return 'never'
-    text = form.format(np.mean(there))
-    if len(there) > 1:
-        text += f' ± {form.format(np.std(there, ddof=1))}'
-    if len(there) < len(values):
-        text += f' ({len(there)} of {len(values)} seeds)'
+    text = form.format(np.mean(values))
+    if len(values) > 1:
+        text += f' ± {form.format(np.std(values, ddof=1))}'
     return text
 
 
@@ -366,48 +290,42 @@ def markdown(rows):
     return '\n'.join(lines)
 
 
-def table(first, arms, cells):
-    """Markdown: a row for each arm, with its flags and what cells(arm) is, {header: text}."""
+def losses_table(arms):
+    """The table of losses, with differences to the arm 'standard'. Fills arm.losses."""
+    for arm in arms.values():
+        found = [token_losses(folder, arm.rule, 256) for folder in arm.folders]
+        arm.losses = joined(found)
+    base = arms['standard'].losses
+    share = base.recall.float().mean()
     rows = []
     for name, arm in arms.items():
-        flags = arm.flags and f'`{arm.flags}`'
-        rows.append({first: name, 'FLAGS': flags, **cells(arm)})
+        row = {
+            'model': name,
+            'FLAGS': arm.flags,
+            'validation loss': spread(arm.losses.means()),
+            'against standard': arm.losses.against(base),
+            f'recall ({share:.0%})': spread(arm.losses.means(False)),
+            'recall against standard': arm.losses.against(base, False),
+            'requirement': spread(arm.last('memory'), '{:.1%}'),
+        }
+        rows.append(row)
     return markdown(rows)
 
 
-def kinds_table(runner, first, arms):
-    """The table of losses by kind of target, with differences to 'standard'. Fills arm.losses."""
-    for arm in arms.values():
-        arm.losses = joined([token_losses(run, runner.windows(256)) for run in arm.runs])
-    base = arms['standard'].losses
-
-    def cells(arm):
-        means = {}
-        for kind in KINDS:
-            means[f'{kind} ({base.of(kind).mean():.0%})'] = spread(arm.losses.means(kind))
-        return {
-            'validation loss': spread(arm.losses.means()),
-            'against standard': arm.losses.against(base),
-            **means,
-            'recall against standard': arm.losses.against(base, 'recall'),
-            'requirement': spread(arm.last('memory'), '{:.1%}'),
+def steps_table(arms):
+    """The table of models with temperatures, and when they have the loss of the first, without."""
+    base = next(iter(arms))
+    goal = arms[base].last('val_loss').mean()
+    rows = []
+    for name, arm in arms.items():
+        steps, losses = arm.curve('val_loss')
+        mean = losses.mean(axis=0)
+        row = {
+            'model': name,
+            'FLAGS': arm.flags,
+            'validation loss': spread(losses[:, -1]),
+            f'against {base}': f'{mean[-1] - goal:+.4f}',
+            'first step with its loss': str(min(steps[mean <= goal], default='never')),
         }
-
-    return table(first, arms, cells)
-
-
-def against(arms, base):
-    """The table of models with temperatures beside one without, the arm `base`."""
-    goal = np.mean(arms[base].last('val_loss'))
-
-    def cells(arm):
-        losses = arm.last('val_loss')
-        first = arm.first(lambda line: line['val_loss'] <= goal)
-        return {
-            'validation loss': spread(losses),
-            f'against {base}': f'{np.mean(losses) - goal:+.4f}',
-            'first evaluation with its loss, step': spread(first, '{:.0f}'),
-            'position part': spread(position_part(arm)),
-        }
-
-    return table('temperatures', arms, cells)
+        rows.append(row)
+    return markdown(rows)

@@ -10,7 +10,6 @@ long, and the answers are at the same places; a token is a byte. What the record
 like is in its docstring below.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,15 +32,15 @@ def variable_assignment(rng, cfg):
     what is stale, not which value stands beside which letter; a question is the letter.
     """
     variables = rng.choice(12, cfg.variables, replace=False)
-    letters = rng.choice(variables, cfg.length)
-    digits = rng.integers(10, size=cfg.length)
+    letters = rng.choice(variables, cfg.statements)
+    digits = rng.integers(10, size=cfg.statements)
     values = {}
     pieces = []
     text = ''
-    for n in range(cfg.length):
-        values[letters[n]] = digits[n]
-        text += chr(128 + 10 * letters[n] + digits[n])
-        if (n + 1) % cfg.every == 0:
+    for n, (letter, digit) in enumerate(zip(letters, digits), start=1):
+        values[letter] = digit
+        text += chr(128 + 10 * letter + digit)
+        if n % 4 == 0:
             asked = rng.choice(list(values))
             pieces += [text + chr(ord('a') + asked), str(values[asked])]
             text = ''
@@ -59,54 +58,35 @@ def passkey(rng, cfg):
 
     `the sky [40712] is blue [` asks, `40712` is the answer.
     """
-    words = list(rng.choice(FILLER.split(), cfg.length))
+    words = list(rng.choice(FILLER.split(), cfg.words))
     key = f'{rng.integers(100_000):05}'
-    depth = cfg.depth
-    if depth < 0:
-        depth = rng.random()
-    words.insert(round(depth * cfg.length), f'[{key}]')
-    return [' '.join(words).rjust(6 * cfg.length + 7) + ' [', key]
+    words.insert(round(rng.random() * cfg.words), f'[{key}]')
+    return [' '.join(words).rjust(6 * cfg.words + 7) + ' [', key]
 
 
-# What makes a record, and --length where it is not given.
-TASKS = {'variable_assignment': (variable_assignment, 24), 'passkey': (passkey, 10)}
+TASKS = {'variable_assignment': variable_assignment, 'passkey': passkey}
 
 
 @dataclass
 class TaskConfig:
-    tasks: list = option([], 'which to make, written without dashes', choices=tuple(TASKS))
-    data_dir: str = option('data', 'the data sets go into <data_dir>/<task>')
-    name: str = option('', "another name than the task's, for a single task")
+    task: list = option([], 'which to make, written without dashes', choices=tuple(TASKS))
+    data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')
+    name: str = option('', "another name than the task's")
     records: int = option(
         100_000, 'of training; a twentieth of it for validation', low=20, high=10**8
     )
-    length: int = option(0, "of a record: statements or words; 0: the task's own")
+    statements: int = option(24, 'variable_assignment: in each record, four a question', low=4)
     variables: int = option(
         3, 'variable_assignment: in each record, of the letters a to l', low=1, high=12
     )
-    every: int = option(4, 'variable_assignment: statements between questions', low=1)
-    depth: float = option(
-        -1.0, "passkey: the key's place, 0 first, 1 last; -1: anywhere", low=-1, high=1
-    )
+    words: int = option(10, 'passkey: of filler in each record')
     seed: int = option(0, 'same seed, same data')
 
 
-DESCRIPTION = (
-    'lab.tasks {task}, length {length}, records {records}, seed {seed}, variables {variables}, '
-    'every {every}, depth {depth}'
-)
-
-
-def described(task, cfg):
-    """What meta.json says of a data set: the task and the settings."""
-    return DESCRIPTION.format(task=task, **vars(cfg))
-
-
-def make(task, cfg):
-    """Write the data set of one task."""
-    pieces_of, length = TASKS[task]
-    source = described(task, cfg)
-    cfg = dataclasses.replace(cfg, length=cfg.length or length)
+def make(cfg):
+    """Write a data set."""
+    [task] = cfg.task
+    pieces_of = TASKS[task]
     folder = data.output_folder(cfg.data_dir, cfg.name or task, source='lab.tasks')
     answers = []
     length = 1  # a token in front, as the first can never be masked
@@ -114,11 +94,9 @@ def make(task, cfg):
         if n % 2:
             answers += range(length, length + len(piece))
         length += len(piece)
-    if not answers:
-        raise UserError(f'every is {cfg.every}: from 1 to length, which is {cfg.length}')
     tokenizer = data.get_tokenizer('bytes')
     shape = {'record_len': length, 'answers': answers}
-    with data.new_dataset(folder, tokenizer, source, **shape) as (train, val):
+    with data.new_dataset(folder, tokenizer, f'lab.tasks {cfg}', **shape) as (train, val):
         for number, out, records in [(0, train, cfg.records), (1, val, cfg.records // 20)]:
             rng = np.random.default_rng([cfg.seed, number])
             for _ in range(records):
@@ -128,13 +106,10 @@ def make(task, cfg):
 
 
 def main():
-    cfg = settings.parse(TaskConfig, positional='tasks')
-    if not cfg.tasks:
-        raise UserError(f'name a task: {", ".join(TASKS)}')
-    if cfg.name and len(cfg.tasks) > 1:
-        raise UserError('--name is for one data set: name one task')
-    for task in cfg.tasks:
-        make(task, cfg)
+    cfg = settings.parse(TaskConfig, positional='task')
+    if len(cfg.task) != 1:
+        raise UserError(f'name a task: {" or ".join(TASKS)}')
+    make(cfg)
 
 
 if __name__ == '__main__':

@@ -197,7 +197,6 @@ READERS = [
     ('train', f'config.py {SMALL} --out_dir=out/b'),
     ('train', f'{SMALL} --out_dir=out/a --init_from=resume --max_iters=3'),
     ('prune', COMMANDS['prune']),
-    ('lab.plot', COMMANDS['lab.plot']),
     ('lab.visualize', COMMANDS['lab.visualize']),
     ('prepare_text', COMMANDS['prepare_text']),
     ('sample', COMMANDS['sample'] + ' --start=FILE:text.txt'),

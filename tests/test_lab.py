@@ -103,11 +103,11 @@ def test_refusals(arg, words, run, tmp_path, monkeypatch):
 
 
 def test_names_replaces_only_names(tmp_path, run):
-    (tmp_path / 'text').write_text('one\ntwo\n' * 99)
-    run(prepare_text, f'{tmp_path}/text', '--tokenizer=bytes', f'--data_dir={tmp_path}/data')
-    before = (tmp_path / 'data/text/train.bin').read_bytes()
-    assert 'is another data set' in run(names, f'--data_dir={tmp_path}/data', '--name=text')
-    assert (tmp_path / 'data/text/train.bin').read_bytes() == before
+    (tmp_path / 'names').write_text('one\ntwo\n' * 99)
+    run(prepare_text, f'{tmp_path}/names', '--tokenizer=bytes', f'--data_dir={tmp_path}/data')
+    before = (tmp_path / 'data/names/train.bin').read_bytes()
+    assert 'is another data set' in run(names, f'--data_dir={tmp_path}/data')
+    assert (tmp_path / 'data/names/train.bin').read_bytes() == before
 
 
 @pytest.mark.parametrize('content', ['{"ö": 1}', b'bytes'])
