@@ -1,5 +1,7 @@
 # What the 124M configs share: GPT-2's smallest shape on C4, for GPUs. Prepare the data first:
 #   python prepare_c4.py --tokens=11e9
+#   python train.py config/base_124m.py --out_dir=out/standard_124m
+#   python train.py config/base_124m.py --ssa=qv --out_dir=out/ssa_124m
 # The contexts of 2410.02703 are --block_size=512, 1024 and 2048; keep batch_size * block_size the
 # same.
 #

@@ -215,18 +215,12 @@ TINY = (
 
 
 @pytest.mark.parametrize(
-    'recipe, flags',
-    [
-        ('ssa', {'ssa': 'qv'}),
-        ('selective', {'selective': True, 'vote_scale': True}),
-        ('standard', {}),
-    ],
+    'flags', [{'ssa': 'qv'}, {'selective': True, 'vote_scale': True}, {}], ids=repr
 )
-def test_recipe_resume(folder, dataset, tmp_path, run, recipe, flags):
-    args = [f'config/finetune_gpt2_{recipe}.py', dataset, *TINY, f'--out_dir={tmp_path}']
-    args.append(f'--init_from={folder}')
+def test_recipe_resume(folder, dataset, tmp_path, run, flags):
+    args = ['config/finetune_gpt2.py', dataset, *TINY, f'--out_dir={tmp_path}']
+    args += [f'--init_from={folder}', *[f'--{name}={value}' for name, value in flags.items()]]
     out = run(train, *args)
-    assert ('does not have them: transformer.h.0.attn.' in out) == (recipe != 'standard')
     losses = [float(x) for x in re.findall(r'val_loss ([\d.]+)', out)]
     assert len(losses) == 3 and losses[-1] < losses[0]
     start = load(folder, block_size=32, **flags)
@@ -235,7 +229,7 @@ def test_recipe_resume(folder, dataset, tmp_path, run, recipe, flags):
     for name, p in start.named_parameters():
         assert not torch.equal(p, saved['model'][name]), f'{name} was not trained'
     out = run(train, *args, '--max_iters=7', '--init_from=resume')
-    assert 'val_loss' in out and 'does not have' not in out
+    assert 'val_loss' in out
     assert ckpt.load(tmp_path)['pretrained'] == str(folder)
 
 
