@@ -1,4 +1,4 @@
-"""Write a model as a folder for Hugging Face's transformers, with tokenizer and model card.
+"""Write a model as a folder for Hugging Face's transformers, with its tokenizer.
 
     python -m lab.export_hf --out_dir=out/selective_small --folder=out/selective_small_hf
 
@@ -24,8 +24,25 @@ import model as m
 from support import bpe, files, pretrained
 from support import checkpoint as ckpt
 
-# what README.md of an export begins with
 SIGN = 'library_name: transformers\npipeline_tag: text-generation\n---\n# '
+# README.md of an export
+CARD = f"""---
+{SIGN}A model of lab/export_hf.py
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+prompt = tokenizer('Once', return_tensors='pt')
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+
+If model.py is in this folder, `budgets=32` in `from_pretrained` or `generate` keeps 32 tokens in
+each layer. A list has a number for each layer, and `budgets='none'` keeps all. `policy` is what is
+dropped: POLICIES in model.py. In config.json `selective` is selective attention
+([arXiv 2410.02703](https://arxiv.org/abs/2410.02703)), and `ssa` names what has temperatures
+([arXiv 2411.12892](https://arxiv.org/abs/2411.12892)).
+"""
 LAB = pathlib.Path(__file__).parent
 CODE = [pathlib.Path(m.__file__), LAB / 'hf/modeling_selective_gpt.py']
 
@@ -84,7 +101,7 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
     }
     # README.md first, so that an export which was stopped can be repeated
     content = {
-        'README.md': card(folder, checkpoint, code),
+        'README.md': CARD,
         'model.safetensors': safetensors.torch.save(tensors, {'format': 'pt'}),
         'tokenizer.json': tokenizer_json(tokenizer, ckpt.starts_with_bos(checkpoint)),
         'tokenizer_config.json': json.dumps(tokenizer_config, indent=1),
@@ -206,42 +223,7 @@ def tokenizer_json(tokenizer, bos):
     return fast.to_str()
 
 
-# ---- The model card ------------------------------------------------------------------------------
-
-CARD = """---
-{sign}{folder}
-
-| | |
-|---|---|
-| data | {run[dataset]} |
-| tokenizer | {run[tokenizer]} |
-| steps | {run[iter_num]} |
-| validation loss, nats a token | {run[val_loss]!s:.6} |
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained('{folder}'{trust})
-model = AutoModelForCausalLM.from_pretrained('{folder}'{trust})
-prompt = tokenizer('Once', return_tensors='pt')
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
-```
-"""
-OURS_ALSO = """
-In config.json `selective` is selective attention
-([arXiv 2410.02703](https://arxiv.org/abs/2410.02703)), and `ssa` names what has temperatures
-([arXiv 2411.12892](https://arxiv.org/abs/2411.12892)).
-`budgets=32` in `from_pretrained` or `generate` keeps 32 tokens in each layer; a list has a number
-for each layer, `budgets='none'` keeps all. `policy` is what is dropped: POLICIES in model.py.
-"""
-
-
-def card(folder, run, code):
-    """README.md of the folder: what the model is, and how to load it."""
-    run = {**run, 'tokenizer': data.label(run['tokenizer'])}
-    if not code:
-        return CARD.format(sign=SIGN, folder=folder, run=run, trust='')
-    trust = ', trust_remote_code=True'
-    return CARD.format(sign=SIGN, folder=folder, run=run, trust=trust) + OURS_ALSO
+# ---- The command ---------------------------------------------------------------------------------
 
 
 def main():

@@ -42,10 +42,7 @@ def checkpoint(model, bos=False):
         'model': model.state_dict(),
         'model_args': vars(model.config),
         'config': {'bos': bos},
-        'dataset': 'stdlib',
         'tokenizer': 'bytes',
-        'iter_num': 1200,
-        'val_loss': 1.23456789,
     }
 
 
@@ -248,10 +245,8 @@ def test_command(out_dir, run):
     run(export_hf, f'--out_dir={out_dir}', '--budgets=7')
     folder = out_dir / 'hf'
     card = (folder / 'README.md').read_text()
-    rows = '| data | stdlib |', '| steps | 1200 |', '| validation loss, nats a token | 1.2345 |'
-    assert set(rows) < set(card.splitlines())
     assert json.loads((folder / 'config.json').read_text())['budgets'] == [7, 7]
-    exec(card.split('```python')[1].split('```')[0], {})  # what the card says works
+    exec(card.split('```python')[1].split('```')[0], {'folder': folder})  # what the card says works
     assert 'is a model' in run(export_hf, f'--out_dir={out_dir}')  # again, over our own
 
 
