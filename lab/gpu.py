@@ -1,6 +1,6 @@
 """The first minutes on a GPU: whether the kernels are right there, and what all of this costs.
 
-    python -m lab.gpu                 at most eight minutes on an H100; writes results/gpu.md
+    python -m lab.gpu                 at most eight minutes on an H100; writes out/gpu/gpu.md
     python -m lab.gpu --small         tries all of it with small shapes, on a CPU in some minutes
 
     parity      kernels/gpu.py beside model.py, in float32 (on a GPU that is TF32) and bfloat16
@@ -11,9 +11,9 @@
     step        a training step of GPT-2's smallest shape, standard, selective and SSA
     decode      one token of that shape from a KV cache, with and without budgets
 
-Each part is a command with a time limit. What it prints is kept in --out_dir. The table says which
-one failed, and the next one follows. The same command again does the parts that are missing. Delete
-PART.txt to measure one anew.
+Each part is a command with a time limit. What it prints is kept in --out_dir, and the table says
+which one failed. The same command again does the parts that are missing. To do one again, delete
+PART.txt and, of a training, the folder PART.
 """
 
 import os
@@ -27,13 +27,12 @@ import torch
 
 from support.settings import UserError, option
 
-TITLE = '# What lab/gpu.py measured'
 # of each part the limit in seconds, and the arguments of Python
 PARTS = {
     'parity': (75, '{bench} --what=parity --shapes=small,{shape} --lengths=64'),
     'random': (50, '{bench} --what=attention --shapes={shape} --lengths={lengths}'),
-    'standard': (75, 'train.py {train} --selective=False'),
-    'selective': (75, 'train.py {train} --selective=True'),
+    'standard': (75, 'train.py {train} --out_dir={path} --selective=False'),
+    'selective': (75, 'train.py {train} --out_dir={path} --selective=True'),
     'trained': (45, '{bench} --what=attention --out_dir={out_dir}/selective --lengths={lengths}'),
     'step': (120, '{bench} --what=step --shapes={shape} --lengths={T}'),
     'decode': (40, '{bench} --what=decode --shapes={shape} --lengths={T}'),
@@ -60,58 +59,51 @@ SMALL = {
 
 @dataclass
 class GPUConfig:
-    to: str = option('results/gpu.md', 'the table')
-    out_dir: str = option('out/gpu', 'folder of what was printed, and of the trained models')
+    out_dir: str = option('out/gpu', 'folder of the table, of what was printed, of trained models')
     dataset: str = option('stdlib', 'what the parts standard and selective learn')
     small: bool = option(False, 'small shapes and few steps; no GPU is needed')
 
 
-def measure(cfg, part, words):
-    """Run a part. Returns the name of the file with what it printed."""
+def measure(cfg, part, sizes):
+    """Run a part and write what it prints to PART.txt. On a failure FAILED is in it."""
     limit, command = PARTS[part]
     path = f'{cfg.out_dir}/{part}'
-    arguments = command.format(out_dir=cfg.out_dir, **words).split()
-    if arguments[0] == 'train.py':
-        arguments += [f'--dataset={cfg.dataset}', f'--out_dir={path}']
-        if os.path.exists(f'{path}/ckpt.pt'):
-            arguments.append('--init_from=resume')
+    command = command.format(path=path, out_dir=cfg.out_dir, **sizes)
+    if 'train.py' in command:
+        command += f' --dataset={cfg.dataset}'
     else:
-        arguments.append(f'--to={path}.json')
-    print(f'python {" ".join(arguments)}', flush=True)
-    command = [sys.executable, *arguments]
-    with open(f'{path}.failed', 'w') as f:
+        command += f' --to={path}.json'
+    print(f'python {command}', flush=True)
+    command = [sys.executable, *command.split()]
+    with open(f'{path}.part', 'w') as f:
         try:
-            seconds = limit * words['patience']
+            seconds = limit * sizes['patience']
             subprocess.run(command, stdout=f, stderr=f, timeout=seconds, check=True)
         except subprocess.SubprocessError as e:
             f.write(f'FAILED: {e}\n')
             print(f'{part} failed: {e}')
-            return f.name
-    os.rename(f.name, f'{path}.txt')
-    return f'{path}.txt'
+    os.rename(f'{path}.part', f'{path}.txt')
 
 
 def main():
     cfg = settings.parse(GPUConfig)
-    words = FULL
+    sizes = FULL
     if cfg.small:
-        words = SMALL
+        sizes = SMALL
         cfg.out_dir = f'{cfg.out_dir}/small'
-        cfg.to = f'{cfg.out_dir}/gpu.md'
         os.environ.setdefault('TRITON_INTERPRET', '1')
     elif not torch.cuda.is_available():
         raise UserError('torch sees no GPU here; --small tries all of this on a CPU')
-    files.check_output(cfg.to, '.md', TITLE)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    table = [TITLE]
+    table = ['# What lab/gpu.py measured']
     for part in PARTS:
         path = f'{cfg.out_dir}/{part}.txt'
         if not os.path.exists(path):
-            path = measure(cfg, part, words)
+            measure(cfg, part, sizes)
         with open(path) as f:
-            table.append(f'## {part}\n\n```\n{f.read()}```')
-        files.write_file(cfg.to, '\n\n'.join([*table, '']))
-    print(cfg.to)
+            table.append(f'## {part}\n\n```\n{f.read()}```\n')
+        files.write_file(f'{cfg.out_dir}/gpu.md', '\n\n'.join(table))
+    print(f'{cfg.out_dir}/gpu.md')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """lab/gpu.py in small: every part comes to its end, a part that fails does not stop the others."""
 
-import json
+import re
 
 import pytest
 import torch
@@ -17,15 +17,15 @@ def test_all_parts(run, dataset, tmp_path, monkeypatch):
     assert 'FAILED' not in text
     for part in gpu.PARTS:
         assert f'## {part}\n' in text
-    compared = []
-    for row in json.loads((tmp_path / 'small/parity.json').read_text())['rows']:
-        compared.append(row['case'])
-        assert row['part'] in ('gpu.py', 'cpu.py')
-        assert row['ratio'] < 1 or 'allowed' in row['case']
-    assert {'y', 'M', 'the gradient of q', 'the gradient of v'} < set(compared)
+    # of each kernel in each dtype first what is allowed, then the errors
+    assert 'the gradient of v' in text
+    parity = text.split('## random')[0]
+    ratios = [float(x) for x in re.findall(r'([0-9.]+)x', parity)]
+    assert len(ratios) > 10 and max(ratios) == 1
 
 
-def test_a_part_that_fails_is_done_again(run, tmp_path, monkeypatch):
+def test_a_part_that_fails(run, tmp_path, monkeypatch):
+    """The others follow, and it is done again once its text is deleted."""
     parts = {'slow': (0.1, '-c while(1):pass'), 'broken': (9, '-m nowhere'), 'fine': (9, '-m this')}
     monkeypatch.setattr(gpu, 'PARTS', parts)
     command = gpu, '--small', f'--out_dir={tmp_path}'
@@ -33,9 +33,9 @@ def test_a_part_that_fails_is_done_again(run, tmp_path, monkeypatch):
     text = (tmp_path / 'small/gpu.md').read_text()
     assert text.count('FAILED') == 2 and 'timed out' in text
     assert 'No module named nowhere' in text and 'Beautiful is better' in text
-    parts['slow'] = 9, '-m this'
+    (tmp_path / 'small/broken.txt').unlink()
     printed = run(*command)
-    assert 'python -m this' in printed and printed.count('failed') == 1 and '/fine' not in printed
+    assert printed.count('python -m') == 1 and 'broken failed' in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
