@@ -7,22 +7,19 @@
 #       --contexts=512,1024,2048 --steps=4000 --device=cuda --workers=1 --seeds=1
 # No GPU has run it. 29M parameters and 0.5 billion tokens should take about an hour. The recipe is
 # that of config/base_124m.py, which says what differs from the paper's.
+from config.base_124m import *
+
 dataset = 'c4_8000'
+vocab_size = 0  # that of the data set
 n_layer = 8
 n_head = 8
 n_embd = 512
 block_size = 512
-rope = True
-qk_norm = True
 
 batch_size = 64
 gradient_accumulation_steps = 4  # 64 * 4 * 512 = 131,072 tokens a step, as the paper's
 max_iters = 4000  # 0.5 billion tokens; theirs are 69 billion
-learning_rate = 5e-3
-min_lr = 0.0
 warmup_iters = 400
-beta2 = 0.999
 
 eval_interval = 500
 eval_iters = 50
-log_interval = 10

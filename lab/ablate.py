@@ -192,22 +192,19 @@ RULES = {
 }
 
 
-def parse(rule):
-    """(name of the rule, its K, which may be infinite); UserError if there is no such rule."""
-    name, equals, K = rule.partition('=')
-    limit = math.inf
-    if equals:
-        name += '=K'
-        limit = settings.fitting(int, {'low': 2}, K, rule)
-    if name not in RULES:
-        raise UserError(f'the rule comes first, one of {", ".join(RULES)}')
-    return name, limit
-
-
 @contextlib.contextmanager
 def changed(rule):
-    """model.py with this rule until the block ends: its class takes the place of the own one."""
-    name, K = parse(rule)
+    """model.py with this rule until the block ends: its class takes the place of the own one.
+
+    UserError if there is no such rule.
+    """
+    name, equals, number = rule.partition('=')
+    K = math.inf
+    if equals:
+        name += '=K'
+        K = settings.fitting(int, {'low': 2}, number, rule)
+    if name not in RULES:
+        raise UserError(f'the rule comes first, one of {", ".join(RULES)}')
     place = 'CausalSelfAttention'
     if name in TEMPERATURES:
         place = 'Temperature'

@@ -42,7 +42,7 @@ def draw(path, curves, title, x, y, pale=(), scale='linear'):
     ax.legend()
     ax.grid(alpha=0.3)
     with files.replacing(path) as f:
-        figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
+        figure.savefig(f, format='png', dpi=150)
     print(path, file=sys.stderr)
 
 

@@ -57,41 +57,40 @@ def losses(r, folders, text, T, K=None, policy='oldest'):
     return runs.joined(found)
 
 
-def policies_table(r, models, text, T, Ks):
-    """The losses of models in layers of K of T tokens, by each policy of eviction.
+def policies(r, models, T, Ks):
+    """The losses of models in layers of K of T tokens, by each policy of eviction, for each text.
 
     models: {name: its folders}. The last columns compare with the best policy of the first model.
     """
-    first = next(iter(models.values()))
-    best = {}
-    for K in Ks:
-        tried = [losses(r, first, text, T, K, policy) for policy in PRESENT]
-        best[K] = min(tried, key=lambda found: found.nats.mean())
-    rows = []
-    for name, folders in models.items():
-        full = losses(r, folders, text, T).shown()
-        rows.append({'weights': name, 'policy': 'keeps all', f'{Ks[0]} of {T} tokens': full})
-        policies = PRESENT
-        if load(folders[0])[0].config.selective:
-            policies = 'selective', *PRESENT
-        for policy in policies:
-            row = {'weights': name, 'policy': policy}
-            rows.append(row)
-            for K in Ks:
-                found = losses(r, folders, text, T, K, policy)
-                row[f'{K} of {T} tokens'] = found.shown()
-                row[f'{K}: against the best of {next(iter(models))}'] = found.against(best[K])
-    return markdown(rows)
+    first, *_ = models
+    parts = [LEGEND]
+    for text in r.cfg.texts.split(','):
+        best = {}
+        for K in Ks:
+            tried = [losses(r, models[first], text, T, K, policy) for policy in PRESENT]
+            best[K] = min(tried, key=lambda found: found.nats.mean())
+        rows = []
+        for name, folders in models.items():
+            full = losses(r, folders, text, T).shown()
+            rows.append({'weights': name, 'policy': 'keeps all', f'{Ks[0]} of {T} tokens': full})
+            tried = PRESENT
+            if load(folders[0])[0].config.selective:
+                tried = 'selective', *PRESENT
+            for policy in tried:
+                row = {'weights': name, 'policy': policy}
+                for K in Ks:
+                    found = losses(r, folders, text, T, K, policy)
+                    row[f'{K} of {T} tokens'] = found.shown()
+                    row[f'{K}: against the best of {first}'] = found.against(best[K])
+                rows.append(row)
+        parts += [f'**{text}**', markdown(rows)]
+    return parts
 
 
 def eviction(r):
     """What a language model loses when every layer keeps 32, 64, 128 or 256 of 1,024 tokens, by
     each policy of eviction. Takes 2 hours."""
-    parts = [LEGEND]
-    for text in r.cfg.texts.split(','):
-        table = policies_table(r, {'as it is': [r.cfg.model]}, text, *EVICTION)
-        parts += [f'**{text}**', table]
-    return parts
+    return policies(r, {'as it is': [r.cfg.model]}, *EVICTION)
 
 
 def train(r, models, steps):
@@ -108,10 +107,7 @@ def retrofit(r):
     not of a paper. Takes 2 hours for each seed."""
     arms = train(r, {'plain': '', 'voter': VOTER}, 600)
     models = {name: arm.folders for name, arm in arms.items()}
-    parts = [LEGEND]
-    for text in r.cfg.texts.split(','):
-        parts += [f'**{text}**', policies_table(r, models, text, 512, (64, 128))]
-    return parts
+    return policies(r, models, 512, (64, 128))
 
 
 def finetune(r):

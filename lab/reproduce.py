@@ -52,7 +52,7 @@ def text(r, T=256):
     path = data.load_dataset(r.cfg.dataset).path
     r.about = f'Text: {data.summary(path)}.'
     size = settings.parse(train.TrainConfig, [r.cfg.config])
-    batch_size = max(1, size.batch_size * size.block_size // T)
+    batch_size = size.batch_size * size.block_size // T
     return [r.cfg.config, f'--dataset={path}', f'--block_size={T}', f'--batch_size={batch_size}']
 
 
@@ -115,19 +115,17 @@ def equal_memory(r, T, arms):
     """What each of VOTERS keeps of T tokens for standard attention's loss, and what others do with
     it. For each another model is trained on as many of the newest tokens."""
     standard = arms['standard'].folders
-    for name in VOTERS:
-        runs.search(r, arms[name].folders, standard, max(32, 16384 // T))
     windows = max(64, 32768 // T)
 
     def losses(folder, rule='', *pruning):
         return runs.token_losses(folder, rule, windows, *pruning).shown()
 
     rows = []
-    for n in range(r.cfg.seeds):
-        for name in VOTERS:
+    for name in VOTERS:
+        runs.search(r, arms[name].folders, standard, windows // 2)
+        for n, folder in enumerate(arms[name].folders):
             row = {'model': f'{name}, seed {n + 1}'}
             rows.append(row)
-            folder = arms[name].folders[n]
             point = runs.holds(folder, 'selective')
             oldest = runs.holds(folder, 'oldest')
             if not point or not oldest:
@@ -155,8 +153,7 @@ def heads(r):
     """2410.02703 sections 4, 5: selective attention with H heads is as good as standard attention
     with about twice as many. Takes 15 minutes."""
     models = {'standard': '', 'standard, 2x heads': 'double_heads', 'selective': '--selective'}
-    arms = r.train(models, 1000, text(r))
-    return LEGEND, losses_table(arms), r.curves(arms)
+    return LEGEND, losses_table(r.train(models, 1000, text(r)))
 
 
 def rules(r):
@@ -173,8 +170,7 @@ def rules(r):
         'token 0 may be masked': 'first_too --selective',
         'a token may mask itself': 'self_too --selective',
     }
-    arms = r.train(models, 300, text(r, 128) + SMALL)
-    return LEGEND, losses_table(arms), r.curves(arms)
+    return LEGEND, losses_table(r.train(models, 300, text(r, 128) + SMALL))
 
 
 def ssa(r):
@@ -204,20 +200,19 @@ def variable_assignment(r):
     standard does less. Trained on records of 3 variables, six questions in each. Takes 20
     minutes."""
     harder = task_data('variable_assignment', variables=12, records=2000, seed=1)
-    return answers(r, 'variable_assignment', 1000, ATTENTIONS, {'with 12 variables': harder})
+    return answers(r, 'variable_assignment', 1000, {'with 12 variables': harder})
 
 
 def passkey(r):
     """2411.12892 section 5: passkey retrieval, 56.9% with standard attention and 74.4% with SSA
     (theirs, of a pre-trained model). Takes 10 minutes."""
-    models = {**ATTENTIONS, 'SSA, learning rate x 10': '--ssa=qv --ssa_lr=10'}
-    return answers(r, 'passkey', 600, models, {})
+    return answers(r, 'passkey', 600, {})
 
 
-def answers(r, task, steps, models, tests):
+def answers(r, task, steps, tests):
     """The section of a synthetic task. tests: {header: another Dataset of it}."""
     trained = task_data(task)
-    arms = r.train(models, steps, ['config/tasks.py', f'--dataset={trained.path}'])
+    arms = r.train(ATTENTIONS, steps, ['config/tasks.py', f'--dataset={trained.path}'])
     rows = []
     for name, arm in arms.items():
         row = {'attention': name, 'FLAGS': arm.flags}
@@ -246,7 +241,7 @@ class ReproduceConfig:
     claims: list = option([], 'which to run, written without dashes', choices=tuple(CLAIMS))
     list: bool = option(False, 'print what the claims are and how long each takes')
     quick: bool = option(False, 'a smaller version of each, in minutes')
-    seeds: int = option(3, 'runs of each model, with the seeds 1, 2, 3, …', low=1, high=100)
+    seeds: int = option(3, 'runs of each model, with the seeds 1, 2, 3, …', low=1)
     steps: int = option(0, "of each run; 0: the claim's own number", high=10**9)
     dataset: str = option('stdlib', 'text of the claims about text: data/<name>')
     config: str = option('config/claims.py', 'model and steps of the claims about text')
@@ -283,9 +278,9 @@ def main():
         made = f"""`python -m lab.reproduce {shlex.join(sys.argv[1:])}`, seeds 1 to {cfg.seeds}.
 {r.about}
 Runs of one thread each, torch {torch.__version__}. A word in FLAGS is a rule of lab.ablate."""
-        body = '\n\n'.join([*parts, made])
-        print(body)
-        files.write_file(f'{cfg.out_dir}/{title}.md', f'# {title}\n\n{body}\n')
+        page = '\n\n'.join([f'# {title}', *parts, made])
+        print(page)
+        files.write_file(f'{cfg.out_dir}/{title}.md', page + '\n')
 
 
 if __name__ == '__main__':

@@ -117,8 +117,7 @@ class Runner:
         After an error or Ctrl-C no other one starts; what runs saves and stops.
         """
         with concurrent.futures.ThreadPoolExecutor(self.cfg.workers) as pool:
-            for n, _ in enumerate(pool.map(command, commands), start=1):
-                print(f'{self.title}: {n} of {len(commands)}', file=sys.stderr)
+            list(pool.map(command, commands))
 
     def curves(self, arms, figure='val_loss', y='validation loss, nats per token'):
         """Draw a figure of the arms against steps, mean and pale each seed; returns a link to it.
@@ -140,10 +139,12 @@ def command(args):
 
     A search of prune.py that has nothing to find does not count as a failure.
     """
+    shown = f'python {shlex.join(args)}'
+    print(shown, file=sys.stderr)
     process = subprocess.run([sys.executable, *args], capture_output=True, text=True)
     if process.returncode and prune.ABOVE not in process.stderr:
         last = process.stderr.strip().split('\n')[-1]
-        raise UserError(f'python {shlex.join(args)}: {last}')
+        raise UserError(f'{shown}: {last}')
 
 
 # ---- Measuring -----------------------------------------------------------------------------------

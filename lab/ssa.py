@@ -123,8 +123,9 @@ def best(r, task, *args, **ssa):
         figures = torch.stack(tried, dim=1)  # (figures, seeds)
         if figures[0].mean() < least:
             least = figures[0].mean()
-            texts = [spread(values, '{:.3f}') for values in figures.tolist()]
-            row = dict(zip(task.names, texts), **{'learning rate': str(rate)})
+            row = {'learning rate': str(rate)}
+            for name, values in zip(task.names, figures.tolist()):
+                row[name] = spread(values, '{:.3f}')
     return row
 
 

@@ -19,8 +19,8 @@ from support import settings
 from support.settings import UserError, option
 
 
-# A task is a function of a random generator and the settings. It returns the pieces of a record:
-# what is read and what is asked, in turns.
+# A task is a function of a random generator and the settings. It returns the text of a record and
+# the places in it of the answers.
 
 
 def variable_assignment(rng, cfg):
@@ -35,16 +35,17 @@ def variable_assignment(rng, cfg):
     letters = rng.choice(variables, cfg.statements)
     digits = rng.integers(10, size=cfg.statements)
     values = {}
-    pieces = []
     text = ''
+    answers = []
     for n, (letter, digit) in enumerate(zip(letters, digits), start=1):
         values[letter] = digit
         text += chr(128 + 10 * letter + digit)
         if n % 4 == 0:
             asked = rng.choice(list(values))
-            pieces += [text + chr(ord('a') + asked), str(values[asked])]
-            text = ''
-    return pieces
+            text += chr(ord('a') + asked)
+            answers.append(len(text))
+            text += str(values[asked])
+    return text, answers
 
 
 # Words of at most 5 letters.
@@ -61,7 +62,8 @@ def passkey(rng, cfg):
     words = list(rng.choice(FILLER.split(), cfg.words))
     key = f'{rng.integers(100_000):05}'
     words.insert(round(rng.random() * cfg.words), f'[{key}]')
-    return [' '.join(words).rjust(6 * cfg.words + 7) + ' [', key]
+    text = ' '.join(words).rjust(6 * cfg.words + 7) + ' [' + key
+    return text, range(len(text) - 5, len(text))
 
 
 TASKS = {'variable_assignment': variable_assignment, 'passkey': passkey}
@@ -84,23 +86,18 @@ class TaskConfig:
 
 
 def make(cfg):
-    """Write a data set."""
+    """Write a data set. Each record has a token in front, as the first can never be masked."""
     [task] = cfg.task
-    pieces_of = TASKS[task]
+    record = TASKS[task]
     folder = data.output_folder(cfg.data_dir, cfg.name or task, source='lab.tasks')
-    answers = []
-    length = 1  # a token in front, as the first can never be masked
-    for n, piece in enumerate(pieces_of(np.random.default_rng(0), cfg)):
-        if n % 2:
-            answers += range(length, length + len(piece))
-        length += len(piece)
+    text, answers = record(np.random.default_rng(0), cfg)
+    shape = {'record_len': len(text) + 1, 'answers': [place + 1 for place in answers]}
     tokenizer = data.get_tokenizer('bytes')
-    shape = {'record_len': length, 'answers': answers}
     with data.new_dataset(folder, tokenizer, f'lab.tasks {cfg}', **shape) as (train, val):
         for number, out, records in [(0, train, cfg.records), (1, val, cfg.records // 20)]:
             rng = np.random.default_rng([cfg.seed, number])
             for _ in range(records):
-                text = ''.join(pieces_of(rng, cfg))
+                text, _ = record(rng, cfg)
                 data.write_tokens(out, list(f'\n{text}'.encode('latin-1')))
     print(data.summary(folder))
 
