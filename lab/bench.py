@@ -150,14 +150,9 @@ FORMS = {
 
 
 def run_layers(subject, inputs, form, backward=True):
-    """Run the attention of each layer of which there are inputs, (q, k, v). Returns the last y.
-
-    A layer without votes has standard attention in every form.
-    """
+    """Run the attention of each layer of which there are inputs, (q, k, v). Returns the last y."""
     for layer, qkv in zip(subject.layers, inputs):
         attention = form or layer.attention
-        if not layer.selects:
-            attention = standard
         qkv = [x.detach().requires_grad_(backward) for x in qkv]
         y, M = attention(*qkv, layer, memory_tau=subject.memory_tau)
         loss = y.sum()
@@ -344,10 +339,11 @@ def main():
         lengths = settings.numbers(cfg.lengths, '--lengths', low=64, high=2**20)
     files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
-    machine = f'{platform.machine()}, torch {torch.__version__}'
+    machine = platform.machine()
     if 'cuda' in cfg.device:
-        machine = f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
+        machine = torch.cuda.get_device_name()
         torch.set_float32_matmul_precision('high')  # TF32, as in train.py
+    machine += f', torch {torch.__version__}'
     print(machine)
     rows = []
     for part, source, T in itertools.product(parts, sources, lengths):
