@@ -268,7 +268,7 @@ def tile_kernel(
     if tau is not None:
         dF -= dF_of_M(F, dM + b * T + rows, tau, D)
     from_below = tl.load(boundary(dC, b, above + R // G, T) + j)[None, :]
-    dS = from_below + tl.sum(dF, 0)[None, :] - tl.cumsum(dF, 0)
+    dS = from_below + tl.cumsum(dF, 0, reverse=True) - dF
     add(dscale, tl.sum(dS * S) * D**-0.5)
     dL0 = tl.where(S > 0, dS * (factor * D**-0.5), 0.0).to(q0.dtype)
     add(at(dq, voter + i, D), tl.dot(dL0, k0))
@@ -298,7 +298,7 @@ def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
 
 
 def tiles(D, dtype):
-    """{kernel: R, N and how it runs}: sizes whose loops stay in registers on sm_80 and sm_90."""
+    """{kernel: (R, N)}: sizes whose loops stay in registers on sm_80 and sm_90."""
     width = D * dtype.itemsize  # bytes of a row of q
     R = 64
     N = 64
@@ -306,24 +306,22 @@ def tiles(D, dtype):
         R = 32
     if width > 256:
         N = 32
-    stages = 2
-    if dtype == torch.float32:
-        stages = 1
     return {
-        votes_kernel: dict(R=ROWS, N=64, num_stages=stages),
-        forward_kernel: dict(R=2 * R, N=32, num_stages=stages),
-        columns_kernel: dict(R=ROWS, N=N, num_stages=stages),
-        tile_kernel: dict(R=R, N=N, num_stages=stages),
+        votes_kernel: (ROWS, 64),
+        forward_kernel: (2 * R, 32),
+        columns_kernel: (ROWS, N),
+        tile_kernel: (R, N),
     }
 
 
 def launch(kernel, x, y, q, *args):
     """Run a kernel on q's device: a program for each of x, each of y and each sequence."""
     B, H, T, D = q.shape
-    tile = tiles(D, q.dtype)[kernel]
-    programs = {'rows': T // tile['R'], 'columns': T // tile['N'], 'heads': H}
+    R, N = tiles(D, q.dtype)[kernel]
+    programs = {'rows': T // R, 'columns': T // N, 'heads': H}
+    stages = 4 // q.itemsize  # so that tiles fit into shared memory
     with torch.cuda.device_of(q):
-        kernel[programs[x], programs[y], B](q, *args, H, T, D=D, **tile)
+        kernel[programs[x], programs[y], B](q, *args, H, T, D=D, R=R, N=N, num_stages=stages)
 
 
 def blocks_alive(q, k, C, scale, tau):
@@ -361,9 +359,7 @@ def live_columns(alive, kernel, q):
     with others, which are too weak to matter or in the future. The numbers are (B, blocks).
     """
     T, D = q.shape[2:]
-    tile = tiles(D, q.dtype)[kernel]
-    R = tile['R']
-    N = tile['N']
+    R, N = tiles(D, q.dtype)[kernel]
     n = torch.arange(0, T, R, device=alive.device)[:, None]  # the first row of each block
     past = torch.arange(T, device=alive.device) < n + R
     live = (alive[:, None] > n // ROWS) & past

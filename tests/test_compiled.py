@@ -49,10 +49,10 @@ def test_compiles_for_gpus(capability, D, names):
         assert int(stack) <= 64, f'the loop does not stay in registers: {row}'
 
 
-def compile_kernel(kernel, D, capability, tile):
+def compile_kernel(kernel, D, R, N, capability):
     """A kernel as it is launched for a T that is a multiple of 16."""
     *names, _, _, _ = kernel.arg_names
-    constants = {'D': D, 'R': tile['R'], 'N': tile['N']}
+    constants = {'D': D, 'R': R, 'N': N}
     signature = dict.fromkeys(constants, 'constexpr')
     attributes = {}
     for n, name in enumerate(names):
@@ -60,23 +60,23 @@ def compile_kernel(kernel, D, capability, tile):
         if name not in ('H', 'tau'):
             attributes[n,] = [['tt.divisibility', 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    options = {'num_stages': tile['num_stages']}
-    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+    target = GPUTarget('cuda', capability, 32)
+    return triton.compile(source, target=target, options={'num_stages': 2})
 
 
 def main(capability, D, names):
     print('kernel R N registers stack shared')
     for name in names.split(','):
         kernel = getattr(gpu, name + '_kernel')
-        tile = gpu.tiles(int(D), DTYPE)[kernel]
-        compiled = compile_kernel(kernel, int(D), int(capability), tile)
+        R, N = gpu.tiles(int(D), DTYPE)[kernel]
+        compiled = compile_kernel(kernel, int(D), R, N, int(capability))
         with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
             f.write(compiled.asm['cubin'])
             f.flush()
             program = f'{os.path.dirname(triton.__file__)}/backends/nvidia/bin/cuobjdump'
             usage = subprocess.check_output([program, '-res-usage', f.name], text=True)
         registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
-        print(name, tile['R'], tile['N'], registers, stack, compiled.metadata.shared)
+        print(name, R, N, registers, stack, compiled.metadata.shared)
 
 
 if __name__ == '__main__':
