@@ -105,12 +105,6 @@ def unfit(kernel, device, dtype, D):
         return f'it does not run on {device.type} here'
     if D not in kernel.HEAD_SIZES:
         return f'a head has {D} channels, it takes {kernel.HEAD_SIZES}'
-    if device.type == 'cpu':
-        return ''
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest':
-        return 'without tensor cores, at full float32 precision, it would be slow'
     return ''
 
 
