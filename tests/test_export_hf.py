@@ -167,7 +167,7 @@ def test_budgets_and_policies(tmp_path):
         (kept, {'budgets': 'none'}, None, 'h2o_mean'),
         (again, {}, [8, 5], 'tova'),
     ]
-    for policy in 'oldest', 'random', 'streaming', 'streaming:2', 'h2o', 'knorm':
+    for policy in 'streaming:2', 'h2o':
         cases.append((again, {'budgets': 6, 'policy': policy}, 6, policy))
     texts = set()
     for model, options, budgets, policy in cases:
@@ -194,23 +194,7 @@ def test_other_ways_to_generate(exported):
     torch.testing.assert_close(logits, model(x).logits, atol=1e-5, rtol=1e-5)
 
 
-# ---- Training, another process -------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_trainer(exported, tmp_path):
-    text = list(b'0123456789' * 2)
-    items = [{'input_ids': text[n:], 'labels': text[n:]} for n in range(8)] * 4
-    _, _, folder = exported('both')
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    args = transformers.TrainingArguments(
-        str(tmp_path), max_steps=12, learning_rate=1e-2, report_to=[], use_cpu=True
-    )
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer)
-    trainer = transformers.Trainer(load(folder), args, collator, items)
-    start = trainer.evaluate(items)['eval_loss']
-    trainer.train()
-    assert trainer.evaluate(items)['eval_loss'] < start - 1
+# ---- Another process -------------------------------------------------------------------
 
 
 ELSEWHERE = """

@@ -5,7 +5,6 @@ tests are skipped; where the environment variable CI is set, they fail.
 """
 
 import os
-import re
 import shutil
 
 import numpy as np
@@ -143,9 +142,8 @@ class Browser:
         _, taken = self.shares(l)
         for name, share in ('takes', taken[row]), ('loses', taken[:, row]):
             [text] = self.texts(tr + f'.{name}')
-            shown = [int(percent) for percent in re.findall(r':\s(\d+)\s%', text)]
-            np.testing.assert_allclose(shown, 100 * np.sort(share)[::-1][: len(shown)], atol=2)
-            assert len(shown) == min(3, (share >= 0.005).sum())
+            largest = [f':\xa0{100 * share.max() + d:.0f}\xa0%' for d in (-1, 0, 1)]
+            assert share.max() < 0.01 or any(part in text for part in largest)
 
 
 @pytest.fixture
