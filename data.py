@@ -3,7 +3,7 @@
 A data set is a folder data/<name> with
 
     train*.bin, val*.bin    uint16 tokens, one file or many, read as one in the order of their names
-    meta.json               {"tokenizer", "vocab_size", "source", "complete",
+    meta.json               {"tokenizer", "vocab_size", "source",
                             "files": {"train.bin": tokens, ...}}
 
 "tokenizer" is a name, or a whole vocabulary, see support/bpe.py. Each document ends with
@@ -130,17 +130,14 @@ class Dataset:
         self.record_len = self.meta.get('record_len')
         self.answers = self.meta.get('answers')
         self.files = {'train': [], 'val': []}
-        counts = {**file_tokens(path), **self.meta['files']}  # others may have added files
-        for file, count in sorted(counts.items()):
-            size = os.path.getsize(f'{path}/{file}')
-            if size / 2 != count:
-                raise UserError(
-                    f'{path}/{file} has {size} bytes, and should have {count} tokens of 2 bytes: '
-                    'prepare it again'
-                )
+        counts = file_tokens(path)  # others may have added files
+        for file, count in self.meta['files'].items():
+            if counts.get(file) != count:
+                raise UserError(f'{path}/{file} has lost some of {count} tokens: prepare it again')
+        for file, count in counts.items():
             for split, arrays in self.files.items():
                 if file.startswith(split):
-                    arrays.append(np.memmap(f'{path}/{file}', TOKEN, mode='r'))
+                    arrays.append(np.memmap(f'{path}/{file}', TOKEN, mode='r', shape=count))
 
     def fingerprint(self):
         """16 hexadecimal digits: a hash of what tokens mean, of the files' lengths and samples."""
@@ -191,12 +188,8 @@ class Dataset:
         key = [seed, int(split == 'val'), index, batch_size, block_size]
         starts = np.random.default_rng(key).integers(count, size=batch_size) * step
         windows = np.stack([self._window(split, start, length) for start in starts])
-        largest = windows.max(initial=0)
-        if largest >= self.vocab_size:
-            raise UserError(
-                f'{self.path} has token {largest}, which its tokenizer does not have: '
-                'it is damaged, prepare it again'
-            )
+        if windows.max(initial=0) >= self.vocab_size:
+            raise UserError(f'{self.path} has tokens that its tokenizer lacks: prepare it again')
         if bos:
             windows = np.insert(windows, 0, self.end, axis=1)
         windows = torch.from_numpy(windows.astype(np.int64))
@@ -232,24 +225,16 @@ def load_dataset(name_or_path, root='data'):
 
 def read_meta(path):
     """The meta.json of a data set's folder. Raises UserError if it is missing or damaged."""
-    file = f'{path}/meta.json'
-    meta = files.read_json(
-        file,
+    return files.read_json(
+        f'{path}/meta.json',
         'prepare the data set again',
         tokenizer=str,
         vocab_size=int,
         source=str,
-        complete=bool,
         files=dict,
-        record_len=(int, None),
-        answers=([int], None),
+        record_len=int | None,
+        answers=list | None,
     )
-    length = meta.get('record_len')
-    if length and not set(meta.get('answers') or [0]) <= set(range(1, length)):
-        raise UserError(
-            f'{file} is damaged (record_len and answers do not fit): prepare the data set again'
-        )
-    return meta
 
 
 def file_tokens(path):
@@ -301,7 +286,7 @@ def new_dataset(folder, tokenizer, source, **records):
     with files.replacing_folder(folder) as new:
         with open(f'{new}/train.bin', 'wb') as train, open(f'{new}/val.bin', 'wb') as val:
             yield train, val
-        write_meta(new, tokenizer, source, True, **records)
+        write_meta(new, tokenizer, source, **records)
 
 
 def write_tokens(file, tokens):
@@ -312,7 +297,7 @@ def write_tokens(file, tokens):
         raise UserError('the tokenizer has more than 65,536 tokens: a data set cannot') from None
 
 
-def write_meta(folder, tokenizer, source, complete, **records):
+def write_meta(folder, tokenizer, source, **records):
     """Write meta.json for the files that are in the folder.
 
     tokenizer: an Encoding. records: record_len and answers, where the data set has them.
@@ -321,7 +306,6 @@ def write_meta(folder, tokenizer, source, complete, **records):
         'tokenizer': tokenizer.name,
         'vocab_size': tokenizer.n_vocab,
         'source': source,
-        'complete': complete,
         'files': file_tokens(folder),
         **records,
     }

@@ -5,27 +5,23 @@
     python prepare_c4.py --tokens=0 --shards=0:512      half of all; another machine takes 512:1024
 
 Every shard that is downloaded becomes one file, data/c4/train_00000.bin and so on. Each document
-ends with <|endoftext|>. Stop it at any moment and run it again: finished shards are kept, the
-unfinished one is done again, and the files are the same as those of an uninterrupted run. A file
-that holds only the beginning of its shard has a .cut file beside it, and is made again when you ask
-for more. Every run makes the validation files that are missing. One shard at a time streams
-through, so memory stays small. To use more cores than one run does, start several with different
---shards.
+ends with <|endoftext|>. Stop it at any moment and run it again: files that are there are kept, and
+the unfinished one is done again. A slice ends inside a shard, of which its last file has the
+beginning. This file stays as it is when you ask for more later, unless you delete it. One shard at
+a time streams through, so memory stays small. To use more cores than one run does, start several
+with different --shards.
 """
 
 import gzip
 import itertools
 import json
 import math
-import os
 import re
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from data import (
     file_tokens,
-    full_name,
     get_tokenizer,
     known_meta,
     label,
@@ -60,12 +56,6 @@ class C4Config:
     data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')
     name: str = option('c4', "the data set's name")
     tokenizer: str = option('gpt2', "gpt2, gpt2:N (N tokens), bytes, or a Llama's folder")
-    processes: int = option(0, 'threads that tokenize; 0: one for each core, at most 16')
-    retries: int = option(8, 'failures in a row of one download before giving up')
-    backoff: float = option(
-        1.0, 'the waits after failures in a row are 0, 2, 4, 8 … times these seconds, up to 120'
-    )
-    timeout: float = option(30.0, 'seconds without a byte that count as a failure', low=1e-3)
 
 
 def prepare(cfg):
@@ -81,82 +71,41 @@ def prepare(cfg):
             f"--shards: '{cfg.shards}' is not first:end with 0 <= first < end <= {TRAIN_SHARDS}"
         )
     shards = range(int(match[1]), int(match[2]))
-    tokenizer = full_name(cfg.tokenizer)
-    made_with = known_meta(folder).get('tokenizer', tokenizer)
-    if made_with != tokenizer:
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    made_with = known_meta(folder).get('tokenizer', tokenizer.name)
+    if made_with != tokenizer.name:
         raise UserError(
             f"{folder} was made with the tokenizer '{label(made_with)}': choose another --name, "
             'or delete it'
         )
-    preparation = Preparation(folder, cfg)
     with files.locked(folder, shared=True):  # others may make other shards
-        preparation.make_split('val', range(8), cfg.val_tokens or math.inf)
-        preparation.make_split('train', shards, cfg.tokens or math.inf)
-        preparation.update_meta(complete=True)
+        for split, numbers, wanted in [
+            ('val', range(8), cfg.val_tokens or math.inf),
+            ('train', shards, cfg.tokens or math.inf),
+        ]:
+            for number in numbers:
+                file = f'{split}_{number:05d}.bin'
+                if wanted > 0 and file not in file_tokens(folder):
+                    url = f'{cfg.base_url.rstrip("/")}/{NAMES[split].format(number)}'
+                    make_shard(f'{folder}/{file}', RemoteFile(url), tokenizer, wanted)
+                    write_meta(folder, tokenizer, SOURCE)
+                wanted -= file_tokens(folder).get(file, 0)
     print(summary(folder))
 
 
-class Preparation:
-    """Makes the token files of a folder, one after the other, from the shards on a server."""
-
-    def __init__(self, folder, cfg):
-        self.folder = folder
-        self.cfg = cfg
-        self.tokenizer = get_tokenizer(cfg.tokenizer)
-
-    def make_split(self, split, numbers, wanted):
-        """Make the token files of one split, shard by shard, until they hold the tokens wanted."""
-        for number in numbers:
-            path = Path(f'{self.folder}/{split}_{number:05d}.bin')
-            cut = Path(f'{path}.cut')  # says that there is more in the shard
-            there = file_tokens(self.folder).get(path.name, 0)
-            if there < wanted and (cut.exists() or not there):
-                there = self.make_shard(path, NAMES[split].format(number), wanted)
-                if there < wanted:
-                    cut.unlink(missing_ok=True)
-            wanted -= there
-            if wanted <= 0:
-                return
-
-    def make_shard(self, path, name, wanted):
-        """Write one token file, up to the document that reaches the tokens wanted.
-
-        Returns the tokens written.
-        """
-        cfg = self.cfg
-        url = f'{cfg.base_url.rstrip("/")}/{name}'
-        shard = RemoteFile(url, cfg.retries, cfg.backoff, cfg.timeout)
-        count = 0
-        progress = Progress()
-        with files.replacing(path) as f:
-            for tokens in self.tokenize(shard):
-                write_tokens(f, tokens)
-                count += len(tokens)
-                progress.show(f'{path.name}: {count:,} tokens', shard.received)
+def make_shard(path, shard, tokenizer, wanted):
+    """Write one token file, up to the document that reaches the tokens wanted."""
+    count = 0
+    progress = Progress()
+    texts = documents(shard)
+    with files.replacing(path) as f:
+        while count < wanted and (batch := list(itertools.islice(texts, 200))):
+            for ids in tokenizer.encode_ordinary_batch(batch):  # in several threads
+                write_tokens(f, [*ids, tokenizer.eot_token])
+                count += len(ids) + 1
                 if count >= wanted:
                     break
-            # Before the file gets its name: the folder's tokenizer is on record, and a part never
-            # passes for the whole.
-            self.update_meta()
-            if count >= wanted:
-                Path(f'{path}.cut').touch()
-        self.update_meta()  # the file may be longer than before
-        return count
-
-    def update_meta(self, complete=False):
-        """Write meta.json. complete: once any run has done all that it was asked."""
-        complete = complete or known_meta(self.folder).get('complete', False)
-        write_meta(self.folder, self.tokenizer, SOURCE, complete)
-
-    def tokenize(self, shard):
-        """The tokens of a shard's documents, a list each, in their order."""
-        # threads are enough, as the tokenizer works outside of Python's lock
-        threads = self.cfg.processes or min(os.cpu_count(), 16)
-        texts = documents(shard)
-        while batch := list(itertools.islice(texts, 200)):
-            for tokens in self.tokenizer.encode_ordinary_batch(batch, num_threads=threads):
-                tokens.append(self.tokenizer.eot_token)
-                yield tokens
+            progress.show(f'{path}: {count:,} tokens', shard.received)
 
 
 def documents(shard):
@@ -164,14 +113,11 @@ def documents(shard):
     number = 0
     try:
         for line in gzip.open(shard):
-            found = json.loads(line)
-            if files.misfit(found, {'text': str}):
-                raise ValueError('no "text"')
-            yield found['text']
+            yield json.loads(line)['text']
             number += 1
         if number == 0:
             raise ValueError('no lines')
-    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError) as e:
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, KeyError) as e:
         raise UserError(
             f'{shard.url} is damaged after line {number} ({e}): the server has a bad copy'
         ) from None

@@ -6,11 +6,10 @@
     python prepare_text.py notes/ --tokenizer=out/smollm2       that of a folder of Hugging Face
 
 A document is a file, and ends with <|endoftext|>. Files that cannot be read as UTF-8 text are
-skipped and counted. Data sets in a folder are left out. About 1 document in 30 is for validation,
-chosen by a hash of its path inside the folder named, so the same files give the same split on
-every machine. A single file is cut at a line: its last thirtieth is for validation. Without an
-argument the text is the .py sources of Python's own standard library (without its tests), in
-bytes.
+skipped and counted, hidden ones left out. About 1 document in 30 is for validation, chosen by a
+hash of its path inside the folder named, so the same files give the same split on every machine. A
+single file is cut at a line: its last thirtieth is for validation. Without an argument the text is
+the .py sources of Python's own standard library (without its tests), in bytes.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import get_tokenizer, known_meta, new_dataset, output_folder, summary, write_tokens
+from data import get_tokenizer, new_dataset, output_folder, summary, write_tokens
 from support import settings
 from support.download import Progress
 from support.settings import UserError, option
@@ -79,30 +78,19 @@ def prepare(cfg):
 
 
 def list_documents(paths, endings):
-    """[(path relative to the folder named, file)], sorted.
-
-    Without hidden and empty files, and data sets that lie in a folder. A file that has several
-    names counts once.
-    """
-    found = {}
+    """[(path relative to the folder named, file)], sorted, without hidden and empty files."""
+    found = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"'{path}' does not exist")
         if path.is_file():
-            found.setdefault(os.path.realpath(path), (path.name, path))
-        for file in sorted(path.rglob('*')):
+            found.append((path.name, path))
+        for file in path.rglob('*'):
             key = file.relative_to(path).as_posix()
-            if '/.' in f'/{key}':  # hidden
-                continue
-            if file.is_dir() and not os.access(file, os.R_OK | os.X_OK):
-                raise UserError(f'{file} cannot be read: name what to read without it')
-            if key.endswith(endings) and not known_meta(file.parent):
-                found.setdefault(os.path.realpath(file), (key, file))
-    return [
-        (key, file)
-        for key, file in sorted(found.values())
-        if os.path.isfile(file) and os.path.getsize(file)
-    ]
+            hidden = '/.' in f'/{key}'
+            if key.endswith(endings) and not hidden and file.is_file():
+                found.append((key, file))
+    return [(key, file) for key, file in sorted(found) if file.stat().st_size]
 
 
 def stdlib_documents():
@@ -137,20 +125,12 @@ def hash_of(key):
 def cut_at_a_line(file, source):
     """The same of a single file: its last thirtieth, from a line's start, is for validation."""
     size = os.path.getsize(file)
-    end = size - max(1, size // VAL_ONE_IN)
-    begin = cut = 0
     with open(file, 'rb') as f:
-        for line in f:
-            if cut > end:
-                break
-            begin = cut
-            cut += len(line)
-    if cut == size:  # the place is in the last line, which begins there
-        cut = begin
-    if cut == 0:
-        raise UserError(
-            f'{source}: one line of text cannot be split into training and validation, it needs two'
-        )
+        f.seek(size - size // VAL_ONE_IN)
+        f.readline()
+        cut = f.tell()
+    if cut == size:
+        raise UserError(f'{source}: no line ends in its last thirtieth, which is for validation')
     return [(file, 0, cut, False), (file, cut, size, True)]
 
 

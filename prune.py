@@ -2,14 +2,12 @@
 
     python prune.py --out_dir=out/selective_small --baseline=out/standard_small
     python prune.py --out_dir=out/selective_small --tolerance=0.01
-    python prune.py --out_dir=out/selective_small --target_loss=1.5
 
 The first prunes down to the loss of another model, the second to 0.01 nats over the model's own
-loss, the third to a given loss. Every layer starts with a budget of block_size tokens. Each step
+loss. Every layer starts with a budget of block_size tokens. Each step
 takes a few tokens from the layer where that costs the least validation loss, until every further
 step would raise the loss above the target. Each row printed is one point of the curve of memory
-against loss; <out_dir>/budgets.json has them all, and sample.py generates within its budgets. A
-search that was stopped continues where it was if you run it again.
+against loss; <out_dir>/budgets.json has them all, and sample.py generates within its budgets.
 
 --search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every
 step. The default, --search=quick, differs from it in three things. A bite is a fraction of what a
@@ -50,10 +48,9 @@ class PruneConfig:
     )
     windows: int = option(32, 'validation sequences that the search measures on', low=1)
     seed: int = option(0, 'which windows these are')
-    # how far: give one of the three
-    baseline: str = option('', 'folder of a model whose loss on the same windows is the target')
-    target_loss: float = option(0.0, 'the target, in nats')
-    tolerance: float = option(0.0, "the target is the model's own loss and this much")
+    # how far
+    baseline: str = option('', "folder of a model whose loss is the target; '': this model's own")
+    tolerance: float = option(0.0, 'nats by which the loss may exceed the target')
     # how
     policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
     search: str = option('quick', "plain is the paper's search", choices=('quick', 'plain'))
@@ -68,7 +65,7 @@ class PruneConfig:
 
 
 class Trials:
-    """The loss of a model under budgets, on a fixed set of windows. It remembers every loss."""
+    """The loss of a model under budgets, on a fixed set of windows."""
 
     def __init__(self, model, batches, policy='selective', dtype=torch.float32):
         """batches: a list of x and y, int64 (2, B, T). dtype: of keys and values that are kept."""
@@ -80,16 +77,12 @@ class Trials:
         self.pos = torch.arange(x.size(1), device=x.device)
         self.turn = model.rotation(self.pos)
         self.budgets = [x.size(1)] * model.config.n_layer
-        self.known = {}  # budgets as text -> loss
         # inputs[n][l]: what layer l reads of batch n under self.budgets, as far as it was needed
         self.inputs = [[model.embed(x, self.pos)] for x, _ in batches]
 
     def loss(self, budgets, first=0):
         """Mean loss in nats per token; first: see `windows`."""
-        key = str(budgets)
-        if key not in self.known:
-            self.known[key] = self.windows(budgets, first).mean().item()
-        return self.known[key]
+        return self.windows(budgets, first).mean().item()
 
     def windows(self, budgets, first=0):
         """The mean loss of each window, (windows,).
@@ -243,6 +236,8 @@ def main():
     cfg.device = devices.pick_device(cfg.device)
     cfg.dtype = devices.pick_dtype(cfg.dtype, cfg.device)
     dtype = getattr(torch, cfg.dtype)
+
+    # the model, the one whose loss is to be kept, and the text
     model, checkpoint = pretrained.load_model(cfg.init_from, cfg.out_dir, cfg.device)
     every = str(model.config.block_size)  # a budget of any model: it is the policy that may not fit
     ckpt.read_budgets(every, cfg.out_dir, model, cfg.policy)
@@ -255,33 +250,34 @@ def main():
     if dataset.tokenizer_name != checkpoint['tokenizer']:
         raise UserError(f'{dataset.path} has another tokenizer than {cfg.out_dir}')
     kernels.install(model, dtype=dtype)  # for layers that keep everything
-    size = dataset.window(model.config.block_size) - 1  # records may be shorter
-    searched, held_out = windows_of(dataset, cfg, size, ckpt.starts_with_bos(checkpoint))
+    searched, held_out = windows_of(dataset, cfg, model, checkpoint)
 
     with devices.autocast(cfg.device, cfg.dtype):  # as sample.py generates
-        goals = to_keep(reference, held_out, cfg)
-        cfg.target_loss = to_keep(reference, searched, cfg).mean().item()
+        # the search
+        target = to_keep(reference, searched, cfg).mean().item()
         trials = Trials(model, searched, cfg.policy, dtype)
         result = {
             **vars(cfg),
-            'block_size': size,
-            'data': dataset.fingerprint(),
+            'target_loss': target,
             'checkpoint': ckpt.fingerprint(model),
-            'code': ckpt.code_fingerprint(),
+            'budgets': trials.budgets,
+            'curve': [],
+            'held_out': {},
         }
-        # The search is deterministic. To continue one, repeat its steps with the losses it found.
-        trials.known.update(known_trials(path, result))
-        result |= {'budgets': trials.budgets, 'trials': trials.known, 'curve': [], 'held_out': {}}
         full = sum(trials.budgets)
         plain_bite = cfg.bite if cfg.search == 'plain' else 0
-        for loss in search(trials, cfg.target_loss, plain_bite):
+        for loss in search(trials, target, plain_bite):
             budgets = list(trials.budgets)
             saving = full / sum(budgets)
             print(f'{budgets}: {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
             result['curve'].append({'budgets': budgets, 'saving': saving, 'val_loss': loss})
             files.write_file(path, json.dumps(result))
-        found = unseen(Trials(model, held_out, cfg.policy, dtype), result['curve'], goals)
-    files.write_file(path, json.dumps({**result, 'held_out': found}))
+
+        # does it hold on other windows?
+        trials = Trials(model, held_out, cfg.policy, dtype)
+        found = unseen(trials, result['curve'], to_keep(reference, held_out, cfg))
+    result['held_out'] = found
+    files.write_file(path, json.dumps(result))
     mean, low, high = found['difference']
     print(f'on other windows: {mean:+.4f} [{low:+.4f}, {high:+.4f}] from the target')
     if found['holds']:
@@ -289,10 +285,7 @@ def main():
 
 
 def output_path(cfg):
-    """The file to write; UserError for settings that do not go together."""
-    given = [value for value in (cfg.baseline, cfg.target_loss, cfg.tolerance) if value]
-    if len(given) != 1:
-        raise UserError('say how far to prune: one of --baseline, --target_loss and --tolerance')
+    """The file to write. UserError where it may not be written."""
     if cfg.init_from != 'resume' and cfg.out_dir == PruneConfig.out_dir:
         raise UserError(f'--init_from={cfg.init_from} needs an --out_dir for its budgets')
     name = 'budgets.json' if cfg.policy == 'selective' else f'budgets_{cfg.policy}.json'
@@ -306,8 +299,10 @@ def traits(model, checkpoint):
     return model.config.block_size, checkpoint['tokenizer'], ckpt.starts_with_bos(checkpoint)
 
 
-def windows_of(dataset, cfg, size, bos):
+def windows_of(dataset, cfg, model, checkpoint):
     """Two lists of batches of random validation windows; in a small text they may overlap."""
+    size = dataset.window(model.config.block_size) - 1  # records may be shorter
+    bos = ckpt.starts_with_bos(checkpoint)
     lists = [], []
     n = 0
     for batches in lists:
@@ -322,22 +317,7 @@ def windows_of(dataset, cfg, size, bos):
 def to_keep(reference, batches, cfg):
     """The loss to keep on each window, (windows,)."""
     trials = Trials(reference, batches)
-    losses = trials.windows(trials.budgets)
-    if cfg.target_loss:
-        return torch.full_like(losses, cfg.target_loss)
-    return losses + cfg.tolerance
-
-
-def known_trials(path, result):
-    """The losses that an earlier search with the same settings found; {} without one."""
-    try:
-        earlier = files.read_json(path, '', trials=dict)
-    except UserError:
-        return {}
-    losses = list(earlier['trials'].values())
-    if {**earlier, **result} == earlier and files.is_a(losses, [float]):
-        return earlier['trials']
-    return {}
+    return trials.windows(trials.budgets) + cfg.tolerance
 
 
 if __name__ == '__main__':

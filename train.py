@@ -4,7 +4,7 @@
     python train.py config/selective_small.py --batch_size=32 --out_dir=out/x
     python train.py config/selective_small.py --init_from=resume
     python train.py config/selective_small.py --eval_only
-    python train.py config/finetune_gpt2_ssa.py
+    python train.py config/finetune_gpt2.py --ssa=qv
     torchrun --standalone --nproc_per_node=8 train.py config/selective_124m.py
 
 Settings come from config files and --key=value pairs, in their order; the last one wins. Ctrl-C
@@ -15,6 +15,7 @@ GPU some sums are added up in any order, which may change the last bits.
 
 import collections
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -32,7 +33,7 @@ import prepare_text
 from model import GPT, GPTConfig, is_gpt2
 from support import checkpoint as ckpt
 from support import devices, files, pretrained
-from support.settings import UserError, one_line, option
+from support.settings import UserError, option
 
 
 @dataclass
@@ -50,7 +51,7 @@ class TrainConfig(GPTConfig):
     log_interval: int = option(10, 'steps between lines of progress', low=1)
     # data
     dataset: str = option('stdlib', "data/<name>; 'stdlib' is prepared where it is missing")
-    vocab_size: int = option(0, '0: that of the data set')
+    vocab_size: int = option(0, 'rows of the embedding; at least the tokens of the data set')
     bos: bool = option(True, '<|endoftext|> in front of every window, never masked')
     batch_size: int = option(12, 'sequences of a micro-step', low=1)
     gradient_accumulation_steps: int = option(
@@ -81,11 +82,9 @@ def check(cfg, world):
     """Raise UserError for settings that no run can have, before any work is done."""
     if cfg.gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps: {world} processes cannot share them evenly')
-    if cfg.memory_loss and not cfg.selective:
-        raise UserError('memory_loss needs selective=True: only that masks tokens')
+    if (cfg.memory_loss or cfg.train_budgets) and not cfg.selective:
+        raise UserError('memory_loss or train_budgets needs selective=True, which masks tokens')
     if cfg.train_budgets:
-        if not cfg.selective:
-            raise UserError('train_budgets needs selective=True: F decides what is dropped')
         settings.numbers(cfg.train_budgets, '--train_budgets')
 
 
@@ -107,39 +106,35 @@ def schedule(cfg, iter_num):
 def find_start(cfg, processes):
     """The checkpoint that the run begins with, or what takes its place where it is from scratch.
 
-    Sets what a checkpoint decides: the shape of the model; to evaluate it, all of the model.
+    Sets what a checkpoint decides: if resumed the model, else its shape.
     """
-    if cfg.init_from == 'resume':
-        start = ckpt.load(cfg.out_dir)
-    elif os.path.isfile(f'{cfg.out_dir}/ckpt.pt') and not cfg.eval_only:
+    resumed = cfg.init_from == 'resume'
+    if os.path.isfile(f'{cfg.out_dir}/ckpt.pt') and not resumed and not cfg.eval_only:
         raise UserError(
             f'{cfg.out_dir} has a checkpoint: resume it with --init_from=resume, delete the '
             'folder, or give another --out_dir'
         )
-    elif cfg.init_from == 'scratch':
+    if cfg.init_from == 'scratch':
         return dict(ckpt.ABSENT)
+    if resumed:
+        start = ckpt.load(cfg.out_dir)
+        fixed = {**start['model_args'], 'bos': ckpt.starts_with_bos(start)}
     else:
         start = processes.after_master(pretrained.load, cfg.init_from)  # the master downloads it
-
-    fixed = ckpt.model_args(start)
-    if not cfg.eval_only:
-        fixed = {name: fixed[name] for name in pretrained.SHAPE}
-    if cfg.eval_only or cfg.init_from == 'resume':
-        fixed['bos'] = ckpt.starts_with_bos(start)
+        fixed = {name: start['model_args'][name] for name in pretrained.SHAPE}
     if cfg.eval_only and cfg.dataset == TrainConfig.dataset and start['dataset']:
         fixed['dataset'] = start['dataset']
     for name, value in fixed.items():
         if getattr(cfg, name) != value:
             processes.say(f'as the checkpoint has it: {name}={value}')
-        setattr(cfg, name, value)
-    if cfg.init_from == 'resume' and not cfg.eval_only:
-        for change in ckpt.check_resume(start, cfg):
-            processes.say(f'resumed with {change}')
+            setattr(cfg, name, value)
+    if resumed and not cfg.eval_only:
+        ckpt.check_resume(start, cfg)
     return start
 
 
 def open_data(cfg, processes, start):
-    """The data set of the run, which must be that of its checkpoint."""
+    """The data set of the run, which must have the tokenizer of its checkpoint."""
 
     def prepare():
         if cfg.dataset == 'stdlib' and not data.known_meta('data/stdlib'):
@@ -147,17 +142,15 @@ def open_data(cfg, processes, start):
 
     processes.after_master(prepare)
     dataset = data.load_dataset(cfg.dataset)
-    if not dataset.meta['complete']:
-        processes.say('the data set is not complete: the script that prepares it has not finished')
-    cfg.vocab_size = cfg.vocab_size or dataset.vocab_size
-    if cfg.vocab_size < dataset.vocab_size:
+    tokenizer = start.get('tokenizer', dataset.tokenizer_name)
+    if tokenizer != dataset.tokenizer_name:
         raise UserError(
-            f'vocab_size {cfg.vocab_size} is less than the {dataset.vocab_size} of the data set'
+            f'data set {cfg.dataset} has the tokenizer {data.label(dataset.tokenizer_name)}, '
+            f'the model {data.label(tokenizer)}'
         )
+    cfg.vocab_size = max(cfg.vocab_size, dataset.vocab_size)
     if dataset.record_len:
         cfg.bos = False
-    if cfg.init_from != 'scratch':
-        ckpt.check_data(start, dataset, cfg)
     for split in 'train', 'val':  # long enough?
         dataset.batch(split, 0, 1, cfg.block_size, bos=cfg.bos)
     return dataset
@@ -172,9 +165,6 @@ def make_model(cfg, start, say):
             model = GPT(GPTConfig(**args))
         else:
             model = ckpt.build(start, add_new=cfg.init_from != 'resume', **args)
-            new = sorted(model.state_dict().keys() - start['model'].keys())
-            if new:
-                say(one_line(f'new, as {cfg.init_from} does not have them: {", ".join(new)}'))
         model.to(cfg.device)
         say(kernels.install(model, cfg.kernel, getattr(torch, cfg.dtype)))
     except ValueError as e:
@@ -237,16 +227,6 @@ def shown(figures):
     return ''.join(f' | {name} {value:.5g}' for name, value in figures.items())
 
 
-def check_finite(iter_num, values):
-    """Raise UserError for a value, a number or a tensor, that is not finite. values: by name."""
-    for name, value in values.items():
-        if not torch.as_tensor(value).isfinite().all():
-            raise UserError(
-                f'step {iter_num}: {name} is not finite; what was saved before is kept; '
-                'try a lower learning rate'
-            )
-
-
 # ---- Training ------------------------------------------------------------------------------------
 
 
@@ -279,9 +259,8 @@ def train(cfg, processes):
         f'{model.num_params() / 1e6:.2f}M parameters on {cfg.device} in {cfg.dtype}; '
         f'data {cfg.dataset} ({data.label(dataset.tokenizer_name)})'
     )
-    progress = {name: start[name] for name in ckpt.ABSENT}
     if cfg.eval_only:
-        say(f'step {progress["iter_num"]}{shown(evaluate(cfg, model, dataset, processes))}')
+        say(f'step {start["iter_num"]}{shown(evaluate(cfg, model, dataset, processes))}')
         processes.stop()
         return
     device_type = torch.device(cfg.device).type
@@ -291,6 +270,7 @@ def train(cfg, processes):
     scaler = torch.amp.GradScaler(device_type, enabled=cfg.dtype == 'float16')
     if cfg.init_from == 'resume':
         ckpt.load_optimizers(optimizers, scaler, model, start)
+    progress = {name: start[name] for name in ckpt.ABSENT}
     del start  # frees its memory
 
     done = loop(cfg, processes, dataset, model, optimizers, scaler, progress)
@@ -309,14 +289,19 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
     if processes.world > 1:
         model = DistributedDataParallel(model)
     iter_num = progress['iter_num']
+    log = ckpt.open_log(cfg, iter_num) if processes.master else None
 
     def report(figures):
-        check_finite(iter_num, figures)
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f'step {iter_num}: {name} is not finite; what was saved before is kept; '
+                    'try a lower learning rate'
+                )
         processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)}')
         if log:
-            log.write(iter=iter_num, **figures)
+            log.write(json.dumps({'iter': iter_num, **figures}) + '\n')
 
-    log = ckpt.Log(cfg, iter_num) if processes.master else None
     signals = devices.catch_signals(processes.say)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)
     since = time.time()  # tokens/s counts from the last line of the log
@@ -324,38 +309,34 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
     stop = False
     while True:
         # once in a while: evaluate, all processes take part
-        done = iter_num == cfg.max_iters
-        due = progress['val_iter'] != iter_num and (done or iter_num % cfg.eval_interval == 0)
+        done = iter_num >= cfg.max_iters
+        due = done or iter_num % cfg.eval_interval == 0
         if due:
             figures = evaluate(cfg, raw_model, dataset, processes)
             report(figures)
-            progress.update(val_iter=iter_num, val_loss=figures['val_loss'])
+            progress['val_loss'] = figures['val_loss']
 
         # save then, and when a signal stops the run
-        if due or stop:
-            weights = raw_model.state_dict()
-            check_finite(iter_num, weights)  # in all processes, so that they stop together
-            if processes.master:
-                ckpt.save(
-                    cfg.out_dir,
-                    {
-                        **progress,
-                        'iter_num': iter_num,
-                        'model': weights,
-                        'optimizer': ckpt.optimizer_state(optimizers, raw_model),
-                        'scaler': scaler.state_dict(),
-                        'model_args': vars(raw_model.config),
-                        'config': vars(cfg),
-                        'dataset': cfg.dataset,
-                        'tokenizer': dataset.tokenizer_name,
-                        'data': dataset.fingerprint(),
-                        'code': ckpt.code_fingerprint(),
-                    },
-                )
-            since = time.time()
-            steps = 0
+        if processes.master and (due or stop):
+            ckpt.save(
+                cfg.out_dir,
+                {
+                    **progress,
+                    'iter_num': iter_num,
+                    'model': raw_model.state_dict(),
+                    'optimizer': ckpt.optimizer_state(optimizers, raw_model),
+                    'scaler': scaler.state_dict(),
+                    'model_args': vars(raw_model.config),
+                    'config': vars(cfg),
+                    'dataset': cfg.dataset,
+                    'tokenizer': dataset.tokenizer_name,
+                },
+            )
         if done or stop:
             return done
+        if due:
+            since = time.time()
+            steps = 0
 
         # one step of training
         scale = schedule(cfg, iter_num)

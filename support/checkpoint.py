@@ -7,11 +7,9 @@ A checkpoint is a dictionary of plain values and tensors, <out_dir>/ckpt.pt:
     scaler                  the state dict of the gradient scaler
     model_args              the fields of GPTConfig
     config                  every setting of the run
-    iter_num                steps done
-    val_loss, val_iter      validation loss at the last evaluation, and its step; None before it
+    iter_num, val_loss      steps done, and the validation loss at the last evaluation
     pretrained              init_from of the weights that the run began with; None: from scratch
     dataset, tokenizer      names: what it was trained on, and what turns its tokens into text
-    data, code              hashes of the data set's tokens and of model.py
 """
 
 import contextlib
@@ -23,32 +21,17 @@ import zipfile
 
 import torch
 
-import data
-import model as model_py
 from model import GPT, GPTConfig, check_budgets, is_gpt2
 from support import files, settings
 from support.settings import UserError, one_line
 
-TYPES = {
-    'model': dict,
-    'model_args': dict,
-    'tokenizer': str,
-    'config': dict,
-    'iter_num': int,
-    'dataset': (str, None),
-}
 # what a run from scratch begins with, and a checkpoint of nanoGPT lacks
-ABSENT = {
-    'iter_num': 0,
-    'val_loss': None,
-    'val_iter': None,
-    'pretrained': None,
-    'dataset': None,
-    'config': {},
-}
-# settings that a resumed run may change: in silence those of the machine, with a word those of pace
-MACHINE = ('out_dir init_from eval_only resume_changed dataset device compile kernel').split()
-PACE = 'max_iters lr_decay_iters eval_interval eval_iters log_interval dtype'.split()
+ABSENT = {'iter_num': 0, 'val_loss': None, 'pretrained': None, 'dataset': None, 'config': {}}
+# settings that a resumed run may change, as it stays the same run
+FREE = (
+    'out_dir init_from eval_only resume_changed device dtype compile kernel '
+    'max_iters lr_decay_iters eval_interval eval_iters log_interval'
+).split()
 
 
 # ---- Saving and loading --------------------------------------------------------------------------
@@ -65,58 +48,41 @@ def save(out_dir, checkpoint):
 
 
 def load(out_dir):
-    """The checkpoint of out_dir as a dictionary. Raises UserError if it is missing or damaged."""
+    """The checkpoint of out_dir as a dictionary. Raises UserError if it is missing or damaged.
+
+    model_args has all fields, also those that are newer than the checkpoint.
+    """
     path = f'{out_dir}/ckpt.pt'
     if not os.path.isfile(path):
         raise UserError(f'{path} does not exist: train first, or name another folder')
     try:
         with zipfile.ZipFile(path) as f:
-            damaged = f.testzip()  # torch.save writes checksums, which torch.load ignores
+            if damaged := f.testzip():  # torch.save writes checksums, which torch.load ignores
+                raise ValueError(damaged)
         checkpoint = {**ABSENT, **torch.load(path, map_location='cpu', weights_only=True)}
-        problem = damaged or files.misfit(checkpoint, TYPES)
+        if lacking := {'model', 'model_args', 'tokenizer'} - checkpoint.keys():
+            raise ValueError(f'it has no {", ".join(lacking)}')
+        args = checkpoint['model_args']
+        args.pop('kernel', None)  # of the first version
+        checkpoint['model_args'] = vars(GPTConfig(**args))
     except Exception as e:  # whatever a damaged file makes of torch.load
-        problem = repr(e)
-    if problem:
-        raise UserError(f'{path} is damaged, or not a checkpoint of train.py ({problem})')
+        raise UserError(
+            f'{path} is damaged, or not a checkpoint of this train.py and model.py ({e!r})'
+        ) from None
     return checkpoint
 
 
 def check_resume(checkpoint, cfg):
-    """What a resumed run changes, as a list of texts. UserError where it would be another run."""
-    was = {**checkpoint['config'], **model_args(checkpoint)}
+    """Raise UserError for settings that would make a resumed run another run."""
+    before = {**checkpoint['config'], **checkpoint['model_args']}
     changes = []
     for name, value in vars(cfg).items():
-        before = was.get(name, value)
-        if before == value or name in MACHINE:
-            continue
-        change = f'{name}={value!r} (was {before!r})'
-        changes.append(change)
-        if name not in PACE and not cfg.resume_changed:
-            raise UserError(
-                f'{cfg.out_dir} would become another run by {change}: resume it as it was, '
-                'or with --resume_changed'
-            )
-    if checkpoint.get('code') not in (None, code_fingerprint()):
-        changes.append('another model.py, which may be another rule')
-    done = checkpoint['iter_num']
-    if not 0 <= done < cfg.max_iters:
-        raise UserError(f'{cfg.out_dir} has {done} of {cfg.max_iters} steps: raise --max_iters')
-    return changes
-
-
-def check_data(checkpoint, dataset, cfg):
-    """Raise UserError for a data set of another tokenizer, or that would make it another run."""
-    if checkpoint['tokenizer'] != dataset.tokenizer_name:
+        if name not in FREE and before.get(name, value) != value:
+            changes.append(f'{name}={value!r} (was {before[name]!r})')
+    if changes and not cfg.resume_changed:
         raise UserError(
-            f'data set {cfg.dataset} has the tokenizer {data.label(dataset.tokenizer_name)}, '
-            f'the model {data.label(checkpoint["tokenizer"])}'
-        )
-    if cfg.eval_only or cfg.resume_changed:
-        return
-    if checkpoint.get('data') not in (None, dataset.fingerprint()):
-        raise UserError(
-            f'data set {cfg.dataset} is not what {cfg.out_dir} began with, '
-            f'{checkpoint["dataset"]}, or was made again since: give that one, or --resume_changed'
+            f'{cfg.out_dir} would become another run by {", ".join(changes)}: '
+            'resume it as it was, or with --resume_changed'
         )
 
 
@@ -133,22 +99,7 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def code_fingerprint():
-    """16 hexadecimal digits of a hash of model.py, which tells an edited one."""
-    with open(model_py.__file__, 'rb') as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
 # ---- The model -----------------------------------------------------------------------------------
-
-
-def model_args(checkpoint):
-    """The fields of GPTConfig, with those that are newer than the checkpoint."""
-    args = dict(checkpoint['model_args'])
-    args.pop('kernel', None)  # of the first version
-    for name, value in args.items():
-        args[name] = settings.checked(GPTConfig, name, value, f'the checkpoint: {name}')
-    return vars(GPTConfig(**args))
 
 
 def build(checkpoint, add_new=False, **changes):
@@ -159,28 +110,18 @@ def build(checkpoint, add_new=False, **changes):
     vote_scale or ssa, and is then as in a new model. Raises UserError where the two do not fit.
     """
     state = {}
+    for name, x in checkpoint['model'].items():
+        state[name.removeprefix('_orig_mod.')] = x  # torch.compile prefixes names
     try:
-        for name, x in checkpoint['model'].items():
-            state[name.removeprefix('_orig_mod.')] = x  # torch.compile prefixes names
-            if not x.isfinite().all():
-                raise ValueError(f'{name} is not finite')
-        args = model_args(checkpoint)
-        config = GPTConfig(**{**args, **changes})
-        if config.block_size > args['block_size']:
-            raise ValueError(f'--block_size={args["block_size"]} is the largest')
-        if config.learned_positions:
-            wpe = state['transformer.wpe.weight']
-            state['transformer.wpe.weight'] = wpe[: config.block_size]
-        model = GPT(config)
-        lacking, unknown = model.load_state_dict(state, strict=False)
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as e:
+        model = GPT(GPTConfig(**{**checkpoint['model_args'], **changes}))
+        for name, x in model.state_dict().items():
+            if add_new and not is_gpt2(name):
+                state.setdefault(name, x)
+            if name == 'transformer.wpe.weight':
+                state[name] = state[name][: len(x)]
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError, KeyError) as e:
         raise UserError(f'the checkpoint does not fit model.py: {one_line(e, 300)}') from None
-    if unknown:
-        raise UserError(f'the checkpoint has {", ".join(unknown)}, which model.py does not know')
-    if add_new:
-        lacking = [name for name in lacking if is_gpt2(name)]
-    if lacking:
-        raise UserError(f'the checkpoint has no {", ".join(lacking)}, which model.py needs')
     return model
 
 
@@ -193,20 +134,14 @@ def load_model(out_dir, device='cpu'):
 # ---- The optimizers ------------------------------------------------------------------------------
 
 
-def names_of(optimizer, model):
-    """The names of an optimizer's parameters, in the order in which its state_dict numbers them."""
-    name_of = {p: name for name, p in model.named_parameters()}
-    return [name_of[p] for group in optimizer.param_groups for p in group['params']]
-
-
 def optimizer_state(optimizers, model):
     """{class of an optimizer: {name of a parameter: what it keeps for it}}, for a checkpoint."""
+    names = {p: name for name, p in model.named_parameters()}
     found = {}
     for optimizer in optimizers:
         states = found.setdefault(type(optimizer).__name__, {})
-        numbered = optimizer.state_dict()['state']
-        for n, name in enumerate(names_of(optimizer, model)):
-            states[name] = numbered.get(n, {})
+        for p, state in optimizer.state.items():
+            states[names[p]] = state
     return found
 
 
@@ -214,33 +149,23 @@ def load_optimizers(optimizers, scaler, model, checkpoint):
     """Give optimizers and scaler their state in the checkpoint, whatever they keep.
 
     It is found by the names of parameters, so groups may differ. Learning rates and the like are
-    those of the settings. Raises UserError where the state is not that of these optimizers.
+    those of the settings. Raises UserError where there is no state of these optimizers.
     """
+    names = {p: name for name, p in model.named_parameters()}
     try:
-        saved = checkpoint['optimizer']
         for optimizer in optimizers:
-            if len(saved.get('param_groups', ())) == len(optimizer.param_groups):
-                numbered = saved['state']  # an earlier version numbered them, in the same order
-            else:
-                states = saved[type(optimizer).__name__]
-                numbered = {}
-                for name in names_of(optimizer, model):
-                    numbered[len(numbered)] = states[name]
+            states = checkpoint['optimizer'][type(optimizer).__name__]
+            numbered = {}
+            for group in optimizer.param_groups:
+                for p in group['params']:
+                    numbered[len(numbered)] = states.get(names[p], {})
             optimizer.load_state_dict({**optimizer.state_dict(), 'state': numbered})
-            for p, state in optimizer.state.items():
-                for x in state.values():
-                    if isinstance(x, torch.Tensor):
-                        x.expand_as(p)  # fails for one that cannot belong to the parameter
         if checkpoint['scaler']:  # which is empty unless the run was in float16
             scaler.load_state_dict(checkpoint['scaler'])
     except KeyError as e:
         raise UserError(
             f'the checkpoint has no state of {e}, as of another optimizer or an earlier version: '
             'it can be read, not resumed'
-        ) from None
-    except Exception as e:  # whatever a state that is not theirs makes of them
-        raise UserError(
-            f"the checkpoint's optimizer does not fit, it cannot be resumed ({one_line(e, 300)})"
         ) from None
 
 
@@ -254,18 +179,16 @@ def read_budgets(text, out_dir, model, policy):
     <out_dir>/budgets.json if there is one. Raises UserError for anything else, for budgets that
     the model cannot have, and for a file that was made for other weights or another policy.
     """
-    own = f'{out_dir}/budgets.json'
-    budgets = None
-    if text == 'none' or not text and not os.path.isfile(own):
-        pass
-    elif re.fullmatch('[0-9]{1,9}', text):
-        budgets = int(text)
-    elif re.fullmatch('[0-9]{1,9}(,[0-9]{1,9})+', text):
-        budgets = [int(n) for n in text.split(',')]
+    path = text or f'{out_dir}/budgets.json'
+    if text == 'none' or not text and not os.path.isfile(path):
+        budgets = None
+    elif re.fullmatch('[0-9,]+', text):
+        budgets = settings.numbers(text, '--budgets')
+        if len(budgets) == 1:
+            budgets *= model.config.n_layer
     else:
-        path = text or own
         hint = 'run prune.py again, or give a number, a list like 4,9,16,8 or none'
-        found = files.read_json(path, hint, budgets=[int], checkpoint=str, policy=str)
+        found = files.read_json(path, hint, budgets=list, checkpoint=str, policy=str)
         if found['checkpoint'] != fingerprint(model):
             raise UserError(f'{path} was made for another checkpoint: {hint}')
         if found['policy'] != policy:
@@ -281,47 +204,31 @@ def read_budgets(text, out_dir, model, policy):
 # ---- The log -------------------------------------------------------------------------------------
 
 
-class Log:
-    """<out_dir>/log.jsonl: the settings of the run in its first line, then every figure.
+def open_log(cfg, start):
+    """<out_dir>/log.jsonl with the settings of the run, open to append lines of figures.
 
-    A resumed run continues it, after a line with its own settings.
+    start: the step that the run begins with. A resumed run continues the file, but for the lines of
+    later steps, because they come again.
     """
-
-    def __init__(self, cfg, start):
-        """start: the step that the run begins with. Lines of later steps go: they come again."""
-        path = f'{cfg.out_dir}/log.jsonl'
-        lines = []
-        if start and os.path.isfile(path):
-            for line in read_lines(path):
-                step = line.get('iter', -1)  # -1: settings
-                if step < start or step == start and 'val_loss' in line:
-                    lines.append(line)
-        lines.append({'config': vars(cfg), 'from': start})
-        files.write_file(path, ''.join(json.dumps(line) + '\n' for line in lines))
-        self.file = open(path, 'a', buffering=1)
-
-    def write(self, **figures):
-        """Append a line of figures."""
-        self.file.write(json.dumps(figures) + '\n')
+    path = f'{cfg.out_dir}/log.jsonl'
+    lines = []
+    if start and os.path.isfile(path):
+        lines = [line for line in read_lines(path) if line.get('iter', -1) < start]
+    lines.append({'config': vars(cfg), 'from': start})
+    files.write_file(path, ''.join(json.dumps(line) + '\n' for line in lines))
+    return open(path, 'a', buffering=1)
 
 
 def read_log(out_dir, figure='iter'):
     """The lines of a run that have this figure as dictionaries, in order; all have 'iter'."""
-    lines = read_lines(f'{out_dir}/log.jsonl')
-    return [line for line in lines if figure in line]
+    return [line for line in read_lines(f'{out_dir}/log.jsonl') if figure in line]
 
 
 def read_lines(path):
-    """The lines of a log.jsonl, settings and figures. Leaves out those that a kill cut short.
-
-    Raises OSError where there is no such file.
-    """
+    """The lines of a log.jsonl, settings and figures. Leaves out one that a kill cut short."""
     lines = []
-    with open(path, encoding='utf-8', errors='replace') as f:
+    with open(path, encoding='utf-8') as f:
         for text in f:
-            with contextlib.suppress(ValueError, RecursionError, TypeError):
-                line = json.loads(text)
-                numbers = {**dict.fromkeys(line, float), 'iter': int}  # of any name
-                if not files.misfit(line, {'config': dict}) or not files.misfit(line, numbers):
-                    lines.append(line)
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
     return lines

@@ -82,11 +82,11 @@ def catch_signals(say):
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-        say('\nfinishing the step …')
+        say('\nfinishing the step ...')
 
-    # a terminal sends SIGHUP as it closes
+    # a terminal sends SIGHUP as it closes, which nohup ignores
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)
     return caught
 

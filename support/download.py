@@ -5,37 +5,18 @@ import time
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 
 from support.settings import UserError
 
-
-class Retry(urllib3.Retry):
-    """Waits and asks again, as urllib3 does it, and says why."""
-
-    def sleep(self, response=None):
-        _, url, error, status, _ = self.history[-1]
-        print(f'{url}: {error or status}, trying again', file=sys.stderr)
-        super().sleep(response)
+WAITS = 2, 4, 8, 16, 32, 64, 120  # seconds, after failures in a row
+TIMEOUT = 30  # seconds without a byte that count as a failure
 
 
 class RemoteFile:
-    """A file on a server, to be read once.
+    """A file on a server, to be read once, in spite of failures."""
 
-    A busy server or one that is out of reach is asked again, up to `retries` times. The waits grow
-    from 2 * backoff to 120 seconds, or are what the server says. timeout: seconds without a byte
-    that count as a failure.
-    """
-
-    def __init__(self, url, retries, backoff, timeout):
+    def __init__(self, url):
         self.url = url
-        self.retries = retries
-        self.timeout = timeout
-        busy = [429, 500, 502, 503, 504]
-        retry = Retry(retries, status_forcelist=busy, backoff_factor=backoff)
-        self.session = requests.Session()
-        self.session.mount('http://', HTTPAdapter(max_retries=retry))
-        self.session.mount('https://', HTTPAdapter(max_retries=retry))
         self.received = 0  # bytes so far
         self.answer = None  # the server's, of which the rest is to be read
 
@@ -45,18 +26,19 @@ class RemoteFile:
         Continues where the line was cut. Raises UserError if that fails, or there is no such file.
         A server may give no length; then the caller must see whether the file is whole.
         """
-        for _ in range(self.retries + 1):
+        for wait in 0, *WAITS:
+            time.sleep(wait)
             try:
                 if self.answer is None:
                     self.answer = self.ask()
                 chunk = self.answer.raw.read(size)
                 self.received += len(chunk)
                 return chunk
-            except urllib3.exceptions.HTTPError as e:
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
                 self.answer = None
-                problem = f'{self.url}: {type(e).__name__} at byte {self.received:,}'
-                print(f'{problem}, trying again', file=sys.stderr)
-        raise UserError(f'{problem}, {self.retries + 1} times in a row: run it again later')
+                problem = f'{self.url}, at byte {self.received:,}: {e}'
+                print(f'{problem}; trying again', file=sys.stderr)
+        raise UserError(f'{problem}; {len(WAITS) + 1} failures in a row: run it again later')
 
     def ask(self):
         """The server's answer, from the byte on that comes next."""
@@ -64,10 +46,12 @@ class RemoteFile:
         if self.received:
             headers['Range'] = f'bytes={self.received}-'
         try:
-            answer = self.session.get(self.url, headers=headers, stream=True, timeout=self.timeout)
-            answer.raise_for_status()
-        except (OSError, ValueError) as e:  # also of a URL that is none
-            raise UserError(f'{self.url}: {e}: check the network and --base_url') from None
+            answer = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
+        except ValueError as e:  # of a URL that is none
+            raise UserError(f'--base_url: {e}') from None
+        if answer.status_code in (401, 403, 404):
+            raise UserError(f'{self.url}: {answer.status_code} {answer.reason}: check --base_url')
+        answer.raise_for_status()  # the server is busy or in trouble
         if self.received and answer.status_code == 200:  # it begins again
             raise UserError(
                 f'{self.url}: the server cannot continue where it was cut: run it again'

@@ -1,6 +1,6 @@
 """Weights of the GPT-2 and the Llama family, from the Hugging Face hub or a folder in its layout.
 
-    python train.py config/finetune_gpt2_ssa.py     init_from = 'gpt2', with SSA put in
+    python train.py config/finetune_gpt2.py --ssa=qv    init_from = 'gpt2', with SSA put in
     python sample.py --init_from=gpt2-xl --start="The answer is"
     python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --start="The capital of France is"
 
@@ -14,7 +14,8 @@ import re
 
 import torch
 
-from support import bpe, files
+from model import GPTConfig
+from support import bpe, files, settings
 from support import checkpoint as ckpt
 from support.settings import UserError, one_line
 
@@ -99,8 +100,6 @@ def load(name):
     tensors = read_tensors(folder)
     if args['llama']:
         tokenizer = bpe.read(folder)
-        if bpe.encoding(tokenizer).n_vocab > args['vocab_size']:
-            raise UserError(f'{folder}: its tokenizer has more tokens than config.json tells')
         state = convert_llama(tensors)
     else:
         tokenizer = 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'
@@ -110,7 +109,7 @@ def load(name):
     return {
         **ckpt.ABSENT,
         'model': state,
-        'model_args': args,
+        'model_args': vars(GPTConfig(**args)),
         'pretrained': name,
         'tokenizer': tokenizer,
     }
@@ -124,14 +123,15 @@ def read_config(path):
 
     Raises UserError for what model.py does not compute.
     """
-    hint = 'it must describe a GPT-2 or a Llama'
-    ropes = {'rope_scaling': (dict, None), 'rope_parameters': (dict, None)}
-    llama = files.read_json(path, hint).get('model_type') == 'llama'
+    c = files.read_json(path, 'it must describe a GPT-2 or a Llama')
+    llama = c.get('model_type') == 'llama'
     names = LLAMA if llama else GPT2
-    c = files.read_json(path, hint, **dict.fromkeys(names.values(), int), **ropes)
-    args = {ours: c[theirs] for ours, theirs in names.items()}
+    args = {}
+    for ours, theirs in names.items():
+        where = f'{path}: {theirs}'
+        args[ours] = settings.checked(GPTConfig, ours, c.get(theirs), where)
     if llama:
-        for name in ropes:  # until transformers 5, and from then on
+        for name in 'rope_scaling', 'rope_parameters':  # until transformers 5, and from then on
             c.update(c.get(name) or {})
         c.setdefault('rms_norm_eps', 1e-6)
         only = {**LLAMA_ONLY, 'head_dim': args['n_embd'] // max(1, args['n_head'])}
@@ -159,15 +159,15 @@ def read_config(path):
 
 
 def read_tensors(folder):
-    """{name: tensor} of model.safetensors, or else of the files that its index names.
+    """{name: tensor} of model.safetensors, or of the files that its index names.
 
     Raises UserError where one is missing or cannot be read.
     """
     names = {'model.safetensors'}
     index = f'{folder}/model.safetensors.index.json'
-    if os.path.isfile(index) and not os.path.isfile(f'{folder}/model.safetensors'):
+    if os.path.isfile(index):
         where = files.read_json(index, 'download it again', weight_map=dict)['weight_map']
-        names = set(map(str, where.values()))
+        names = set(where.values())
     tensors = {}
     for name in names:
         path = f'{folder}/{name}'
@@ -210,12 +210,8 @@ def convert_llama(tensors):
             state[name] = x.float()
     for name in list(state):
         if name.endswith('q_proj.weight'):
-            parts = [name.replace('q_proj', f'{letter}_proj') for letter in 'qkv']
-            try:
-                joined = torch.cat([state.pop(part) for part in parts])
-            except (KeyError, RuntimeError):
-                raise UserError(f'{parts[1]} or v_proj is missing, or of another width') from None
-            state[name.replace('q_proj', 'c_attn')] = joined
+            parts = [state.pop(name.replace('q_proj', f'{letter}_proj')) for letter in 'qkv']
+            state[name.replace('q_proj', 'c_attn')] = torch.cat(parts)
     return state
 
 

@@ -73,9 +73,9 @@ def test_resume(dataset, tmp_path, run):
     run(train, *args, '--bos=False', parts, '--max_iters=10')
     run(train, *args, parts, '--init_from=resume')
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
-    assert 'has 20 of 20 steps: raise' in run(train, *args, parts, '--init_from=resume')
-    out = run(train, *args, parts, '--init_from=resume', '--qk_norm', '--max_iters=30')
-    assert 'another run by qk_norm=True (was False)' in out
+    out = run(train, *args, parts, '--init_from=resume', '--qk_norm')  # there is nothing left to do
+    assert 'has it: qk_norm=False' in out and 'step 20/20' in out
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
 @pytest.mark.slow
@@ -94,20 +94,14 @@ def test_a_process_that_is_stopped_resumes(how, code, least, dataset, tmp_path, 
 
 
 def test_moments_go_by_names(dataset, tmp_path, run):
-    """A resumed run may have other groups. Where they are the same, numbers will do, as of old."""
+    """A resumed run may have other groups."""
     run(train, dataset, *SMALL, '--ssa=qv', f'--out_dir={tmp_path}', '--max_iters=3')
     before = ckpt.load(tmp_path)
     gpt = ckpt.build(before)
-
-    def loaded(saved):
-        optimizers = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
-        ckpt.load_optimizers(optimizers, None, gpt, {**before, 'optimizer': saved})
-        return optimizers
-
-    [optimizer] = loaded(before['optimizer'])
-    for optimizers in [optimizer], loaded(optimizer.state_dict()):
-        found = ckpt.optimizer_state(optimizers, gpt)
-        torch.testing.assert_close(found, before['optimizer'], rtol=0, atol=0)
+    optimizers = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', ssa_lr=50.0)
+    ckpt.load_optimizers(optimizers, None, gpt, before)
+    found = ckpt.optimizer_state(optimizers, gpt)
+    torch.testing.assert_close(found, before['optimizer'], rtol=0, atol=0)
 
 
 def test_states_that_do_not_fit(dataset, tmp_path, run):
@@ -115,16 +109,10 @@ def test_states_that_do_not_fit(dataset, tmp_path, run):
     run(train, *args, '--max_iters=1')
     assert 'has a checkpoint: resume it' in run(train, *args)
     saved = ckpt.load(tmp_path)
-    adam = saved['optimizer']['AdamW']
-    name, state = adam.popitem()
-    for optimizer, words in [
-        (None, 'does not fit'),
-        ({'AdamW': adam}, f"no state of '{name}'"),
-        ({'AdamW': {**adam, name: {**state, 'exp_avg': torch.zeros(3)}}}, 'does not fit'),
-        ({'AdamW': {**adam, name: 5}}, 'does not fit'),
-    ]:
+    for optimizer in {'Muon': {}}, {'state': {}, 'param_groups': []}:
         ckpt.save(tmp_path, {**saved, 'optimizer': optimizer})
-        assert words in run(train, *args, '--max_iters=2', '--init_from=resume')
+        resumed = run(train, *args, '--max_iters=2', '--init_from=resume')
+        assert "no state of 'AdamW'" in resumed
 
 
 def test_float16_keeps_its_scale(dataset, tmp_path, run):
@@ -180,22 +168,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, run):
     assert ckpt.load(tmp_path)['iter_num'] == 0
 
 
-def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, run, monkeypatch):
-    """A signal comes before anybody has looked at the loss."""
-    step = train.step
-
-    def poisoned(cfg, processes, dataset, model, *rest):
-        result = step(cfg, processes, dataset, model, *rest)
-        model.lm_head.weight.data[0, 0] = torch.nan
-        signal.raise_signal(signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(train, 'step', poisoned)
-    args = [dataset, *SMALL, '--max_iters=9', '--log_interval=100', f'--out_dir={tmp_path}']
-    assert 'transformer.wte.weight is not finite' in run(train, *args)
-    assert ckpt.load(tmp_path)['iter_num'] == 0
-
-
 # ---- Learning and reading ------------------------------------------------------------------------
 
 
@@ -241,7 +213,6 @@ def test_learning_and_sampling(trained, tmp_path, run, monkeypatch):
         ('--budgets=3,4,5', '3 budgets'),
         ('--budgets=17', '17'),
         ('--budgets=nowhere.json', 'nowhere.json'),
-        ('--start=FILE:nowhere', 'nowhere'),
         ('--out_dir=nowhere', 'nowhere/ckpt.pt does not exist'),
     ],
 )
@@ -316,8 +287,7 @@ def test_checkpoints_of_the_first_version_are_read(trained, tmp_path, run):
 
 def test_a_log_has_numbers_of_any_name(tmp_path):
     steps = [{'iter': 1, 'bits': 2.5}, {'iter': 2, 'loss': 3}]
-    broken = ['', '[]', '{"iter": 3, "loss": NaN}', '{"iter": "x"}', '{"iter": 4, "lo', '[' * 9999]
-    lines = ['{"config": {}}', *map(json.dumps, steps), *broken]
+    lines = ['{"config": {}}', *map(json.dumps, steps), '{"iter": 4, "lo']
     (tmp_path / 'log.jsonl').write_text('\n'.join(lines))
     assert ckpt.read_log(tmp_path) == steps
 
@@ -350,9 +320,8 @@ def test_configs(path):
         ('--dataset=nowhere', 'nowhere'),
         ('--device=cuda:9', 'cuda:9'),
         ('--dtype=float8', 'float8'),
-        ('--vocab_size=9', 'vocab_size 9'),
         ('--init_from=nothing', 'init_from'),
-        ('--memory_loss=0.1', 'memory_loss needs selective'),
+        ('--memory_loss=0.1', 'needs selective=True'),
         ('n_layr = 2', "n_layr: unknown setting; did you mean 'n_layer'"),
         ('n_layer = (', 'SyntaxError'),
         ("n_layer = '2x'", 'not a whole number'),
@@ -366,7 +335,7 @@ def test_one_line_for_the_user(wrong, words, dataset, tmp_path, run):
         (tmp_path / 'c.py').write_text(wrong)
         wrong = str(tmp_path / 'c.py')
     assert words in run(train, *SMALL, dataset, f'--out_dir={tmp_path / "x"}', wrong)
-    assert not (tmp_path / 'x').exists()
+    assert not list(tmp_path.glob('x/*'))
 
 
 def test_work_that_two_processes_cannot_share():
