@@ -172,16 +172,13 @@ def forward_kernel(
     top = tl.full([R], float('-inf'), tl.float32)
     total = tl.zeros_like(top)
     acc = tl.zeros([R, D], tl.float32)
-    if tau is not None:
-        # sum over j of min(F, tau), of which the columns without a tile have tau each
-        masked = tl.zeros_like(top) + tau * tl.maximum((n + 1) * R - count * N, 0)
+    masked = tl.zeros_like(top)
     for m in range(count):
         j = tl.load(lists + block(m, N))
         k0 = load(k, voter + j, D)
         _, F = S_and_F_of(q0, k0, C, factor, i[:, None], j[None, :], 0)  # (R, N)
         if tau is not None:
-            seen = tl.where(F < float('inf'), F, 0.0)
-            masked += tl.sum(tl.minimum(seen * D**-0.5, tau), 1)
+            masked += tl.sum(tl.minimum(F * D**-0.5, tau), 1)
         kh = load(k, head + j, D)
         vh = load(v, head + j, D)
         L = tl.dot(qh, tl.trans(kh)) - F
@@ -194,7 +191,8 @@ def forward_kernel(
     tl.store(at(y, head + i, D), acc / total[:, None])
     tl.store(lse + head + i, top + tl.log2(total))
     if tau is not None:
-        tl.store(M + b * T + i, i - masked / tau)  # the same from each head
+        # A row sees i + 1 columns. Those without a tile have tau, as in a tile those of the future.
+        tl.store(M + b * T + i, count * N - 1 - masked / tau)  # the same from each head
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
-from support import checkpoint as ckpt, devices, files, settings  # before torch
+from support import checkpoint as ckpt, devices, files, pretrained, settings  # before torch
 
 import torch
 import torch.nn.functional as fn
@@ -232,16 +232,8 @@ def transformers_step(gpt, text, new):
     """A step of transformers' GPT-2 of the size of gpt: it reads new (B, 1) after text (1, n)."""
     import transformers
 
-    c = gpt.config
-    config = transformers.GPT2Config(
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        n_embd=c.n_embd,
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    size = {theirs: getattr(gpt.config, ours) for ours, theirs in pretrained.GPT2.items()}
+    config = transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0)
     other = transformers.GPT2LMHeadModel(config).to(gpt.lm_head.weight).eval()  # device, dtype
     cache = other(text, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(new))
