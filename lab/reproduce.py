@@ -2,7 +2,7 @@
 
     python -m lab.reproduce --list
     python -m lab.reproduce gate headline               --list says how long, on two cores
-    python -m lab.reproduce gate --quick                one seed, few steps, at most 3 minutes
+    python -m lab.reproduce gate --quick                one seed, few steps, a few minutes
     python -m lab.reproduce gate --dataset=mine --steps=20000       on a text of yours, for longer
 
 Runs are python train.py, or python -m lab.ablate, in processes of one thread each. Finished runs
