@@ -114,9 +114,7 @@ def token_texts(ids, tokenizer):
     decoder = codecs.getincrementaldecoder('utf-8')('backslashreplace')
     texts = []
     for n, token in enumerate(ids):
-        raw = b''
-        if token < tokenizer.n_vocab:  # a padded vocabulary has ids without text
-            raw = tokenizer.decode_single_token_bytes(token)
+        raw = tokenizer.decode_single_token_bytes(token)
         text = ''
         for c in decoder.decode(raw, final=n == len(ids) - 1):
             text += c if c.isprintable() or c in '\n\t' else c.encode('unicode_escape').decode()
