@@ -139,17 +139,6 @@ class Dataset:
                 if file.startswith(split):
                     arrays.append(np.memmap(f'{path}/{file}', TOKEN, mode='r', shape=count))
 
-    def fingerprint(self):
-        """16 hexadecimal digits: a hash of what tokens mean, of the files' lengths and samples."""
-        digest = hashlib.sha256(
-            f'{self.tokenizer_name} {self.vocab_size} {self.record_len} {self.answers}'.encode()
-        )
-        for tokens in self.files['train'] + self.files['val']:
-            digest.update(len(tokens).to_bytes(8, 'little'))
-            for start in np.linspace(0, len(tokens), 16, dtype=int):
-                digest.update(tokens[start : start + 256].tobytes())
-        return digest.hexdigest()[:16]
-
     def tokens(self, split):
         """How many tokens 'train' or 'val' has."""
         return sum(map(len, self.files[split]))

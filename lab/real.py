@@ -46,7 +46,7 @@ def losses(r, folders, text, T, K=None, policy='oldest'):
     for folder in folders:
         weights = glob.glob(f'{folder}/ckpt.pt') + glob.glob(f'{folder}/*.safetensors')
         changed = [os.path.getmtime(path) for path in weights]  # if it was trained again
-        what = repr([folder, changed, text.fingerprint(), T, K, policy])
+        what = repr([folder, changed, text.meta, T, K, policy])
         path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
         if not os.path.isfile(path):
             model, _ = load(folder)

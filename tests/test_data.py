@@ -135,7 +135,6 @@ def test_batch_depends_on_its_arguments_only(make):
     assert torch.equal(first, dataset.batch('train', 7, 4, 16, seed=1)[0])
     # The same on every machine, in every version.
     assert first[:, 0].tolist() == [162, 103, 194, 103]
-    assert dataset.fingerprint() == '3b4b21fab317f380'
 
 
 @pytest.mark.parametrize('bos', [False, True])
@@ -163,11 +162,11 @@ def test_records_are_windows(make, bos):
 
 def test_many_files_are_one(make, tmp_path):
     """Another machine may have made some of them, so meta.json does not list them."""
-    first = make(range(100), range(9)).fingerprint()
+    make(range(100), range(9))
     write(tmp_path / 'x' / 'train_2.bin', range(101, 200))
     write(tmp_path / 'x' / 'train_1.bin', [100])
     dataset = data.load_dataset('x', tmp_path)
-    assert dataset.tokens('train') == 200 and dataset.fingerprint() != first
+    assert dataset.tokens('train') == 200
     for block_size in 3, 120, 198:
         x, _ = dataset.batch('train', 0, 50, block_size)
         assert torch.equal(x - x[:, :1], torch.arange(block_size).expand(50, -1))

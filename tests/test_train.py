@@ -227,7 +227,8 @@ def test_bos(bos, dataset, tmp_path, run, monkeypatch):
     forward = model.GPT.forward
 
     def spy(gpt, idx, *args, **more):
-        seen.append(idx[:, 0])
+        if gpt.config.vocab_size == 257:  # not an example of kernels/
+            seen.append(idx[:, 0])
         return forward(gpt, idx, *args, **more)
 
     monkeypatch.setattr(model.GPT, 'forward', spy)
