@@ -41,6 +41,8 @@ def convert(path, folder):
         where, name = os.path.split(os.path.abspath(path))
         model = transformers.LlamaForCausalLM.from_pretrained(where, gguf_file=name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
+    except ImportError as e:
+        raise UserError(f'{e}: pip install gguf transformers accelerate') from None
     except Exception as e:  # whatever a damaged file, or one of another family, makes of these
         raise UserError(f'{path} cannot be read as a Llama: {e!r}') from None
     fast = tokenizer.backend_tokenizer
