@@ -1,7 +1,7 @@
 """Faster functions for what model.py computes, put into a model from outside.
 
     line = kernels.install(model)       # training: selective attention by cpu.py or gpu.py (Triton)
-    kernels.fast_rows(model)            # generation on a CPU: linear layers fast for a single row
+    kernels.fast_rows(model)            # generation on a CPU: a single row is fast
 
 The rule: model.py alone says what is computed. A kernel takes the place of model.py's function in a
 layer only after this layer has given the same numbers with it: outputs, memory requirement and
@@ -12,6 +12,7 @@ it steps aside.
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 from functools import partial
 
@@ -78,10 +79,18 @@ def within(model, K):
 
 
 def fast_rows(model):
-    """Make the linear layers of a model on a CPU fast for a single row, as in generation."""
+    """Make linear layers and attention of a model on a CPU fast for single rows, as in generation.
+
+    Attention stays model.py's where cpu.c gives other numbers or cannot be compiled.
+    """
+    if model.lm_head.weight.device.type != 'cpu':
+        return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == 'cpu':
+        if type(module) is nn.Linear and module.weight.numel() >= linear.LEAST:
             module.forward = partial(linear.forward, module)
+    with contextlib.suppress(Exception):  # whatever an edited model.py may raise
+        if same_rows(model):
+            use_decode(model)
 
 
 def load(name, device, dtype, config):
@@ -133,6 +142,35 @@ def check(attention, layer, device, dtype, seed=0):
                 if not error <= tolerance(device, tried):  # nan is no better
                     return f'on an example it gives other numbers than this model.py ({name})'
     return ''
+
+
+@torch.no_grad()
+def same_rows(model):
+    """Whether attention like that of a model gives the same numbers with cpu.decode.
+
+    A small model reads 20 tokens at a budget of 8, one by one, and in one block, which is left to
+    model.py's code.
+    """
+    sizes = dict(n_layer=1, n_inner=8, vocab_size=20, block_size=20)
+    config = dataclasses.replace(model.config, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = type(model)(config).eval()
+        for p in small.parameters():
+            p += 0.1 * torch.randn_like(p)  # what starts at 0 hides what it does
+    use_decode(small)
+    policy = 'selective' if config.selective else 'streaming:2'
+    idx = torch.arange(20)[None]
+    expected, _ = small(idx, idx, cache=m.KVCache(small, 1, 8, policy))
+    cache = m.KVCache(small, 1, 8, policy)
+    rows = [small(new, cache=cache)[0] for new in idx.split(1, dim=1)]
+    return torch.allclose(torch.cat(rows, dim=1), expected, atol=1e-5)
+
+
+def use_decode(model):
+    for module in model.modules():
+        if type(module) is m.CausalSelfAttention:
+            module.forward = partial(cpu.decode, module)
 
 
 def tolerance(device, dtype):

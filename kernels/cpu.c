@@ -695,3 +695,144 @@ void voter_gradients(const problem *p)
         free(w);
     }
 }
+
+/* ---- Part 3: one new row of each sequence, in generation ------------------------------------- */
+
+/* The row, and what the layer's cache holds, see LayerCache in model.py: all that `decode` in cpu.py
+   hands over. */
+typedef struct {
+    int64_t B, G, K, D, H;       /* H heads share G of keys; K slots */
+    int64_t n, sinks;            /* n slots are in use; sinks 0: eviction by F, else by age */
+    const real *qkv;             /* (B, (H + 2 G) D) */
+    const int64_t *i;            /* the position of the row */
+    real *k, *v, *F;             /* (B, G, K, D), twice; (B, K) */
+    int64_t *j;                  /* (B, K) positions */
+    real *L, *y;                 /* logits (B, H, K + 16); y (B, H, D), which holds q before */
+    const real *cos, *sin;       /* (D / 2) of rotary positions, or NULL */
+    const real *q_gain, *k_gain; /* (D) of qk_norm, or NULL */
+    const double *eps;           /* of qk_norm */
+    const real *votes;           /* (B, n), n with the new row, or NULL */
+} row;
+
+static int64_t held(const row *p) { return least(p->n + 1, p->K); }
+
+/* The slot of the new row of sequence s: a free one, or that of the token which is dropped. Token 0
+   stays; of equals the oldest goes. */
+static int64_t slot(const row *p, int64_t s)
+{
+    const real *F = p->F + s * p->K;
+    const int64_t *j = p->j + s * p->K, first = least(p->sinks, p->K - 1);
+    real most = -INFINITY;
+    int64_t worst = 0;
+    if (p->n < p->K)
+        return p->n;
+    EACH(c, 0, p->K) {
+        real score = p->sinks ? 0 : F[c];
+        if (j[c] == 0 || j[c] < first)
+            score = -INFINITY;
+        if (score > most || (score == most && j[c] < j[worst])) {
+            most = score;
+            worst = c;
+        }
+    }
+    return worst;
+}
+
+/* A query or key x (D), RMS-normalised and rotated as in model.py, times `scale`. */
+static void turn(const row *p, real *to, const real *x, const real *gain, real scale)
+{
+    int64_t D = p->D, half = D / 2;
+    real square = 0;
+    if (gain) {
+        EACH(d, 0, D) square += x[d] * x[d];
+        scale /= sqrt(square / D + (real)*p->eps);
+    }
+    EACH(d, 0, D) to[d] = x[d] * scale * (gain ? gain[d] : 1);
+    if (p->cos)
+        EACH(d, 0, half) {
+            real a = to[d], b = to[d + half];
+            to[d] = a * p->cos[d] - b * p->sin[d];
+            to[d + half] = a * p->sin[d] + b * p->cos[d];
+        }
+}
+
+/* Store the row, and make its logits. Returns how many slots are in use then. */
+int row_logits(const row *p)
+{
+    int64_t H = p->H, G = p->G, D = p->D, K = p->K, n = held(p);
+    int64_t whole = D / LANES * LANES;
+    EACH(s, 0, p->B) {
+        const real *x = p->qkv + s * (H + 2 * G) * D;
+        int64_t c = slot(p, s);
+        EACH(h, 0, H) turn(p, p->y + (s * H + h) * D, x + h * D, p->q_gain, 1 / sqrt((real)D));
+        EACH(g, 0, G) {
+            int64_t to = ((s * G + g) * K + c) * D;
+            turn(p, p->k + to, x + (H + g) * D, p->k_gain, 1);
+            memcpy(p->v + to, x + (H + G + g) * D, D * sizeof(real));
+        }
+        p->F[s * K + c] = 0;
+        p->j[s * K + c] = *p->i;
+    }
+#pragma omp parallel for if (p->B * H * n * D > 1 << 18)
+    EACH(sh, 0, p->B * H) {
+        const real *q = p->y + sh * D, *k = p->k + sh / (H / G) * K * D;
+        real x[2][LANES * LANES] __attribute__((aligned(64)));
+        for (int64_t c = 0; c < n; c += LANES) { /* beyond n it repeats the last column */
+            EACH(r, 0, LANES) {
+                const real *column = k + least(c + r, n - 1) * D;
+                vec sum = {0};
+                for (int64_t d = 0; d < whole; d += LANES)
+                    sum += load(q + d) * load(column + d);
+                EACH(d, whole, D) sum[0] += q[d] * column[d];
+                put(x[0] + r * LANES, sum);
+            }
+            transpose(x[1], LANES, x[0], LANES); /* now lane c has the parts of column c */
+            vec L = {0};
+            EACH(r, 0, LANES) L += at(x[1] + r * LANES);
+            *(unaligned *)(p->L + sh * (K + 16) + c) = L;
+        }
+    }
+    return n;
+}
+
+/* y of the row. Then its votes are added to F, for later rows. */
+void row_attend(const row *p)
+{
+    int64_t H = p->H, G = p->G, D = p->D, K = p->K, n = held(p), W = up(n, 16);
+    int64_t whole = D / LANES * LANES;
+#pragma omp parallel for if (p->B * H * n * D > 1 << 18)
+    EACH(sh, 0, p->B * H) {
+        const real *F = p->F + sh / H * K, *v = p->v + sh / (H / G) * K * D;
+        real *P = p->L + sh * (K + 16), *y = p->y + sh * D;
+        EACH(c, 0, n) P[c] -= F[c];
+        EACH(c, n, W) P[c] = -INFINITY;
+        vec tops = load(P), sum = {0};
+        for (int64_t c = LANES; c < W; c += LANES)
+            tops = larger(load(P + c), tops);
+        real most = tops[0], total = 0;
+        EACH(r, 1, LANES) most = tops[r] > most ? tops[r] : most;
+        for (int64_t c = 0; c < W; c += LANES) {
+            vec e = exponential(load(P + c) - most);
+            *(unaligned *)(P + c) = e;
+            sum += e;
+        }
+        EACH(r, 0, LANES) total += sum[r];
+        memset(y, 0, D * sizeof(real));
+        for (int64_t c = 0; c < n; c += 4) {
+            const real *v0 = v + c * D, *v1 = v + least(c + 1, n - 1) * D;
+            const real *v2 = v + least(c + 2, n - 1) * D, *v3 = v + least(c + 3, n - 1) * D;
+            real P0 = P[c], P1 = P[c + 1], P2 = P[c + 2], P3 = P[c + 3];
+            for (int64_t d = 0; d < whole; d += LANES)
+                *(unaligned *)(y + d) = load(y + d) + P0 * load(v0 + d) + P1 * load(v1 + d)
+                                        + P2 * load(v2 + d) + P3 * load(v3 + d);
+            EACH(d, whole, D) y[d] += P0 * v0[d] + P1 * v1[d] + P2 * v2[d] + P3 * v3[d];
+        }
+        EACH(d, 0, D) y[d] /= total;
+    }
+    if (p->votes)
+        EACH(s, 0, p->B) EACH(c, 0, n) {
+            int64_t j = p->j[s * K + c];
+            if (0 < j && j < *p->i)
+                p->F[s * K + c] += p->votes[s * n + c];
+        }
+}

@@ -226,13 +226,18 @@ def _table(*panels):
 def _call(function, c, **more):
     """What a function of cpu.c returns. more: fields that are added to c."""
     c.update(more)
-    values = (ctypes.c_int64 * len(FIELDS))()
-    for i, name in enumerate(FIELDS):
-        x = c.get(name, 0)
+    values = _array([c.get(name, 0) for name in FIELDS])
+    return getattr(library(c['q'].dtype), function)(values)
+
+
+def _array(values):
+    """What cpu.c gets: numbers, and addresses of tensors."""
+    numbers = (ctypes.c_int64 * len(values))()
+    for i, x in enumerate(values):
         if isinstance(x, torch.Tensor):
             x = x.data_ptr()
-        values[i] = x
-    return getattr(library(c['q'].dtype), function)(values)
+        numbers[i] = x
+    return numbers
 
 
 @functools.cache
@@ -287,3 +292,52 @@ def _run(command):
         raise RuntimeError(f'there is no C compiler ({e}); install gcc, or set CC') from None
     except subprocess.CalledProcessError as e:
         raise RuntimeError(f'{command[0]} fails: {e.stderr.strip()}') from None
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+
+def decode(layer, x, pos, turn, cache, memory_tau):
+    """CausalSelfAttention.forward, in which cpu.c computes a single row of each sequence.
+
+    It does all between c_attn and c_proj but for the vote. The rest is left to model.py: gradients,
+    autocast, and what `_knows` does not know.
+    """
+    usual = torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
+    if usual or not _knows(layer, x, cache):
+        return type(layer).forward(layer, x, pos, turn, cache, memory_tau)
+    H = layer.config.n_head
+    qkv = layer.c_attn(x).contiguous()
+    L = x.new_empty(len(x), H, cache.K + 16)
+    y = torch.empty_like(x)
+    turn = turn or (0, 0)
+    norm = 0, 0, 0
+    if layer.config.qk_norm:
+        eps = torch.tensor(layer.q_norm.eps, dtype=torch.float64)
+        norm = layer.q_norm.weight, layer.k_norm.weight, eps
+    row = [*cache.k.shape, H, cache.n, getattr(cache.policy, 'sinks', 0)]
+    row += [qkv, pos, cache.k, cache.v, cache.F, cache.j, L, y, *turn, *norm, 0]
+    row = _array(row)
+    cpu = library(x.dtype)
+    cache.n = cpu.row_logits(row)
+    if layer.selects:
+        L0 = L[:, :1, : cache.n]
+        votes = layer.vote(L0).to(x.dtype).contiguous()
+        model.expect_shape('vote(L0)', votes, L0.shape)
+        row[-1] = votes.data_ptr()
+    cpu.row_attend(row)
+    return layer.resid_dropout(layer.c_proj(y)), None
+
+
+def _knows(layer, x, cache):
+    """Whether x (B, 1, C) is a row of each sequence of a cache that cpu.c can read.
+
+    It knows eviction by F where votes are, and by age where none are; no voter, no other cache.
+    """
+    policy = model.Selective if layer.selects else model.Oldest
+    if type(cache) is not model.LayerCache or type(cache.policy) is not policy:
+        return False
+    c = layer.config
+    shape = len(x), c.kv_heads, cache.K, c.head_size
+    known = x.is_cpu and x.dtype == cache.k.dtype in DTYPES
+    return known and x.size(1) == 1 and cache.k.shape == shape

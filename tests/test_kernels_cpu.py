@@ -1,5 +1,6 @@
 """kernels/cpu.py and cpu.c against model.py's listing in float64; in most tests columns die."""
 
+import copy
 import math
 import os
 import subprocess
@@ -303,3 +304,186 @@ def test_heads_that_share_keys_are_refused():
     for shared in (q, k[:, :2], v), (q, k, v[:, :2]):
         with pytest.raises(ValueError, match='it must be'):
             cpu.selective_attention(*shared, layer)
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+
+def make(dtype=torch.float64, **flags):
+    """A model and a copy of it with fast rows."""
+    torch.manual_seed(0)
+    shape = dict(block_size=60, vocab_size=50, n_layer=2, n_head=4, n_embd=96)
+    gpt = m.GPT(m.GPTConfig(**{**shape, **flags})).to(dtype).eval()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p += 0.1 * torch.randn_like(p)
+    fast = copy.deepcopy(gpt)
+    kernels.fast_rows(fast)
+    return gpt, fast
+
+
+def is_fast(gpt):
+    return 'forward' in vars(gpt.transformer.h[1].attn)
+
+
+@torch.no_grad()
+def compare_rows(gpt, fast, B=2, budgets=9, policy='selective', tolerance=1e-12, dtype=None):
+    """A prompt, and then row by row: the same logits, and the same tokens are held."""
+    idx = torch.randint(50, (B, 40), generator=torch.Generator().manual_seed(1))
+    plain = m.KVCache(gpt, B, budgets, policy, dtype)
+    other = m.KVCache(fast, B, budgets, policy, dtype)
+    for new in idx.split([5] + 35 * [1], dim=1):
+        expected, _ = gpt(new, cache=plain)
+        found, _ = fast(new, cache=other)
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        for a, b in zip(plain.layers, other.layers):
+            assert a.n == b.n and torch.equal(a.j, b.j)
+            torch.testing.assert_close(a.F, b.F, atol=10 * tolerance, rtol=1e-4)
+
+
+@pytest.fixture
+def no_plain_rows(monkeypatch):
+    """A context in which model.py's code for a row fails."""
+
+    def fail(*args):
+        raise AssertionError('model.py computes a row')
+
+    return lambda: monkeypatch.setattr(m.LayerCache, '_row', fail)
+
+
+VARIANTS = {
+    'standard': {},
+    'heads of 12': dict(selective=True, n_head=8, vote_scale=True, bias=True),
+    'heads of 32': dict(selective=True, n_head=3, rope=True, qk_norm=True),
+    'shared keys': dict(selective=True, n_kv_head=2, rope=True, llama=True),
+}
+
+
+@pytest.mark.parametrize('flags', VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize('B, budgets', [(1, None), (2, 9), (3, [2, 33])])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_rows_by_cpu_c(flags, B, budgets, dtype, tolerance):
+    gpt, fast = make(dtype, **flags)
+    assert is_fast(fast)
+    policies = ['selective']
+    if not flags:
+        policies = ['oldest', 'streaming:3', 'streaming:50']
+    for policy in policies:
+        compare_rows(gpt, fast, B, budgets, policy, tolerance)
+
+
+def test_rows_are_not_left_to_model(no_plain_rows):
+    _, fast = make(selective=True)
+    idx = torch.zeros(2, 9, dtype=torch.long)
+    no_plain_rows()
+    fast.generate(idx, 20, budgets=8, num_samples=2)
+    with pytest.raises(AssertionError, match='computes a row'):
+        fast.generate(idx, 2, budgets=8, policy='h2o')
+
+
+@pytest.mark.parametrize('policy', ['oldest', 'h2o', 'knorm', 'random', 'tova'])
+def test_rows_with_other_policies_are_model_py_s(policy):
+    compare_rows(*make(selective=True), policy=policy)
+
+
+@pytest.mark.parametrize('flags', [dict(ssa='v'), dict(ssa='q'), dict(voter=4), dict(voter=24)])
+def test_rows_that_cpu_c_does_not_know(flags):
+    gpt, fast = make(selective=True, **flags)
+    compare_rows(gpt, fast)
+    assert is_fast(fast) == ('voter' in flags)  # its caches are told apart
+
+
+def test_rows_of_other_types():
+    gpt, fast = make(torch.bfloat16, selective=True)
+    compare_rows(gpt, fast, tolerance=0)
+    gpt, fast = make(torch.float32, selective=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        compare_rows(gpt, fast, tolerance=0, dtype=torch.bfloat16)
+        compare_rows(gpt, fast, tolerance=0)
+
+
+def test_rows_with_gradients_are_model_py_s():
+    _, fast = make(selective=True)
+    fast(torch.zeros(1, 1, dtype=torch.long), cache=m.KVCache(fast, 1))[0].sum().backward()
+    assert fast.transformer.h[0].attn.c_attn.weight.grad.norm() > 0
+
+
+def test_any_vote_is_used(monkeypatch):
+    def vote(self, L0):
+        return torch.square(L0 - L0[:, :, :1])
+
+    monkeypatch.setattr(m.CausalSelfAttention, 'vote', vote)
+    gpt, fast = make(selective=True)
+    assert is_fast(fast)
+    compare_rows(gpt, fast, B=3)
+    monkeypatch.setattr(m.CausalSelfAttention, 'vote', lambda self, L0: L0[..., :1])
+    cache = m.KVCache(fast, 1)
+    with torch.no_grad(), pytest.raises(ValueError, match='vote.L0. has the shape'):
+        for token in range(2):
+            fast(torch.tensor([[token]]), cache=cache)
+
+
+def fading(self, F, S):
+    return 0.9 * usual_sum(self, F, S)
+
+
+def newest(self, A, F, i, j):
+    return j.to(F.dtype).expand(F.shape)
+
+
+def turned_back(x, turn):
+    return usual_rotation(x, (turn[0], -turn[1]))
+
+
+def gated(self, x, *more):
+    y, M = usual_forward(self, x, *more)
+    return y * x.tanh(), M
+
+
+usual_sum = m.CausalSelfAttention.accumulate
+usual_forward = m.CausalSelfAttention.forward
+usual_rotation = m.rotate
+EDITS = [
+    (m.CausalSelfAttention, 'accumulate', fading),
+    (m.CausalSelfAttention, 'forward', gated),
+    (m.Selective, 'score', newest),
+    (m, 'rotate', turned_back),
+    (m, 'weighted_sum', lambda P, v: P.sqrt() @ v),
+]
+
+
+@pytest.mark.parametrize('place, name, edit', EDITS)
+def test_after_an_edit_rows_are_model_py_s(monkeypatch, place, name, edit):
+    monkeypatch.setattr(place, name, edit)
+    gpt, fast = make(selective=True, rope=True)
+    assert not is_fast(fast)
+    compare_rows(gpt, fast)
+
+
+def test_age_is_tried_too(monkeypatch):
+    monkeypatch.setattr(m.Oldest, 'score', newest)
+    assert not is_fast(make()[1])
+
+
+def test_a_layer_of_another_class_keeps_its_code():
+    class Other(m.CausalSelfAttention):
+        pass
+
+    _, fast = make(selective=True)
+    fast.transformer.h[0].attn = Other(fast.config)
+    kernels.fast_rows(fast)
+    assert 'forward' not in vars(fast.transformer.h[0].attn)
+
+
+def test_without_a_compiler_rows_are_model_py_s(fresh, monkeypatch):
+    monkeypatch.setenv('CC', 'no-such-cc')
+    assert not is_fast(make(selective=True)[1])
+
+
+def test_fast_rows_draws_no_random_number():
+    gpt, _ = make(selective=True)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    kernels.fast_rows(gpt)
+    assert torch.equal(torch.rand(3), expected)
