@@ -1,6 +1,6 @@
 """What selective attention costs and context pruning saves, as ratios of what one run measured.
 
-    python -m lab.bench                         all but parity, two hours on two CPU cores
+    python -m lab.bench                         all but parity, an hour on two CPU cores
     python -m lab.bench --what=attention,step --shapes=small --lengths=256,512      a minute or two
     python -m lab.bench --out_dir=out/a,out/b   trained selective models, each at its own length
 

@@ -137,17 +137,15 @@ def test_operators():
 @pytest.mark.slow
 def test_a_compiled_model():
     torch.manual_seed(0)
-    shape = dict(block_size=40, vocab_size=17, n_layer=1, n_head=1, n_embd=16, rope=True)
-    gpt = m.GPT(m.GPTConfig(**shape, selective=True, vote_scale=True, ssa='qv')).to(DEVICE)
+    gpt = m.GPT(m.GPTConfig(40, 17, 1, 1, 16, selective=True, vote_scale=True)).to(DEVICE)
     for p in gpt.parameters():
         p.data += 0.3 * torch.randn(p.shape).to(DEVICE)
     idx = torch.randint(17, (2, 40)).to(DEVICE)
     found = []
     for kernel in 'none', 'gpu':
-        line = kernels.install(gpt, kernel)
+        kernels.install(gpt, kernel)
         gpt.compile(backend='aot_eager', fullgraph=True)
         _, loss, memory = gpt(idx, idx, memory_tau=1.0)
         grads = torch.autograd.grad(loss + memory, list(gpt.parameters()))
         found.append([loss, memory, *grads])
-    assert 'kernels/gpu.py (Triton), which gives the numbers' in line
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
