@@ -103,18 +103,14 @@ def load(name, device, dtype, config):
         kernel = importlib.import_module(f'kernels.{name}')  # Triton comes with CUDA only
     except Exception as e:  # an old Triton raises AttributeError
         return None, f'it cannot be imported ({one_line(e)})'
-    return kernel.selective_attention, unfit(kernel, device, dtype, config.head_size)
-
-
-def unfit(kernel, device, dtype, D):
-    """Why a kernel is not for this device, dtype or head size D, in a few words; '' if it is."""
+    why_not = ''
     if dtype not in kernel.DTYPES:
-        return f'it does not take {dtype} here'
-    if device.type not in kernel.DEVICES:
-        return f'it does not run on {device.type} here'
-    if D not in kernel.HEAD_SIZES:
-        return f'a head has {D} channels, it takes {kernel.HEAD_SIZES}'
-    return ''
+        why_not = f'it does not take {dtype} here'
+    elif device.type not in kernel.DEVICES:
+        why_not = f'it does not run on {device.type} here'
+    elif config.head_size not in kernel.HEAD_SIZES:
+        why_not = f'a head has {config.head_size} channels, it takes {kernel.HEAD_SIZES}'
+    return kernel.selective_attention, why_not
 
 
 # ---- The check -----------------------------------------------------------------------------------
