@@ -274,7 +274,8 @@ def tile_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# What torch sees: two operators, opaque to torch.compile, of contiguous q, k and v
+# What torch sees: two operators, opaque to torch.compile, of contiguous q, k and v whose T is a
+# multiple of LONGEST
 
 
 def selective_attention(q, k, v, rule, dropout=0.0, memory_tau=None):
