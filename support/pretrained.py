@@ -10,7 +10,6 @@ HF_HOME say from where, and where. The logits equal those of Hugging Face's tran
 """
 
 import os
-import re
 
 import torch
 
@@ -219,11 +218,6 @@ def fetch(name):
     """The folder of a model where the library of the hub keeps it. It is downloaded once."""
     if name in MODELS:
         name = f'openai-community/{name}'
-    elif not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
-        raise UserError(
-            f'init_from {name!r}: no such folder, and none of {", ".join(MODELS)} or a name of '
-            'the hub, such as HuggingFaceTB/SmolLM2-135M'
-        )
     try:
         import huggingface_hub
 
@@ -232,6 +226,6 @@ def fetch(name):
         )
     except Exception as e:  # whatever a network may do, or a package that is not there
         raise UserError(
-            f'{name} is no folder, and cannot be downloaded ({type(e).__name__}: '
+            f'init_from {name!r} is no folder, and cannot be downloaded ({type(e).__name__}: '
             f'{one_line(e, 300)}): check the network, pip install huggingface_hub, or give a folder'
         ) from None

@@ -239,7 +239,7 @@ def test_command(out_dir, run):
     [
         ('--budgets=1', 'a whole number from 2'),
         ('--folder=.', 'choose another'),
-        ('--init_from=nowhere', 'no such folder'),
+        ('--init_from=nowhere', 'is no folder'),
     ],
 )
 def test_bad_input(out_dir, run, option, message, monkeypatch):
