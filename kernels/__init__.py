@@ -153,14 +153,14 @@ def same_rows(model):
         torch.manual_seed(0)
         small = type(model)(config).eval()
         for p in small.parameters():
-            p += 0.1 * torch.randn_like(p)  # what starts at 0 hides what it does
+            p += torch.randn_like(p) / config.n_embd**0.5  # what starts at 0 hides what it does
     use_decode(small)
     policy = 'selective' if config.selective else 'streaming:2'
     idx = torch.arange(20)[None]
     expected, _ = small(idx, idx, cache=m.KVCache(small, 1, 8, policy))
     cache = m.KVCache(small, 1, 8, policy)
     rows = [small(new, cache=cache)[0] for new in idx.split(1, dim=1)]
-    return torch.allclose(torch.cat(rows, dim=1), expected, atol=1e-5)
+    return torch.allclose(torch.cat(rows, dim=1), expected, atol=2e-5)
 
 
 def use_decode(model):

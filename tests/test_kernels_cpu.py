@@ -372,6 +372,19 @@ def test_rows_by_cpu_c(flags, B, budgets, dtype, tolerance):
         compare_rows(gpt, fast, B, budgets, policy, tolerance)
 
 
+@pytest.mark.parametrize('flags', [{}, dict(selective=True, vote_scale=True)])
+@pytest.mark.parametrize('shape', [(1, 16), (4, 128), (6, 384), (9, 576, 3), (12, 768), (25, 1600)])
+@pytest.mark.parametrize('like', [{}, dict(llama=True, rope=True, qk_norm=True)])
+def test_models_of_any_size_have_fast_rows(flags, shape, like):
+    """Rounding is not taken for an edit."""
+    n_head, n_embd, n_kv_head = (*shape, 0)[:3]
+    like = dict(like, n_head=n_head, n_embd=n_embd, n_kv_head=n_kv_head, **flags)
+    config = m.GPTConfig(n_layer=1, n_inner=8, vocab_size=9, block_size=9, **like)
+    with torch.device('meta'):
+        gpt = m.GPT(config)
+    assert kernels.same_rows(gpt)
+
+
 def test_rows_are_not_left_to_model(no_plain_rows):
     _, fast = make(selective=True)
     idx = torch.zeros(2, 9, dtype=torch.long)
