@@ -270,19 +270,25 @@ def train(cfg, processes):
     scaler = torch.amp.GradScaler(device_type, enabled=cfg.dtype == 'float16')
     if cfg.init_from == 'resume':
         ckpt.load_optimizers(optimizers, scaler, model, start)
-    iter_num = start['iter_num']
-    val_loss = start['val_loss']
-    origin = start['pretrained']
+    progress = {name: start[name] for name in ckpt.ABSENT}
     del start  # frees its memory
 
-    # compiled, and one model in all processes
-    raw_model = model
+    done = loop(cfg, processes, dataset, model, optimizers, scaler, progress)
+    processes.stop()  # the others wait for the master, which may still be saving
+    if not done:
+        say('stopped, nothing is lost; to continue, add --init_from=resume to the command')
+        sys.exit(130)
+    say(f'done; read what it learned: python sample.py --out_dir={cfg.out_dir}')
+
+
+def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
+    """Train until max_iters, or until a signal comes. Returns whether it came to max_iters."""
+    model = raw_model
     if cfg.compile and 'cuda' in cfg.device:
         model = torch.compile(model)
     if processes.world > 1:
         model = DistributedDataParallel(model)
-
-    # figures go to the terminal and the log
+    iter_num = progress['iter_num']
     log = ckpt.open_log(cfg, iter_num) if processes.master else None
 
     def report(figures):
@@ -292,11 +298,11 @@ def train(cfg, processes):
                     f'step {iter_num}: {name} is not finite; what was saved before is kept; '
                     'try a lower learning rate'
                 )
-        say(f'step {iter_num}/{cfg.max_iters}{shown(figures)}')
+        processes.say(f'step {iter_num}/{cfg.max_iters}{shown(figures)}')
         if log:
             log.write(json.dumps({'iter': iter_num, **figures}) + '\n')
 
-    signals = devices.catch_signals(say)
+    signals = devices.catch_signals(processes.say)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * (dataset.window(cfg.block_size) - 1)
     since = time.time()  # tokens/s counts from the last line of the log
     steps = 0
@@ -308,27 +314,24 @@ def train(cfg, processes):
         if due:
             figures = evaluate(cfg, raw_model, dataset, processes)
             report(figures)
-            val_loss = figures['val_loss']
+            progress['val_loss'] = figures['val_loss']
 
         # save then, and when a signal stops the run
         if processes.master and (due or stop):
-            ckpt.save(
-                cfg.out_dir,
-                {
-                    'iter_num': iter_num,
-                    'val_loss': val_loss,
-                    'pretrained': origin,
-                    'model': raw_model.state_dict(),
-                    'optimizer': ckpt.optimizer_state(optimizers, raw_model),
-                    'scaler': scaler.state_dict(),
-                    'model_args': vars(raw_model.config),
-                    'config': vars(cfg),
-                    'dataset': cfg.dataset,
-                    'tokenizer': dataset.tokenizer_name,
-                },
-            )
+            state = {
+                **progress,
+                'iter_num': iter_num,
+                'model': raw_model.state_dict(),
+                'optimizer': ckpt.optimizer_state(optimizers, raw_model),
+                'scaler': scaler.state_dict(),
+                'model_args': vars(raw_model.config),
+                'config': vars(cfg),
+                'dataset': cfg.dataset,
+                'tokenizer': dataset.tokenizer_name,
+            }
+            ckpt.save(cfg.out_dir, state)
         if done or stop:
-            break
+            return done
         if due:
             since = time.time()
             steps = 0
@@ -357,12 +360,6 @@ def train(cfg, processes):
                 figures['mfu'] = share
             report(figures)
         iter_num += 1
-
-    processes.stop()  # the others wait for the master, which may still be saving
-    if not done:
-        say('stopped, nothing is lost; to continue, add --init_from=resume to the command')
-        sys.exit(130)
-    say(f'done; read what it learned: python sample.py --out_dir={cfg.out_dir}')
 
 
 def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale):
