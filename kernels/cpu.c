@@ -3,7 +3,7 @@
    Part 1 is attention over lists of columns, with a bias for each pair of a row and a column, and
    its gradient. It knows nothing of votes. Part 2 is the walk down the rows: logits of head 0, from
    which Python makes votes, running sums F of the votes, the lists of columns that are still alive,
-   and back up again, the gradient of the votes.
+   and back up again, the gradient of the votes. Part 3, a single row in generation, stands alone.
 
        rows i      a block of 64; block n begins at row 64 n; the last one may be short
        columns j   those of the block's list: the living ones of earlier blocks, in their order, and
@@ -698,10 +698,10 @@ void voter_gradients(const problem *p)
 
 /* ---- Part 3: one new row of each sequence, in generation ------------------------------------- */
 
-/* The row, and what the layer's cache holds, see LayerCache in model.py: all that `decode` in cpu.py
-   hands over. */
+/* The row, and what the layer's cache holds, see LayerCache in model.py. These are the numbers and
+   addresses that `decode` in kernels/cpu.py makes, in its order. */
 typedef struct {
-    int64_t B, G, K, D, H;       /* H heads share G of keys; K slots */
+    int64_t B, G, K, D, H;       /* H heads share the keys of G; K slots */
     int64_t n, sinks;            /* n slots are in use; sinks 0: eviction by F, else by age */
     const real *qkv;             /* (B, (H + 2 G) D) */
     const int64_t *i;            /* the position of the row */

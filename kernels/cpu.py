@@ -19,6 +19,8 @@ Blocks of 64 rows walk down the sequence. For each, cpu.c makes the logits of he
 become votes, and cpu.c adds them up and lists the columns that are alive for the next block. Then
 it attends over all lists at once. The backward attends first, then walks up again.
 
+In generation, `decode` lets cpu.c compute the single new row of each sequence.
+
 cpu.c is compiled when it is first needed. There is no such kernel in Python: without a compiler
 model.py's plain code trains.
 """

@@ -421,6 +421,25 @@ def test_rows_with_gradients_are_model_py_s():
     assert fast.transformer.h[0].attn.c_attn.weight.grad.norm() > 0
 
 
+@torch.no_grad()
+def test_a_cache_of_another_class_is_asked():
+    """As lab.visualize has one."""
+
+    class Counting(m.LayerCache):
+        rows = 0
+
+        def _row(self, *args):
+            self.rows += 1
+            return super()._row(*args)
+
+    gpt, fast = make(selective=True)
+    cache = m.KVCache(fast, 1)
+    for layer in cache.layers:
+        layer.__class__ = Counting
+    fast(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+    assert [layer.rows for layer in cache.layers] == [1, 1]
+
+
 def test_any_vote_is_used(monkeypatch):
     def vote(self, L0):
         return torch.square(L0 - L0[:, :, :1])
