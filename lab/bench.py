@@ -11,8 +11,8 @@
                 how far they may be, see kernels.errors
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, …), after a round to warm
-up. The ratio is to the first case of a group. The table goes to --to as JSON, too. On a CPU,
-OMP_NUM_THREADS=1 in front of the command measures with one thread.
+up. On a CPU all is measured with the default number of threads, then with one. The ratio is to the
+first case of a group. The table goes to --to as JSON, too.
 
 Random weights mask little, as at the start of training: they say nothing about what selection
 saves. Trained ones get their validation data.
@@ -332,17 +332,22 @@ def main():
     files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
     machine = platform.machine()
+    counts = [torch.get_num_threads()]
     if 'cuda' in cfg.device:
         machine = torch.cuda.get_device_name()
         torch.set_float32_matmul_precision('high')  # TF32, as in train.py
+    elif counts != [1]:
+        counts.append(1)
     machine += f', torch {torch.__version__}'
     print(machine)
     rows = []
-    for part, source, T in itertools.product(parts, sources, lengths):
+    for part, source, T, threads in itertools.product(parts, sources, lengths, counts):
+        torch.set_num_threads(threads)
         subject = Subject(cfg, source, T)
         print(f'{source}: {subject.kernel}')
         for group in PARTS[part](subject):
             rows += rows_of(subject, *group)
+    torch.set_num_threads(counts[0])
     content = {'machine': machine, 'command': ' '.join(sys.argv[1:]), 'rows': rows}
     files.write_file(cfg.to, json.dumps(content, indent=1))
     print(cfg.to)
