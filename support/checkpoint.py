@@ -38,8 +38,14 @@ FREE = (
 
 
 def save(out_dir, checkpoint):
-    """Write <out_dir>/ckpt.pt; the old one stays until the new one is whole."""
+    """Write <out_dir>/ckpt.pt; the old one stays until the new one is whole.
+
+    Raises UserError for weights that are not finite, and where it cannot be written.
+    """
     path = f'{out_dir}/ckpt.pt'
+    for name, x in checkpoint['model'].items():
+        if not x.isfinite().all():
+            raise UserError(f'{name} is not finite; {path} stays; try a lower learning rate')
     try:
         with files.replacing(path) as f:
             torch.save(checkpoint, f)
@@ -112,8 +118,11 @@ def build(checkpoint, add_new=False, **changes):
     state = {}
     for name, x in checkpoint['model'].items():
         state[name.removeprefix('_orig_mod.')] = x  # torch.compile prefixes names
+    args = checkpoint['model_args']
+    if changes.get('block_size', 0) > args['block_size']:
+        raise UserError(f'the model knows {args["block_size"]} tokens of context, not more')
     try:
-        model = GPT(GPTConfig(**{**checkpoint['model_args'], **changes}))
+        model = GPT(GPTConfig(**{**args, **changes}))
         for name, x in model.state_dict().items():
             if add_new and not is_gpt2(name):
                 state.setdefault(name, x)

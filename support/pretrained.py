@@ -209,7 +209,10 @@ def convert_llama(tensors):
             state[name] = x.float()
     for name in list(state):
         if name.endswith('q_proj.weight'):
-            parts = [state.pop(name.replace('q_proj', f'{letter}_proj')) for letter in 'qkv']
+            try:
+                parts = [state.pop(name.replace('q_proj', f'{letter}_proj')) for letter in 'qkv']
+            except KeyError as e:
+                raise UserError(f'the weights lack {e}: download them again') from None
             state[name.replace('q_proj', 'c_attn')] = torch.cat(parts)
     return state
 

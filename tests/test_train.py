@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -165,6 +166,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, run):
     wild = ['--learning_rate=1000', '--weight_decay=1000']
     out = run(train, dataset, *SMALL, *wild, '--max_iters=30', f'--out_dir={tmp_path}')
     assert 'loss is not finite; what was saved before is kept' in out
+    assert ckpt.load(tmp_path)['iter_num'] == 0
+    with pytest.raises(UserError, match='w is not finite; .*ckpt.pt stays'):
+        ckpt.save(tmp_path, {'model': {'w': torch.tensor([1.0, math.nan])}})
     assert ckpt.load(tmp_path)['iter_num'] == 0
 
 
