@@ -105,7 +105,6 @@ def parse(cls, argv=None, positional=None):
     for arg in argv:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            key = key.replace('-', '_')
             if not equals:
                 if not isinstance(getattr(cls, key, True), bool):
                     raise UserError(f'--{key}: it needs a value, --{key}=…')
@@ -157,33 +156,25 @@ def numbers(text, where, **limits):
 def fitting(kind, limits, value, where):
     """value as one of a kind, within limits; it may be text. UserError if it is none."""
     shown = reprlib.repr(value)
+    fits = True
     try:
-        value = typed(kind, value)
-    except (ValueError, KeyError, OverflowError):
+        if kind is bool:
+            value = TRUTH[str(value).lower()]
+        elif kind in (int, float):
+            number = float(value)  # 1e6 is a way to write a whole number
+            value = kind(number)
+            if value != number:
+                raise ValueError
+            fits = limits.get('low', 0) <= value <= limits.get('high', 10**9)
+        elif type(value) is not kind:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise UserError(f'{where}: {shown} is not {NAMES[kind]}') from None
     if 'choices' in limits:
         words = value if kind is list else [value]
         fits = set(words) <= set(limits['choices'])
-    elif kind in (int, float):
-        fits = limits.get('low', 0) <= value <= limits.get('high', 10**9)
-    else:
-        fits = True
     if not fits:
         raise UserError(f'{where}: {shown} is not {valid(limits)}')
-    return value
-
-
-def typed(kind, value):
-    """value as that type; it may be text. Raises ValueError and others if it is of another type."""
-    if kind is bool and isinstance(value, str):
-        return TRUTH[value.lower()]
-    if kind in (int, float) and type(value) in (int, float, str):
-        number = kind(float(value))  # 1e6 is a way to write a whole number
-        if number != float(value):
-            raise ValueError
-        return number
-    if type(value) is not kind:
-        raise ValueError
     return value
 
 
