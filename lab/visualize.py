@@ -4,8 +4,8 @@
     python -m lab.visualize --out_dir=out/selective_small --start=FILE:model.py --budgets=32
     python sample.py --out_dir=out/selective_small | python -m lab.visualize --start=-
 
-A selective model shows F, the votes behind it and how many tokens each layer needs; SSA its
-temperatures. Of a long text the page has the beginning, block_size tokens.
+The page shows F of a selective model, the votes behind it and how many tokens each layer needs. Of
+a long text it has the beginning, block_size tokens.
 """
 
 import base64
@@ -21,10 +21,9 @@ from support import settings  # before torch, see support/__init__.py
 
 import numpy as np
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 
 import data
-from model import POLICIES, F_dtype, KVCache, attend
+from model import F_dtype, KVCache, attend
 from support import checkpoint as ckpt, files
 from support.settings import UserError, option
 
@@ -35,10 +34,6 @@ class VisualizeConfig:
     start: str = option('', 'the text to read: text, FILE:path, or - for standard input')
     to: str = option('', "the page; '': <out_dir>/visualize.html")
     budgets: str = option('', 'tokens that a layer keeps: a number, 4,9,16,8, a budgets.json; none')
-    policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
-
-
-MEMORY_TAU = 1.0  # the F of a token that counts as masked
 
 
 # ---- The numbers ---------------------------------------------------------------------------------
@@ -51,8 +46,6 @@ class Reading:
     F: np.ndarray  # (L, T, T) how much the rows before i have masked column j
     votes: np.ndarray  # (L, T, T) what row i adds to it; 0 for columns that its layer has dropped
     dropped_at: np.ndarray  # (L, T) the first row that does without the column; T: none does
-    M: np.ndarray  # (L, T) the memory requirement of each row, in a reading without budgets
-    temperatures: dict  # 'q', 'k' or 'v' -> (L, T, H)
 
 
 def record(layer, q, k, v, i, rule):
@@ -68,36 +61,20 @@ def record(layer, q, k, v, i, rule):
 
 
 @torch.no_grad()
-def read(model, idx, budgets=None, policy='selective'):
-    """The Reading of idx, int64 (1, T).
+def read(model, idx, budgets=None):
+    """The Reading of idx, int64 (1, T), by a selective model within budgets.
 
-    Raises ValueError where budgets or policy do not fit the model, and UserError for a policy or a
-    rule of votes that the page cannot draw.
+    Raises UserError for a rule of votes that the page cannot draw.
     """
-    cache = KVCache(model, 1, budgets, policy)
-    if budgets and cache.layers[0].policy.needs_P:
-        raise UserError(f'the page cannot draw --policy={policy}, which needs attention weights')
+    cache = KVCache(model, 1, budgets)
     for layer in cache.layers:
         layer.attend = partial(record, layer)
-    outputs = {}  # module -> what it gave
-
-    def keep(module, inputs, output):
-        outputs[module] = output
-
-    attention = [block.attn for block in model.transformer.h]
-    with register_module_forward_hook(keep):
-        model(idx, memory_tau=MEMORY_TAU)  # M is defined without budgets
-        M = joined(outputs[layer][1] for layer in attention)
-        model(idx, cache=cache)
+    model(idx, cache=cache)
     votes = joined(layer.votes for layer in cache.layers)
     if (votes < -1e-4).any():
         raise UserError('the page can only draw votes that are never negative and never fade')
-    temperatures = {}
-    for name in model.config.ssa:
-        temperatures[name] = joined(outputs[layer.ssa[name]] for layer in attention)
     F = joined(layer.F for layer in cache.layers)
-    dropped_at = joined(layer.dropped_at for layer in cache.layers)
-    return Reading(F, votes, dropped_at, M, temperatures)
+    return Reading(F, votes, joined(layer.dropped_at for layer in cache.layers))
 
 
 def joined(layers):
@@ -134,27 +111,23 @@ def packed(array):
     return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode()
 
 
-def page(reading, tokens, title, config, budgets=None):
+def page(reading, tokens, title, budgets=None):
     """The HTML file as text. tokens as token_texts gives them; title is plain text."""
     T = len(tokens)
+    rows = np.arange(T)
     i, j = np.tril_indices(T, -1)  # nothing happens on the diagonal or above it
-    # (L, T, T) the last rows do without a column once it is masked or dropped
-    gone = np.arange(T)[:, None] >= reading.dropped_at[:, None]
-    gone |= reading.F >= MEMORY_TAU
+    # (L, T, T) how much of each column is masked; what is dropped is masked whole
+    masked = reading.F.clip(max=1)
+    masked[rows[:, None] >= reading.dropped_at[:, None]] = 1
     content = {
         'title': title,
         'tokens': tokens,
-        'config': vars(config),
         'budgets': budgets,
-        'memoryTau': MEMORY_TAU,
         'votes': packed(reading.votes[:, i, j]),
         'dropped': reading.dropped_at.tolist(),
-        'forgotten': (T - gone.sum(axis=1)).tolist(),
-        'M': reading.M.tolist(),
-        'temperatures': {},
+        'forgotten': (masked < 1).sum(axis=1).tolist(),  # the first row after those that see it
+        'M': (rows - masked.sum(axis=2)).tolist(),
     }
-    for name, taus in reading.temperatures.items():
-        content['temperatures'][name] = packed(taus)
     template = pathlib.Path(__file__).with_suffix('.html').read_text(encoding='utf-8')
     # Inside <script> only '</' and '<!--' are special. No '<' at all is the simple way to have
     # neither.
@@ -170,20 +143,17 @@ def main():
     files.check_output(path, '.html', '<!DOCTYPE html>')
     model, checkpoint = ckpt.load_model(cfg.out_dir)
     c = model.config
-    if not c.selective and not c.ssa:
-        raise UserError(
-            f'{cfg.out_dir} has standard attention, which has nothing to show: '
-            'give a run with selective=True or ssa=qv'
-        )
-    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, cfg.policy)
+    if not c.selective:
+        raise UserError(f'{cfg.out_dir} has no votes to show: give a run with selective=True')
+    budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, 'selective')
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     text = files.read_text(cfg.start)
     ids = data.encode_prompt(text, tokenizer, ckpt.starts_with_bos(checkpoint))
     if len(ids) < 2:
         raise UserError('--start is a single token, which has nothing to forget: give more text')
     tokens = token_texts(ids[: c.block_size], tokenizer)
-    reading = read(model, torch.tensor([ids[: c.block_size]]), budgets, cfg.policy)
-    files.write_file(path, page(reading, tokens, cfg.out_dir, c, budgets))
+    reading = read(model, torch.tensor([ids[: c.block_size]]), budgets)
+    files.write_file(path, page(reading, tokens, cfg.out_dir, budgets))
     print(f'{path} has {len(tokens)} of {len(ids)} tokens', file=sys.stderr)
 
 

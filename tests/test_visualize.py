@@ -20,7 +20,7 @@ from test_model import make, naive_gpt, tokens
 
 
 @pytest.mark.parametrize('T, flags', [(2, {}), (23, dict(voter=3, n_kv_head=1))])
-def test_F_votes_and_M(T, flags):
+def test_F_and_votes(T, flags):
     gpt = make(selective=True, ssa='qv', **flags)
     idx = tokens(1, T + 1)
     reading = read(gpt, idx[:, :T])
@@ -29,41 +29,31 @@ def test_F_votes_and_M(T, flags):
     np.testing.assert_allclose(reading.F, F[:, :T], atol=1e-9)
     np.testing.assert_allclose(reading.votes, np.diff(F, axis=1), atol=1e-9)
     M = np.arange(T) - np.minimum(F[:, :T], 1).sum(axis=2)
-    np.testing.assert_allclose(reading.M, M, atol=1e-9)
+    content = content_of(page(reading, ['x'] * T, 'title'))
+    np.testing.assert_allclose(content['M'], M, atol=1e-9)
     assert (reading.dropped_at == T).all()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('policy', ['selective', 'oldest', 'random', 'streaming:2', 'knorm'])
-def test_what_a_budget_drops(policy):
+def test_what_a_budget_drops():
     """Against generation, token by token: which tokens each layer holds, and at last their F."""
     T = 24
     budgets = [4, 9]
     gpt = make(selective=True, ssa='qv', voter=3, n_kv_head=1)
     idx = tokens(1, T)
-    reading = read(gpt, idx, budgets, policy)
-    cache = m.KVCache(gpt, 1, budgets, policy)
+    reading = read(gpt, idx, budgets)
+    M = content_of(page(reading, ['x'] * T, 'title'))['M']
+    cache = m.KVCache(gpt, 1, budgets)
     for i in range(T):
         gpt(idx[:, [i]], cache=cache)
-        for dropped_at, layer in zip(reading.dropped_at, cache.layers):
-            held = np.flatnonzero(dropped_at[: i + 1] > i)
+        for l, layer in enumerate(cache.layers):
+            held = np.flatnonzero(reading.dropped_at[l, : i + 1] > i)
             assert held.tolist() == sorted(layer.j[0, : layer.n].tolist())
+            left = 1 - np.minimum(reading.F[l, i, held], 1)
+            assert M[l][i] == pytest.approx(left.sum() - 1)  # without the token itself
     F = reading.F[:, -1] + reading.votes[:, -1]
     for l, layer in enumerate(cache.layers):
         np.testing.assert_allclose(F[l, layer.j[0]], layer.F[0], atol=1e-9)
-    np.testing.assert_array_equal(reading.M, read(gpt, idx).M)  # of the text without budgets
-
-
-def test_temperatures():
-    """Where the token-aware part is 0, as in a fresh layer, they are known."""
-    torch.manual_seed(0)
-    gpt = m.GPT(m.GPTConfig(64, 29, n_layer=2, n_head=2, n_embd=8, ssa='qv', ssa_alpha=0.0))
-    reading = read(gpt, tokens(1, 9))
-    expected = 1 + np.log(np.arange(1, 10)) / 2
-    for head in range(2):
-        np.testing.assert_allclose(reading.temperatures['q'][1, :, head], expected, rtol=1e-6)
-    np.testing.assert_array_equal(reading.temperatures['v'], np.ones((2, 9, 2)))
-    assert not reading.F.any()
 
 
 def test_rules_that_the_page_cannot_draw(monkeypatch):
@@ -99,15 +89,13 @@ def content_of(html):
 
 def test_the_page_holds_the_numbers():
     T = 23
-    gpt = make(selective=True, ssa='qv')
-    reading = read(gpt, tokens(1, T), [4, 9])
-    content = content_of(page(reading, ['x'] * T, 'title', gpt.config, [4, 9]))
+    reading = read(make(selective=True), tokens(1, T), [4, 9])
+    content = content_of(page(reading, ['x'] * T, 'title', [4, 9]))
     i, j = np.tril_indices(T, -1)
-    stored = content['votes'], content['temperatures']['v']
-    for text, array in zip(stored, (reading.votes[:, i, j], reading.temperatures['v'])):
-        numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), '<f4')
-        np.testing.assert_allclose(numbers, array.flatten(), rtol=1e-3, atol=1e-6)
-    assert content['M'] == reading.M.tolist() and content['budgets'] == [4, 9]
+    numbers = np.frombuffer(zlib.decompress(base64.b64decode(content['votes'])), '<f4')
+    expected = reading.votes[:, i, j].flatten()
+    np.testing.assert_allclose(numbers, expected, rtol=1e-3, atol=1e-6)
+    assert content['budgets'] == [4, 9]
     assert content['dropped'] == reading.dropped_at.tolist()
     for l in range(2):
         masked = (reading.F[l] < 1).sum(axis=0)  # F grows, so the last rows are those
@@ -117,11 +105,10 @@ def test_the_page_holds_the_numbers():
 
 def test_hostile_text_stays_data():
     hostile = ['</script>', '<!--', '"', '&', '\u2028', '"DATA"']
-    gpt = make(selective=True)
-    reading = read(gpt, tokens(1, 6))
-    html = page(reading, hostile, '</title>', gpt.config)
+    reading = read(make(selective=True), tokens(1, 6))
+    html = page(reading, hostile, '</title>')
     assert content_of(html)['tokens'] == hostile and content_of(html)['title'] == '</title>'
-    assert html.count('<') == page(reading, ['x'] * 6, '', gpt.config).count('<')
+    assert html.count('<') == page(reading, ['x'] * 6, '').count('<')
     names = {'http://www.w3.org/1999/xhtml', 'http://www.w3.org/2000/svg'}  # no addresses
     assert set(re.findall(r'https?://[^\'"]*', html)) == names
 
@@ -154,10 +141,9 @@ def test_command(tmp_path, run):
 @pytest.mark.parametrize(
     'config, args, words',
     [
-        ({}, '--start=abc', 'standard attention'),
-        ({'ssa': 'qv'}, '--start=abc --budgets=4', 'no F to prune by'),
+        ({'ssa': 'qv'}, '--start=abc', 'has no votes to show'),
         ({'selective': True}, '', '--start is a single token'),
-        ({'selective': True}, '--start=abc --budgets=4 --policy=tova', 'needs attention weights'),
+        ({'selective': True}, '--start=abc --budgets=1', '--budgets'),
     ],
 )
 def test_one_clear_line(tmp_path, run, config, args, words):

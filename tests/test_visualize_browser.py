@@ -13,6 +13,7 @@ import torch
 
 from lab.visualize import page, read
 from test_model import make, tokens
+from test_visualize import content_of
 
 try:
     from selenium import webdriver
@@ -68,12 +69,13 @@ class Browser:
         self.driver = driver
         self.path = path
 
-    def open(self, scheme='light', width=1200, **config):
+    def open(self, scheme='light', width=1200):
         """Open a model's page from disk."""
-        gpt = make(dtype=torch.float32, block_size=T, spread=0.2, **config)
-        budgets = BUDGETS if gpt.config.selective else None
-        self.reading = read(gpt, tokens(1, T), budgets)
-        self.path.write_text(page(self.reading, TOKENS, '<i>title', gpt.config, budgets))
+        gpt = make(dtype=torch.float32, block_size=T, spread=0.2, selective=True)
+        self.reading = read(gpt, tokens(1, T), BUDGETS)
+        html = page(self.reading, TOKENS, '<i>title', BUDGETS)
+        self.path.write_text(html)
+        self.M = np.array(content_of(html)['M'])
         media = {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]}
         self.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', media)
         size = dict(width=width, height=1600, deviceScaleFactor=1, mobile=False)
@@ -155,14 +157,13 @@ def empty(driver, tmp_path):
 
 @pytest.fixture
 def browser(empty):
-    """A Browser with a page of both methods with budgets."""
-    empty.open(selective=True, ssa='qv')
+    """A Browser with a page."""
+    empty.open()
     return empty
 
 
 def test_hostile_text_shows_as_text(browser):
-    for box in '#text', '#tempered':
-        assert browser.texts(f'{box} span') == [t.replace('\n', '⏎\n') for t in TOKENS]
+    assert browser.texts('#text span') == [t.replace('\n', '⏎\n') for t in TOKENS]
     assert browser.texts('span span, #title *') == [] and browser.texts('#title') == ['<i>title']
     assert browser.js('document.scripts.length') == 2
     # tokens stand in the order of the text, whatever the direction of their script
@@ -172,7 +173,7 @@ def test_hostile_text_shows_as_text(browser):
 
 def test_where_the_text_is_read_from(browser):
     """Pointing, tapping, the slider and keys choose the row; the layer is chosen for all views."""
-    l = browser.reading.M.max(axis=1).argmax()  # the layer that is shown first
+    l = browser.M.max(axis=1).argmax()  # the layer that is shown first
     browser.check_text(T - 1, l)
     spans = browser.driver.find_elements('css selector', '#text span')
     for row in 0, 12, 63:
@@ -215,41 +216,22 @@ def test_heat_map(browser):
 
 def test_needs(browser):
     curves = browser.each('#needs .curve', '[...e.points].map(p => p.y)')
-    for l, (M, caption) in enumerate(zip(browser.reading.M, browser.texts('#needs figcaption'))):
+    for l, (M, caption) in enumerate(zip(browser.M, browser.texts('#needs figcaption'))):
         numbers = f'{M[-1]:.1f} here, {M.max():.1f} at most; budget {BUDGETS[l]}'
         assert caption == f'Layer {l}: {numbers}'
         assert np.corrcoef(curves[l], M)[0, 1] == pytest.approx(-1, abs=1e-4)  # y points down
 
 
-@pytest.mark.parametrize('which, l, head', [('q', 0, 'mean'), ('v', 1, 0)])
-def test_temperatures(browser, which, l, head):
-    browser.choose(layer=l, which=which, head=head)
-    every = browser.reading.temperatures[which]
-    expected = every[l].mean(axis=1) if head == 'mean' else every[l][:, head]
-    shown = browser.each('#tempered span', '+e.dataset.tau')
-    np.testing.assert_allclose(shown, expected, atol=0.002)
-    assert len(set(browser.each('#tempered span', 'e.style.background'))) > 5
-    shown = [float(t) for t in browser.texts('#low, #high')]
-    np.testing.assert_allclose(shown, [every.min(), every.max()], atol=0.01)
-
-
-@pytest.mark.parametrize('config', [dict(selective=True), dict(ssa='qv')])
-def test_a_model_of_one_method_has_one_part(empty, config):
-    empty.open(**config)
-    assert empty.find('#selection').is_displayed() == ('selective' in config)
-    assert empty.find('#temperatures').is_displayed() == ('ssa' in config)
-
-
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_dark_and_narrow(empty, scheme):
-    empty.open(scheme, 360, selective=True, ssa='qv')
+    empty.open(scheme, 360)
     assert empty.js('document.documentElement.scrollWidth') <= 360
     colour = empty.js('getComputedStyle(document.body).backgroundColor')
     assert (colour == 'rgb(255, 255, 255)') == (scheme == 'light')
 
 
 def test_says_when_it_cannot_be_drawn(empty):
-    empty.open(ssa='qv')
+    empty.open()
     html = empty.path.read_text()
     empty.path.write_text(html.replace("DecompressionStream('deflate')", 'Missing()'))
     empty.load('!document.getElementById("failure").hidden')
