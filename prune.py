@@ -4,23 +4,23 @@
     python prune.py --out_dir=out/selective_small --tolerance=0.01
 
 The first prunes down to the loss of another model, the second to 0.01 nats over the model's own
-loss. Every layer starts with a budget of block_size tokens. Each step
-takes a few tokens from the layer where that costs the least validation loss, until every further
-step would raise the loss above the target. Each row printed is one point of the curve of memory
-against loss; <out_dir>/budgets.json has them all, and sample.py generates within its budgets.
+loss. Every layer starts with a budget of block_size tokens. Each step takes a few tokens from the
+layer where that costs the least validation loss, until every further step would raise the loss
+above the target. Each row printed is one point of the curve of memory against loss;
+<out_dir>/budgets.json has them all, and sample.py generates within its budgets.
 
 --search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every
 step. The default, --search=quick, differs from it in three things. A bite is a fraction of what a
 layer has, at first half of it; when the cheapest bite costs too much, all are halved, down to one
 token. A bite of more than one token may spend at most a quarter of what is left up to the target.
 And only the layer whose last trial was the cheapest per token is tried again: if it still is the
-cheapest, it is taken without trying the others. Both ways reuse the activations below the tried
-layer.
+cheapest, it is taken without trying the others.
 """
 
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from support import settings  # before torch, see support/__init__.py
 
@@ -29,7 +29,7 @@ import torch.nn.functional as fn
 
 import data
 import kernels
-from model import POLICIES
+from model import POLICIES, KVCache
 from support import checkpoint as ckpt, devices, files, pretrained
 from support.settings import UserError, option
 
@@ -46,7 +46,9 @@ class PruneConfig:
     dataset: str = option(
         '', "data set whose validation loss counts; '': the one it was trained on"
     )
-    windows: int = option(32, 'validation sequences that the search measures on', low=1)
+    windows: int = option(
+        32, 'validation sequences to measure on, or a few more, to fill batches', low=1
+    )
     seed: int = option(0, 'which windows these are')
     # how far
     baseline: str = option('', "folder of a model whose loss is the target; '': this model's own")
@@ -64,57 +66,23 @@ class PruneConfig:
 # ---- The loss under budgets ----------------------------------------------------------------------
 
 
-class Trials:
-    """The loss of a model under budgets, on a fixed set of windows."""
+def losses(model, batches, budgets=None, policy='selective', dtype=None):
+    """The mean loss of each window in nats per token, (windows,), within budgets.
 
-    def __init__(self, model, batches, policy='selective', dtype=torch.float32):
-        """batches: a list of x and y, int64 (2, B, T). dtype: of keys and values that are kept."""
-        self.model = model
-        self.batches = batches
-        self.policy = policy
-        self.dtype = dtype
-        x, _ = batches[0]
-        self.pos = torch.arange(x.size(1), device=x.device)
-        self.turn = model.rotation(self.pos)
-        self.budgets = [x.size(1)] * model.config.n_layer
-        # inputs[n][l]: what layer l reads of batch n under self.budgets, as far as it was needed
-        self.inputs = [[model.embed(x, self.pos)] for x, _ in batches]
-
-    def loss(self, budgets, first=0):
-        """Mean loss in nats per token; first: see `windows`."""
-        return self.windows(budgets, first).mean().item()
-
-    def windows(self, budgets, first=0):
-        """The mean loss of each window, (windows,).
-
-        first: a layer below which the budgets are self.budgets; what it reads is kept.
-        """
-        losses = []
-        for inputs, (_, y) in zip(self.inputs, self.batches):
-            for l in range(len(inputs) - 1, first):
-                inputs.append(self.layer(l, inputs[l], self.budgets[l]))
-            x = inputs[first]
-            for l in range(first, len(budgets)):
-                x = self.layer(l, x, budgets[l])
-            logits = self.model.lm_head(self.model.transformer.ln_f(x)).float()
-            loss = fn.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction='none')
-            losses.append(loss.sum(dim=1) / (y >= 0).sum(dim=1))
-        return torch.cat(losses).cpu()
-
-    def take(self, l, bite):
-        """Give layer l a smaller budget; what the layers above it read is then out of date."""
-        self.budgets[l] -= bite
-        for inputs in self.inputs:
-            del inputs[l + 1 :]
-
-    def layer(self, l, x, budget):
-        """Layer l on x (B, T, C), with the parallel form of context pruning."""
-        cache = None
-        if budget < len(self.pos):
-            layer = self.model.transformer.h[l].attn
-            cache = layer.make_cache(len(x), budget, self.policy, self.dtype)
-        y, _ = self.model.transformer.h[l](x, self.pos, self.turn, cache)
-        return y
+    batches: a list of x and y, int64 (2, B, T). The rest is for KVCache.
+    """
+    found = []
+    for x, y in batches:
+        cache = KVCache(model, len(x), budgets, policy, dtype)
+        for l, budget in enumerate(cache.budgets):
+            if budget >= x.size(1):  # nothing is dropped, and a kernel is faster
+                cache.layers[l] = None
+        logits, _ = model(x, y, cache=cache)
+        nats = fn.cross_entropy(
+            logits.float().transpose(1, 2), y, ignore_index=-1, reduction='none'
+        )
+        found.append(nats.sum(dim=1) / (y >= 0).sum(dim=1))
+    return torch.cat(found).cpu()
 
 
 # ---- The search ----------------------------------------------------------------------------------
@@ -131,17 +99,17 @@ class Trial:
     rise: float = math.inf  # of the loss, for each token taken
 
 
-def search(trials, target, plain_bite=0):
-    """Take bites from trials.budgets. Yields the loss without pruning, then that after each bite.
+def search(measure, budgets, target, plain_bite=0):
+    """Take bites from budgets. Yields the budgets and the loss, before the first and after each.
 
-    plain_bite: tokens of a bite in the paper's search; 0: the quick search. See the top of this
-    file for both. Raises UserError where the loss is above the target from the start.
+    measure: the losses of windows under budgets. plain_bite: tokens of a bite in the paper's
+    search; 0: the quick search. See the top of this file for both. Raises UserError where the loss
+    is above the target from the start.
     """
-    budgets = trials.budgets
-    loss = trials.loss(budgets)
+    loss = measure(budgets).mean().item()
     if loss > target:
         raise UserError(f'the loss without pruning, {loss:.4f}, {ABOVE}, {target:.4f}')
-    yield loss
+    yield budgets, loss
     size = plain_bite  # tokens of a bite; 0: a part of what the layer has
     part = 0.5
     tried = {}  # layer -> its last trial
@@ -150,12 +118,10 @@ def search(trials, target, plain_bite=0):
         for l, budget in enumerate(budgets):
             if l in tried:
                 continue
-            bite = size or min(int(part * budget), budget - 2)
+            bite = size or int(part * budget)
             tried[l] = Trial(l, bite, step)
             if 0 < bite < budget - 1:  # else it has too few
-                fewer = list(budgets)
-                fewer[l] -= bite
-                tried[l].loss = trials.loss(fewer, l)
+                tried[l].loss = measure(fewer(budgets, l, bite)).mean().item()
                 tried[l].rise = (tried[l].loss - loss) / bite
         best = min(tried.values(), key=lambda trial: trial.rise)
         left = target - loss
@@ -164,9 +130,9 @@ def search(trials, target, plain_bite=0):
         if best.step < step and best.rise < math.inf:
             del tried[best.layer]  # other layers have lost tokens since: try it again
         elif best.loss - loss <= left:
-            trials.take(best.layer, best.bite)
+            budgets = fewer(budgets, best.layer, best.bite)
             loss = best.loss
-            yield loss
+            yield budgets, loss
             step += 1
             del tried[best.layer]
             if plain_bite:
@@ -180,6 +146,11 @@ def search(trials, target, plain_bite=0):
             best.loss = best.rise = math.inf  # what another layer gives may still fit
         else:
             return
+
+
+def fewer(budgets, l, bite):
+    """The budgets after a bite from layer l."""
+    return [*budgets[:l], budgets[l] - bite, *budgets[l + 1 :]]
 
 
 # ---- How sure the result is ----------------------------------------------------------------------
@@ -200,30 +171,22 @@ def bootstrap(values, counts=None):
     return means.quantile(0.025).item(), means.quantile(0.975).item()
 
 
-def unseen(trials, curve, target):
-    """The curve on windows that the search has not seen, those of trials.
+def unseen(measure, curve, target):
+    """The curve on windows that the search has not seen.
 
-    target (windows,): the loss to keep on each. Returns a dictionary: 'target'; 'unpruned' and
-    'pruned', the losses at the ends of the curve; 'difference', of the end to the target, with its
-    95% interval; 'holds', the point of the curve with the least memory whose loss on these windows
-    is at most the target, or None. Only this point counts as memory saved.
+    measure: their losses under budgets; target: the loss to keep on each, (windows,). Returns
+    a dictionary: 'difference', of the end of the curve to the target, with its 95% interval;
+    'holds', the point of the curve with the least memory whose loss on these windows is at most the
+    target, or None. Only this point counts as memory saved.
     """
-    end = trials.windows(curve[-1]['budgets'])
-    difference = end - target
-    goal = target.mean().item()
+    difference = measure(curve[-1]['budgets']) - target
     holds = None
     for p in reversed(curve):
-        loss = trials.loss(p['budgets'])
-        if loss <= goal:
-            holds = {**p, 'val_loss': loss}
+        loss = measure(p['budgets']).mean()
+        if loss <= target.mean():
+            holds = {**p, 'val_loss': loss.item()}
             break
-    return {
-        'target': goal,
-        'unpruned': trials.loss(curve[0]['budgets']),
-        'pruned': end.mean().item(),
-        'difference': [difference.mean().item(), *bootstrap(difference)],
-        'holds': holds,
-    }
+    return {'difference': [difference.mean().item(), *bootstrap(difference)], 'holds': holds}
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -250,32 +213,34 @@ def main():
     if dataset.tokenizer_name != checkpoint['tokenizer']:
         raise UserError(f'{dataset.path} has another tokenizer than {cfg.out_dir}')
     kernels.install(model, dtype=dtype)  # for layers that keep everything
-    searched, held_out = windows_of(dataset, cfg, model, checkpoint)
+    batches = windows_of(dataset, cfg, model, checkpoint)
+    searched = batches[: len(batches) // 2]
+    held_out = batches[len(batches) // 2 :]
 
     with devices.autocast(cfg.device, cfg.dtype):  # as sample.py generates
         # the search
-        target = to_keep(reference, searched, cfg).mean().item()
-        trials = Trials(model, searched, cfg.policy, dtype)
+        target = losses(reference, searched).mean().item() + cfg.tolerance
         result = {
             **vars(cfg),
             'target_loss': target,
             'checkpoint': ckpt.fingerprint(model),
-            'budgets': trials.budgets,
             'curve': [],
             'held_out': {},
         }
-        full = sum(trials.budgets)
+
+        measure = partial(losses, model, searched, policy=cfg.policy, dtype=dtype)
+        full = [searched[0].size(2)] * model.config.n_layer
         plain_bite = cfg.bite if cfg.search == 'plain' else 0
-        for loss in search(trials, target, plain_bite):
-            budgets = list(trials.budgets)
-            saving = full / sum(budgets)
+        for budgets, loss in search(measure, full, target, plain_bite):
+            saving = sum(full) / sum(budgets)
             print(f'{budgets}: {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
+            result['budgets'] = budgets
             result['curve'].append({'budgets': budgets, 'saving': saving, 'val_loss': loss})
             files.write_file(path, json.dumps(result))
 
         # does it hold on other windows?
-        trials = Trials(model, held_out, cfg.policy, dtype)
-        found = unseen(trials, result['curve'], to_keep(reference, held_out, cfg))
+        measure = partial(losses, model, held_out, policy=cfg.policy, dtype=dtype)
+        found = unseen(measure, result['curve'], losses(reference, held_out) + cfg.tolerance)
     result['held_out'] = found
     files.write_file(path, json.dumps(result))
     mean, low, high = found['difference']
@@ -300,24 +265,17 @@ def traits(model, checkpoint):
 
 
 def windows_of(dataset, cfg, model, checkpoint):
-    """Two lists of batches of random validation windows; in a small text they may overlap."""
+    """Batches of random validation windows, half of them for the search.
+
+    In a small text windows may overlap.
+    """
     size = dataset.window(model.config.block_size) - 1  # records may be shorter
-    bos = ckpt.starts_with_bos(checkpoint)
-    lists = [], []
-    n = 0
-    for batches in lists:
-        for start in range(0, cfg.windows, cfg.batch_size):
-            B = min(cfg.batch_size, cfg.windows - start)
-            batch = torch.stack(dataset.batch('val', n, B, size, cfg.seed, bos))
-            batches.append(batch.to(cfg.device))
-            n += 1
-    return lists
-
-
-def to_keep(reference, batches, cfg):
-    """The loss to keep on each window, (windows,)."""
-    trials = Trials(reference, batches)
-    return trials.windows(trials.budgets) + cfg.tolerance
+    B = min(cfg.batch_size, cfg.windows)
+    batches = []
+    for n in range(2 * math.ceil(cfg.windows / B)):
+        batch = dataset.batch('val', n, B, size, cfg.seed, ckpt.starts_with_bos(checkpoint))
+        batches.append(torch.stack(batch).to(cfg.device))
+    return batches
 
 
 if __name__ == '__main__':
