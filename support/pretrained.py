@@ -18,7 +18,6 @@ from support import bpe, files, settings
 from support import checkpoint as ckpt
 from support.settings import UserError, one_line
 
-MODELS = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # given by the weights, not by the settings
 SHAPE = (
     'vocab_size n_layer n_head n_embd bias gelu llama n_kv_head n_inner tied rope rope_base'
@@ -89,8 +88,8 @@ def load_model(init_from, out_dir, device='cpu'):
 def load(name):
     """The weights of a GPT-2 or a Llama as a checkpoint for `checkpoint.build`.
 
-    name: a folder, one of MODELS, or another name of the hub. Raises UserError if there is no such
-    model to be had. A GPT-2 has GPT-2's tokenizer, or bytes where the vocabulary is too small.
+    name: a folder, or a name of the hub. Raises UserError if there is no such model to be had. A
+    GPT-2 has GPT-2's tokenizer, or bytes where the vocabulary is too small.
     """
     folder = name
     if not os.path.isdir(name):
@@ -219,8 +218,6 @@ def convert_llama(tensors):
 
 def fetch(name):
     """The folder of a model where the library of the hub keeps it. It is downloaded once."""
-    if name in MODELS:
-        name = f'openai-community/{name}'
     try:
         import huggingface_hub
 

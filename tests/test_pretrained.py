@@ -193,7 +193,7 @@ def test_download(folder, monkeypatch):
     """The names that the hub is asked for. Without a network one line is said."""
 
     def snapshot_download(name, allow_patterns):
-        if name not in ('openai-community/gpt2-medium', 'some_one/GPT.2-x'):
+        if name not in ('gpt2-medium', 'some_one/GPT.2-x'):
             raise ConnectionError('long\nstory')
         for file in os.listdir(folder):
             assert any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
