@@ -177,7 +177,7 @@ class Dataset:
         key = [seed, int(split == 'val'), index, batch_size, block_size]
         starts = np.random.default_rng(key).integers(count, size=batch_size) * step
         windows = np.stack([self._window(split, start, length) for start in starts])
-        if windows.max(initial=0) >= self.vocab_size:
+        if windows.max() >= self.vocab_size:
             raise UserError(f'{self.path} has tokens that its tokenizer lacks: prepare it again')
         if bos:
             windows = np.insert(windows, 0, self.end, axis=1)
@@ -185,9 +185,7 @@ class Dataset:
         x = windows[:, :-1].contiguous()
         y = windows[:, 1:]
         if self.record_len:
-            asked = torch.zeros(length, dtype=torch.bool)
-            asked[self.answers] = True
-            y[:, ~asked[1:]] = -1
+            y[:, ~np.isin(range(1, length), self.answers)] = -1
         return x, y
 
     def _window(self, split, start, length):

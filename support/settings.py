@@ -120,7 +120,7 @@ def parse(cls, argv=None, positional=None):
 
 def help_text(cls):
     """The script's docstring, then every setting with its default and meaning."""
-    lines = [inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ''), '']
+    lines = [inspect.getdoc(sys.modules[cls.__module__]), '']
     for field in dataclasses.fields(cls):
         setting = f'--{field.name}={getattr(cls, field.name, "")}'
         line = f'  {setting:<38} {field.metadata["help"]}'
