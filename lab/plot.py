@@ -1,4 +1,4 @@
-"""Curves of several runs: loss against steps, and memory against loss.
+"""Curves of several runs: validation loss against steps, and against the memory saved.
 
     python -m lab.plot out/*
     python -m lab.plot out/standard_small out/selective_small --to=out/figures
@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from support import checkpoint as ckpt, files, settings
 from support.settings import UserError, option
 
-# Okabe and Ito's colours, for the colour-blind; lines and markers tell the runs apart in black and
-# white
-COLOURS = '#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999'.split()
+# lines and markers tell the runs apart without colours, too
 LINES = '-o --s -.^ :D -v --P -.X :*'.split()
 
 
@@ -27,17 +25,11 @@ class PlotConfig:
     to: str = option('out', 'folder of the pictures')
 
 
-def draw(path, curves, title, x, y, pale=(), scale='linear'):
-    """Write a picture of the curves, {label: (xs, ys)}, as PNG, whole or not at all.
-
-    pale: {label: (xs, ys)}, drawn thin in the colour of the curve. scale: of the x-axis.
-    """
+def draw(path, curves, title, x, y, scale='linear'):
+    """Write a picture of the curves, {label: (xs, ys)}, as PNG. scale: of the x-axis."""
     figure, ax = import_pyplot().subplots(figsize=(7, 4.5), layout='constrained')
     for n, (label, curve) in enumerate(curves.items()):
-        colour = COLOURS[n % 8]
-        if label in pale:
-            ax.plot(*pale[label], color=colour, alpha=0.3, linewidth=1)
-        ax.plot(*curve, LINES[n % 8], color=colour, label=label)
+        ax.plot(*curve, LINES[n % 8], label=label)
     ax.set(title=title, xlabel=x, ylabel=y, xscale=scale)
     ax.legend()
     ax.grid(alpha=0.3)
@@ -64,14 +56,12 @@ def curve(run, figure):
 
 def main():
     cfg = settings.parse(PlotConfig, positional='runs')
-    train = {}
     val = {}
     pruned = {}
     for run in cfg.runs:
         if not os.path.isfile(f'{run}/log.jsonl'):
             print(f'{run} is left out, it has no log.jsonl', file=sys.stderr)
             continue
-        train[run] = curve(run, 'loss')
         val[run] = curve(run, 'val_loss')
         for path in sorted(pathlib.Path(run).glob('budgets*.json')):
             points = files.read_json(path, 'run prune.py again', curve=list)['curve']
@@ -80,10 +70,10 @@ def main():
     if not val:
         raise UserError('which runs? python -m lab.plot out/*')
     y = 'validation loss, nats per token'
-    draw(f'{cfg.to}/loss.png', val, 'pale: training loss', 'step', y, train)
+    draw(f'{cfg.to}/loss.png', val, 'what the runs learn', 'step', y)
     if pruned:
         x = 'memory saved: full context / sum of the budgets'
-        draw(f'{cfg.to}/memory.png', pruned, 'what pruning costs', x, y, scale='log')
+        draw(f'{cfg.to}/memory.png', pruned, 'what pruning costs', x, y, 'log')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as fn
 
 import data
-import kernels
 import model as m
 import prune
 import train
@@ -69,7 +68,6 @@ class Runner:
     def __init__(self, cfg, title):
         self.cfg = cfg
         self.title = title
-        self.about = ''  # the text that the models learn from
 
     def train(self, models, steps, flags, seeds=None):
         """{name: its Arm}. models: {name: its flags as text}.
@@ -120,17 +118,15 @@ class Runner:
             list(pool.map(command, commands))
 
     def curves(self, arms, figure='val_loss', y='validation loss, nats per token'):
-        """Draw a figure of the arms against steps, mean and pale each seed; returns a link to it.
+        """Draw a figure of the arms against steps, the mean over seeds; returns a link to it.
 
         Without the first evaluation, which would leave no room for differences.
         """
         means = {}
-        pale = {}
         for name, arm in arms.items():
             steps, values = arm.curve(figure)
             means[name] = steps[1:], values.mean(axis=0)[1:]
-            pale[name] = steps[1:], values.T[1:]
-        plot.draw(f'{self.cfg.out_dir}/{self.title}.png', means, self.title, 'step', y, pale)
+        plot.draw(f'{self.cfg.out_dir}/{self.title}.png', means, self.title, 'step', y)
         return f'![{self.title}]({self.title}.png)'
 
 
@@ -155,9 +151,7 @@ def load(folder, rule=''):
     if rule:
         with ablate.changed(rule):
             return ckpt.load_model(folder)
-    model, checkpoint = ckpt.load_model(folder)
-    kernels.install(model)
-    return model, checkpoint
+    return ckpt.load_model(folder)
 
 
 @dataclass
@@ -211,9 +205,8 @@ def token_losses(folder, rule, windows, budgets=None, policy='selective'):
     """
     model, checkpoint = load(folder, rule)
     text = data.load_dataset(checkpoint['dataset'])
-    T = model.config.block_size
     bos = ckpt.starts_with_bos(checkpoint)
-    return losses_on(model, text, T, windows, bos, budgets, policy)
+    return losses_on(model, text, model.config.block_size, windows, bos, budgets, policy)
 
 
 @torch.no_grad()

@@ -19,11 +19,14 @@ from support import settings
 from support.settings import UserError, option
 
 
-# A task is a function of a random generator and the settings. It returns the text of a record and
-# the places in it of the answers.
+STATEMENTS = 24  # of a record, four for each question
+WORDS = 10  # of filler
+
+# A task is a function of a random generator and the number of variables. It returns the text of a
+# record and the places in it of the answers.
 
 
-def variable_assignment(rng, cfg):
+def variable_assignment(rng, variables):
     """2410.02703 section 2: the last value that a variable was given.
 
     `c=3; a=7; c=1; c?` asks, `1` is the answer; and on. A record draws its variables from the
@@ -31,9 +34,8 @@ def variable_assignment(rng, cfg):
     statement is a single token, the byte 128 + 10 * letter + value, so that the task is to know
     what is stale, not which value stands beside which letter; a question is the letter.
     """
-    variables = rng.choice(12, cfg.variables, replace=False)
-    letters = rng.choice(variables, cfg.statements)
-    digits = rng.integers(10, size=cfg.statements)
+    letters = rng.choice(rng.choice(12, variables, replace=False), STATEMENTS)
+    digits = rng.integers(10, size=STATEMENTS)
     values = {}
     text = ''
     answers = []
@@ -54,15 +56,15 @@ FILLER = (
 )
 
 
-def passkey(rng, cfg):
+def passkey(rng, _):
     """Five digits, as theirs, hidden in filler, after 2411.12892 section 5.
 
     `the sky [40712] is blue [` asks, `40712` is the answer.
     """
-    words = list(rng.choice(FILLER.split(), cfg.words))
+    words = list(rng.choice(FILLER.split(), WORDS))
     key = f'{rng.integers(100_000):05}'
-    words.insert(round(rng.random() * cfg.words), f'[{key}]')
-    text = ' '.join(words).rjust(6 * cfg.words + 7) + ' [' + key
+    words.insert(round(rng.random() * WORDS), f'[{key}]')
+    text = ' '.join(words).rjust(6 * WORDS + 7) + ' [' + key
     return text, range(len(text) - 5, len(text))
 
 
@@ -77,11 +79,9 @@ class TaskConfig:
     records: int = option(
         100_000, 'of training; a twentieth of it for validation', low=20, high=10**8
     )
-    statements: int = option(24, 'variable_assignment: in each record, four a question', low=4)
     variables: int = option(
         3, 'variable_assignment: in each record, of the letters a to l', low=1, high=12
     )
-    words: int = option(10, 'passkey: of filler in each record')
     seed: int = option(0, 'same seed, same data')
 
 
@@ -90,14 +90,14 @@ def make(cfg):
     [task] = cfg.task
     record = TASKS[task]
     folder = data.output_folder(cfg.data_dir, cfg.name or task, source='lab.tasks')
-    text, answers = record(np.random.default_rng(0), cfg)
+    text, answers = record(np.random.default_rng(0), cfg.variables)
     shape = {'record_len': len(text) + 1, 'answers': [place + 1 for place in answers]}
     tokenizer = data.get_tokenizer('bytes')
     with data.new_dataset(folder, tokenizer, f'lab.tasks {cfg}', **shape) as (train, val):
         for number, out, records in [(0, train, cfg.records), (1, val, cfg.records // 20)]:
             rng = np.random.default_rng([cfg.seed, number])
             for _ in range(records):
-                text, _ = record(rng, cfg)
+                text, _ = record(rng, cfg.variables)
                 data.write_tokens(out, list(f'\n{text}'.encode('latin-1')))
     print(data.summary(folder))
 

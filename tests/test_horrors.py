@@ -155,7 +155,7 @@ COMMANDS = {
     'prune': PRUNE,
     'prepare_text': TEXT,
     'prepare_c4': '--base_url=http://127.0.0.1:9/x --tokenizer=bytes',
-    'lab.tasks': 'passkey --records=20 --words=4',
+    'lab.tasks': 'passkey --records=20',
     'lab.plot': 'out/a',
     'lab.visualize': '--out_dir=out/a --start=line1',
     'lab.bench': '--what=decode --shapes=small --lengths=64 --tokens=64 --rounds=1 --device=cpu',

@@ -30,8 +30,7 @@ def test_runs(tmp_path, run, monkeypatch):
             (tmp_path / name / 'log.jsonl').write_text(LOG)
     assert 'no_run is left out' in run(plot, 'a', 'b', 'no_run', '--to=figures')
     assert [path.name for path in (tmp_path / 'figures').iterdir()] == ['loss.png']
-    loss, val_loss = [[0, 5.1], [20, 4.0]], [[0, 5.0], [40, 3.5]]
-    assert points() == [loss, val_loss] * 2
+    assert points() == [[[0, 5.0], [40, 3.5]]] * 2
     labels = [text.get_text() for text in plt.gca().get_legend().get_texts()]
     assert labels == ['a', 'b']
 

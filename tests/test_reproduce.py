@@ -174,8 +174,8 @@ def test_records_right(run, tmp_path, monkeypatch, wrong):
         y[:, -1] += wrong
         return torch.nn.functional.one_hot(y), None
 
-    model.config = types.SimpleNamespace(block_size=20)
-    run(tasks, 'passkey', f'--data_dir={tmp_path}', '--records=2000', '--words=1')
+    model.config = types.SimpleNamespace(block_size=80)
+    run(tasks, 'passkey', f'--data_dir={tmp_path}', '--records=2000')
     monkeypatch.setattr(runs, 'load', lambda folder: (model, None))
     assert runs.records_right('', data.Dataset(f'{tmp_path}/passkey')) == 1 - wrong
 
@@ -233,10 +233,10 @@ def test_searches(runner, tmp_path, monkeypatch):
 
 
 TABLE = """\
-| selective, seed 1 | 2 6 | 9.0x | 6.0x | standard | a | a K | a K oldest | standard K oldest \
-| ALiBi alibi=4 | window=4 window=4 |
-| memory loss 0.1, seed 1 |  |  |  |  |  |  |  |  |  |  |
-| memory loss 0.02, seed 1 |  |  |  |  |  |  |  |  |  |  |"""
+| selective, seed 1 | 2 6 | 9.0x | 6.0x | standard | a K | a K oldest | ALiBi alibi=4 \
+| window=4 window=4 |
+| memory loss 0.1, seed 1 |  |  |  |  |  |  |  |  |
+| memory loss 0.02, seed 1 |  |  |  |  |  |  |  |  |"""
 
 
 def test_equal_memory(runner, monkeypatch):
