@@ -8,7 +8,6 @@ tokenizer. Every measurement is kept in a file, so a claim that was stopped goes
 """
 
 import functools
-import glob
 import hashlib
 import os
 
@@ -19,7 +18,7 @@ import data
 from lab import runs
 from lab.harness import passkey
 from lab.runs import Losses, markdown, spread
-from support import files, pretrained
+from support import checkpoint as ckpt, files, pretrained
 
 PRESENT = 'streaming', 'oldest', 'random', 'knorm', 'tova', 'h2o', 'h2o_mean'
 VOTER = '--selective --voter=16 --vote_scale --ssa_lr=60 --memory_loss=0.15 --train_budgets=0,64'
@@ -44,12 +43,10 @@ def losses(r, folders, text, T, K=None, policy='oldest'):
     text = data.load_dataset(text)
     found = []
     for folder in folders:
-        weights = glob.glob(f'{folder}/ckpt.pt') + glob.glob(f'{folder}/*.safetensors')
-        changed = [os.path.getmtime(path) for path in weights]  # if it was trained again
-        what = repr([folder, changed, text.meta, T, K, policy])
+        model, _ = load(folder)
+        what = repr([ckpt.fingerprint(model), text.meta, T, K, policy])
         path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
         if not os.path.isfile(path):
-            model, _ = load(folder)
             new = runs.losses_on(model, text, T, TOKENS // T, True, K, policy)
             with files.replacing(path) as f:
                 torch.save(vars(new), f)
@@ -96,7 +93,6 @@ def eviction(r):
 def train(r, models, steps):
     """The arms of models that go on from --model with --dataset."""
     text = data.load_dataset(r.cfg.dataset)
-    r.about = f'Text: {data.summary(text.path)}.'
     flags = ['config/real_model.py', f'--init_from={r.cfg.model}', f'--dataset={text.path}']
     return r.train(models, steps, flags)
 
