@@ -537,22 +537,15 @@ class GPT(nn.Module):
         return logits, loss, most.mean() / T
 
     def generate(
-        self,
-        idx,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=None,
-        budgets=None,
-        policy='selective',
-        num_samples=1,
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, budgets=None, policy='selective'
     ):
-        """idx (B, T) and max_new_tokens more: (B * num_samples, T + max_new_tokens).
+        """idx (B, T) and max_new_tokens more: (B, T + max_new_tokens).
 
         budgets, policy: see KVCache below; the others: see `stream`.
         """
         cache = KVCache(self, len(idx), budgets, policy)
-        new = stream(self, idx, max_new_tokens, temperature, top_k, cache, num_samples)
-        return torch.cat([idx.repeat_interleave(num_samples, dim=0), *new], dim=1)
+        new = stream(self, idx, max_new_tokens, temperature, top_k, cache)
+        return torch.cat([idx, *new], dim=1)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, ssa_lr=1.0):
         """A list of optimizers: AdamW, which decays matrices and embeddings, not vectors.
@@ -828,10 +821,6 @@ class LayerCache:
         self.F[:, :m] = F[:, -1].gather(1, left)
         return y
 
-    def tensors(self):
-        """{name: tensor} of all that it remembers; the first dimension is the batch."""
-        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-
     def start(self, k):
         """A of new tokens (B, R), from their keys (B, H, R, D), a voter's left out."""
         return self.policy.start(k[:, -self.config.kv_heads :]).to(self.A.dtype)
@@ -899,15 +888,13 @@ class KVCache:
         device = model.lm_head.weight.device
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
 
-    def repeat(self, n):
-        """Repeat each sequence n times: a prompt that was read once then serves n texts."""
-        for layer in self.layers:
-            for name, x in layer.tensors().items():
-                setattr(layer, name, x.repeat_interleave(n, dim=0))
-
     def bytes(self):
         """Bytes of keys and values, and of F and positions, over all layers."""
-        return sum(x.nbytes for layer in self.layers for x in layer.tensors().values())
+        total = 0
+        for layer in self.layers:
+            for x in layer.k, layer.v, layer.F, layer.A, layer.j:
+                total += x.nbytes
+        return total
 
 
 def check_budgets(config, budgets, policy='selective'):
@@ -944,8 +931,8 @@ def prefill(model, idx, cache, rows=64):
 
 
 @torch.no_grad()
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, cache=None, num_samples=1):
-    """Yield the next tokens (B * num_samples, 1), max_new_tokens times, after reading idx (B, T).
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, cache=None):
+    """Yield the next tokens (B, 1), max_new_tokens times, after reading idx (B, T).
 
     temperature 0 takes the most likely token; top_k keeps the k most likely; cache: a KVCache,
     None: one that keeps block_size tokens. With rope, positions count on past block_size, and the
@@ -960,7 +947,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, cache=None, 
         cache = KVCache(model, len(idx))
     new = idx
     seen = int(cache.position)
-    for n in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         if ends and seen + new.size(1) > size:
             new = idx = idx[:, -max(1, size // 2) :]
             dtype = cache.layers[0].k.dtype
@@ -968,10 +955,6 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, cache=None, 
             seen = 0
         seen += new.size(1)
         logits = prefill(model, new, cache)[:, -1]  # (B, V)
-        if n == 0 and num_samples > 1:
-            cache.repeat(num_samples)
-            idx = idx.repeat_interleave(num_samples, dim=0)
-            logits = logits.repeat_interleave(num_samples, dim=0)
         new = sample(logits, temperature, top_k)
         idx = torch.cat([idx[:, 1 - size :], new], dim=1)
         yield new

@@ -66,24 +66,22 @@ def main():
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     prompt = files.read_text(cfg.start)
     ids = data.encode_prompt(prompt, tokenizer, ckpt.starts_with_bos(checkpoint))
-    idx = torch.tensor([ids], device=device)
+    idx = torch.tensor([ids] * cfg.num_samples, device=device)
 
     # the memory
     folder = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
     budgets = ckpt.read_budgets(cfg.budgets, folder, model, cfg.policy)
-    cache = KVCache(model, 1, budgets, cfg.policy, getattr(torch, dtype))
-    memory = f'KV cache {cache.bytes():,} bytes a text'
+    cache = KVCache(model, len(idx), budgets, cfg.policy, getattr(torch, dtype))
+    memory = f'KV cache {cache.bytes():,} bytes'
     if budgets:
-        full = KVCache(model, 1, dtype=getattr(torch, dtype)).bytes()
+        full = KVCache(model, len(idx), dtype=getattr(torch, dtype)).bytes()
         memory += f' for budgets {cache.budgets}, {full / cache.bytes():.1f}x less than without'
 
     # the texts
     torch.manual_seed(cfg.seed)
     started = time.time()
     with devices.autocast(device, dtype):
-        steps = stream(
-            model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cache, cfg.num_samples
-        )
+        steps = stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cache)
         if cfg.num_samples == 1:
             texts = [(new.item() for new in steps)]
         else:

@@ -545,18 +545,6 @@ def test_rope_counts_on(selective, budgets):
     )
 
 
-@pytest.mark.parametrize('rope', [False, True])
-def test_a_prompt_is_read_once_for_many_texts(rope):
-    gpt = make(selective=True, rope=rope)
-    for budgets in None, [5, 9]:
-        many = gpt.generate(tokens(2, 7), 30, temperature=0, num_samples=3, budgets=budgets)
-        one = gpt.generate(tokens(2, 7), 30, temperature=0, budgets=budgets)
-        assert torch.equal(many, one.repeat_interleave(3, dim=0))
-    torch.manual_seed(0)
-    many = gpt.generate(tokens(1, 7), 10, num_samples=4)
-    assert len({tuple(text) for text in many.tolist()}) > 1
-
-
 def test_cache_size():
     gpt = make(selective=True, dtype=torch.float32, **SHARED)
     small, full = KVCache(gpt, 2, [3, 6]), KVCache(gpt, 2)

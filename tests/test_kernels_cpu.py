@@ -389,7 +389,7 @@ def test_rows_are_not_left_to_model(no_plain_rows):
     _, fast = make(selective=True)
     idx = torch.zeros(2, 9, dtype=torch.long)
     no_plain_rows()
-    fast.generate(idx, 20, budgets=8, num_samples=2)
+    fast.generate(idx, 20, budgets=8)
     with pytest.raises(AssertionError, match='computes a row'):
         fast.generate(idx, 2, budgets=8, policy='h2o')
 
