@@ -258,7 +258,10 @@ def decode_part(subject):
         for case, budgets in ('full cache', None), (f'budgets of {K}', K):
             cache = m.KVCache(gpt, 1, budgets)
             m.prefill(gpt, text, cache)
-            cache.repeat(B)
+            for layer in cache.layers:  # a text that was read once serves all
+                for name in 'k', 'v', 'F', 'A', 'j':
+                    x = getattr(layer, name)
+                    setattr(layer, name, x.repeat_interleave(B, dim=0))
             steps[case] = partial(gpt, new, cache=cache)
         if find_spec('transformers'):
             steps["transformers' GPT-2"] = transformers_step(gpt, text, new)
