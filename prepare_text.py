@@ -1,4 +1,4 @@
-"""Turns local text into token files that train.py reads.
+"""Turn local text into token files that train.py reads.
 
     python prepare_text.py                                      the offline default, data/stdlib
     python prepare_text.py notes/ book.txt --name=mine          all of a folder, and one more file

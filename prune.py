@@ -40,9 +40,7 @@ ABOVE = 'is already above the target'  # of a loss without pruning
 class PruneConfig:
     # what to prune
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt and of the budgets')
-    init_from: str = option(
-        'resume', "'resume': <out_dir>/ckpt.pt; or 'gpt2', 'gpt2-medium', … or a folder"
-    )
+    init_from: str = option('resume', "'resume': <out_dir>/ckpt.pt; or a folder or name of the hub")
     dataset: str = option(
         '', "data set whose validation loss counts; '': the one it was trained on"
     )

@@ -7,7 +7,7 @@
     python sample.py --init_from=gpt2 --start="The answer is"
 
 One text appears as it is generated; several are generated together, as one batch, and printed at
-the end. The last line tells tokens per second, the bytes of the KV cache, and what budgets save.
+the end. The last line gives tokens per second, the bytes of the KV cache, and what budgets save.
 """
 
 import codecs
@@ -30,7 +30,7 @@ from support.settings import option
 @dataclass
 class SampleConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
-    init_from: str = option('resume', "'resume': ckpt.pt; or 'gpt2', 'gpt2-xl', … or a folder")
+    init_from: str = option('resume', "'resume': ckpt.pt; or a folder, or a name of the hub")
     start: str = option('', "text, FILE:path, or - for standard input; '': the start of a text")
     num_samples: int = option(1, 'how many texts', low=1)
     max_new_tokens: int = option(500, 'tokens of each', low=1)

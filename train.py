@@ -40,7 +40,7 @@ from support.settings import UserError, option
 class TrainConfig(GPTConfig):
     # run
     out_dir: str = option('out/run', 'folder of ckpt.pt and log.jsonl')
-    init_from: str = option('scratch', "'scratch', 'resume', 'gpt2', 'gpt2-xl', … or a folder")
+    init_from: str = option('scratch', "'scratch', 'resume', a folder, or a name of the hub")
     resume_changed: bool = option(False, 'resume even where settings or data make it another run')
     eval_only: bool = option(False, 'evaluate ckpt.pt or init_from, print it, and write nothing')
     freeze: str = option('', "'base': train only what GPT-2 does not have", choices=('', 'base'))

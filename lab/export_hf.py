@@ -50,7 +50,7 @@ CODE = [pathlib.Path(m.__file__), LAB / 'hf/modeling_selective_gpt.py']
 @dataclass
 class ExportConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
-    init_from: str = option('resume', "'resume': ckpt.pt; or 'gpt2', 'gpt2-xl', … or a folder")
+    init_from: str = option('resume', "'resume': ckpt.pt; or a folder, or a name of the hub")
     folder: str = option('', "where the files go; '': hf in that folder")
     budgets: str = option('', "a number, 4,9,16,8 or a budgets.json; '': its own; 'none'")
     policy: str = option('selective', f'dropped at the budget: {", ".join(m.POLICIES)}')
