@@ -330,7 +330,7 @@ def test_configs(path):
         ('n_layr = 2', "n_layr: unknown setting; did you mean 'n_layer'"),
         ('n_layer = (', 'SyntaxError'),
         ("n_layer = '2x'", 'not a whole number'),
-        ('selective = 1', 'not True or False'),
+        ('selective = 2', 'not True or False'),
         ('import nowhere', 'nowhere'),
     ],
 )
@@ -339,7 +339,8 @@ def test_one_line_for_the_user(wrong, words, dataset, tmp_path, run):
     if ' ' in wrong:
         (tmp_path / 'c.py').write_text(wrong)
         wrong = str(tmp_path / 'c.py')
-    assert words in run(train, *SMALL, dataset, f'--out_dir={tmp_path / "x"}', wrong)
+    args = *SMALL, dataset, f'--out_dir={tmp_path / "x"}', '--max_iters=1'
+    assert words in run(train, *args, wrong)
     assert not list(tmp_path.glob('x/*'))
 
 
