@@ -31,7 +31,7 @@ from support.settings import UserError, option
 @dataclass
 class VisualizeConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
-    start: str = option('', 'the text to read: text, FILE:path, or - for standard input')
+    start: str = option('FILE:model.py', 'what to read: text, FILE:path, or - for standard input')
     to: str = option('', "the page; '': <out_dir>/visualize.html")
     budgets: str = option('', 'tokens that a layer keeps: a number, 4,9,16,8, a budgets.json; none')
 

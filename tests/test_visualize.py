@@ -142,7 +142,7 @@ def test_command(tmp_path, run):
     'config, args, words',
     [
         ({'ssa': 'qv'}, '--start=abc', 'has no votes to show'),
-        ({'selective': True}, '', '--start is a single token'),
+        ({'selective': True}, '--start=', '--start is a single token'),
         ({'selective': True}, '--start=abc --budgets=1', '--budgets'),
     ],
 )
