@@ -92,7 +92,7 @@ def full_name(name):
 
 
 def label(name):
-    """The name of a tokenizer for people. That of a folder's is long, so it becomes a hash."""
+    """A short name of a tokenizer, to print. A whole vocabulary becomes a hash."""
     if len(name) < 20:
         return name
     return 'tokenizer.json ' + hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -30,7 +30,7 @@ import torch.nn.functional as fn  # not F, which is the sum of votes
 
 
 def option(default, help, **limits):
-    """A field with its meaning and limits, which train.py's --help shows and its settings keep."""
+    """A field with its help text and limits, which train.py's --help shows and settings enforce."""
     return field(default=default, metadata={'help': help, **limits})
 
 
@@ -46,16 +46,16 @@ class GPTConfig:
     llama: bool = option(False, 'RMSNorm and SwiGLU, as in Llama; False: LayerNorm and GELU')
     n_kv_head: int = option(0, 'heads of keys and values; 0: n_head')
     n_inner: int = option(0, 'channels inside an MLP; 0: 4 * n_embd')
-    tied: bool = option(True, 'the output layer has the weights of the token embedding')
+    tied: bool = option(True, 'the output layer shares weights with the token embedding')
     rope: bool = option(False, 'rotary positions on q and k; False: learned position embeddings')
     rope_base: float = option(10000.0, 'rope: the base of its angles', low=1)
     qk_norm: bool = option(False, 'q and k are RMS-normalised per head, with a learned gain')
     selective: bool = option(False, 'selective attention (2410.02703): tokens mask earlier tokens')
     vote_scale: bool = option(False, "selective: a learned factor on each layer's votes, from 0")
-    voter: int = option(0, 'selective: channels of a voter of its own in each layer; 0: head 0')
+    voter: int = option(0, 'selective: channels of a separate voter in each layer; 0: head 0 votes')
     ssa: str = option('', "SSA (2411.12892): which of q, k, v get a temperature; the paper's: 'qv'")
     ssa_sharing: bool = option(True, 'temperatures read q, k, v; False: their own hidden layer')
-    ssa_alpha: float = option(-4.0, 'where α starts; -8 in a trained model', low=-100, high=100)
+    ssa_alpha: float = option(-4.0, 'initial α; use -8 in a trained model', low=-100, high=100)
     gelu: str = option('none', "GELU: exact, or GPT-2's by tanh", choices=('none', 'tanh'))
 
     @property
@@ -73,8 +73,8 @@ class GPTConfig:
 
 
 # ---- Selective attention, 2410.02703 section 3 ---------------------------------------------------
-# The rule of selection is the attention layer itself, passed on as `rule`: rule.vote makes votes of
-# logits, and rule.accumulate adds them up. See CausalSelfAttention.
+# The selection rule is the attention layer itself, passed as `rule`: rule.vote turns logits into
+# votes, and rule.accumulate adds them up. See CausalSelfAttention.
 
 
 def selective_attention_listing(q, k, v, rule, dropout=0.0, memory_tau=None):
@@ -183,7 +183,7 @@ def votes(rule, L0, i, j):
 
 
 def expect_shape(name, x, shape):
-    """Raise ValueError where x has another shape, as it could be broadcast to wrong numbers."""
+    """Raise ValueError if x has another shape, as broadcasting it could give wrong numbers."""
     if x.shape != shape:
         raise ValueError(f'{name} has the shape {tuple(x.shape)}, it must be {tuple(shape)}')
 
@@ -257,7 +257,7 @@ def rotation(pos, D, base, dtype):
 def rotate(x, turn):
     """Rotary positions (arXiv 2104.09864) of queries or keys x (B, T, H, D); turn: see `rotation`.
 
-    q.k then depends on positions by their difference alone.
+    q.k then depends only on the difference of positions.
     """
     cos, sin = turn
     a, b = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
@@ -281,10 +281,10 @@ class Voter(nn.Module):
         nn.init.normal_(self.k.weight, std=0.02)
 
     def forward(self, x, q, k, v):
-        """q, k, v (B, T, heads, D) with a head in front that votes, and whose output is zero.
+        """q, k, v (B, T, heads, D) with a voting head in front, whose output is zero.
 
-        x (B, T, C): the layer's input. The voter's channels are filled up with zeros to D. Where
-        a key head serves several heads of q, the voter's does, too; all but the first are zero.
+        x (B, T, C): the layer's input. The voter's channels are zero-padded to D. Where a key
+        head serves several query heads, so does the voter's; all but the first of those are zero.
         """
         B, T, H, D = q.shape
         G = H // k.size(2)
@@ -300,8 +300,8 @@ class Voter(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Attention of H heads, standard or selective. SSA scales q, k and v before either."""
 
-    # What computes selective attention without a cache. kernels.install puts a faster function
-    # into a layer, if the layer gives the same numbers with it.
+    # Computes selective attention without a cache. kernels.install replaces it with a faster
+    # function in a layer that gives the same numbers with it.
     attention = staticmethod(selective_attention)
 
     def __init__(self, config):
@@ -329,7 +329,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def vote(self, L0):
-        """S[i,j] = max(0, L[0,i,j]): the place to change the rule. Training and cache come here.
+        """S[i,j] = max(0, L[0,i,j]). Change the rule here; training and the cache both use it.
 
         L0 (B, R, N): logits of head 0, in float32 or wider. Column 0 is token 0; the others may be
         any tokens, in any order, with empty slots among them. So a vote may depend on its own
@@ -342,10 +342,10 @@ class CausalSelfAttention(nn.Module):
         return S
 
     def accumulate(self, F, S):
-        """F[i,j] = sum of S[r,j] over r < i: the other place to change the rule.
+        """F[i,j] = sum of S[r,j] over r < i. This is the other place to change the rule.
 
-        F (B, N): as it enters a block of R rows. S (B, R, N): the votes of these rows. Returns F
-        for each row and, last, for the row after the block (B, R+1, N): a row's own vote acts
+        F (B, N): its value before a block of R rows. S (B, R, N): the votes of these rows. Returns
+        F for each row and, last, for the row after the block (B, R+1, N): a row's own vote acts
         later.
         """
         return torch.cat([F[:, None], S], dim=1).cumsum(dim=1)
@@ -487,7 +487,7 @@ class GPT(nn.Module):
         return self.transformer.drop(x)
 
     def rotation(self, pos):
-        """What the layers turn queries and keys at positions pos (T,) by; None without rope."""
+        """The rotation of queries and keys at positions pos (T,); None without rope."""
         c = self.config
         if not c.rope:
             return None
@@ -539,7 +539,7 @@ class GPT(nn.Module):
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=None, budgets=None, policy='selective'
     ):
-        """idx (B, T) and max_new_tokens more: (B, T + max_new_tokens).
+        """idx (B, T) followed by max_new_tokens generated tokens: (B, T + max_new_tokens).
 
         budgets, policy: see KVCache below; the others: see `stream`.
         """
@@ -550,9 +550,9 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, ssa_lr=1.0):
         """A list of optimizers: AdamW, which decays matrices and embeddings, not vectors.
 
-        A group's 'initial_lr' is the top of its schedule. ssa_lr: if it is not 1, what the methods
-        add (temperatures, voters and their scale) gets its own group, at ssa_lr * learning_rate and
-        without decay.
+        A group's 'initial_lr' is the peak of its schedule. If ssa_lr is not 1, the parameters that
+        the methods add (temperatures, voters, vote_scale) get their own group, without decay and
+        at ssa_lr * learning_rate.
         """
         params = {}  # (weight decay, learning rate) -> parameters
         for name, p in self.named_parameters():
@@ -615,18 +615,18 @@ def check_config(config):
 
 # ---- You may stop here ---------------------------------------------------------------------------
 # That is all of training. Next, generation with context pruning, 2410.02703 section 5: a layer
-# remembers at most K tokens. Token i first drops the token of largest F if K are held, then is
-# stored with F = 0, attends, and votes. The other policies, which need no votes, are the same
-# recurrence with another number A for each token in the place of F.
+# keeps at most K tokens. If K are cached, token i first evicts the one with the largest F. Then it
+# is stored with F = 0, attends, and votes. The other policies, which need no votes, are the same
+# recurrence with another number A per token in place of F.
 
 
 class Policy:
-    """Which token a full layer of K tokens drops: that of the highest score, never token 0.
+    """Which token a full cache of K tokens evicts: the one with the highest score, never token 0.
 
-    A: a number for each token that is held, (B, N). Heads share the decision.
+    A (B, N): a number for each cached token. Heads share the decision.
     """
 
-    needs_P = False  # the weights of every row decide, so rows are read one by one
+    needs_P = False  # True: eviction needs every row's weights, so rows are read one by one
 
     def __init__(self, K):
         self.K = K
@@ -645,16 +645,16 @@ class Policy:
 
 
 class Selective(Policy):
-    """The token of largest F: 2410.02703 section 5."""
+    """Evicts the token with the largest F: 2410.02703 section 5."""
 
     def score(self, A, F, i, j):
         return F
 
 
 class Oldest(Policy):
-    """The oldest but for the first `sinks` tokens: StreamingLLM, arXiv 2309.17453.
+    """Evicts the oldest token except the first `sinks`: StreamingLLM, arXiv 2309.17453.
 
-    There positions are counted anew inside the cache; here a token keeps its own.
+    The paper renumbers positions inside the cache; here a token keeps its own.
     """
 
     sinks = 1
@@ -665,7 +665,7 @@ class Oldest(Policy):
 
 
 class Random(Policy):
-    """Any token: a hash of row and column, so that every way of computing agrees."""
+    """Evicts a random token, by a hash of row and column, so that all code paths agree."""
 
     def score(self, A, F, i, j):
         x = i * 1_000_003 + j
@@ -675,7 +675,7 @@ class Random(Policy):
 
 
 class KNorm(Policy):
-    """The largest |k|: Devoto et al., arXiv 2406.11430. There each head decides for itself."""
+    """Evicts the largest |k|: Devoto et al., arXiv 2406.11430, where heads decide separately."""
 
     def start(self, k):
         return k.norm(dim=-1).mean(dim=1)
@@ -685,9 +685,9 @@ class KNorm(Policy):
 
 
 class TOVA(Policy):
-    """The least attention from the row before, arXiv 2401.06104. A row may drop the one before it.
+    """Evicts the token that the previous row attended to least, maybe its own: arXiv 2401.06104.
 
-    There a layer drops after the row has seen K + 1 tokens; here before it is stored.
+    The paper evicts after the row has seen K + 1 tokens; here it is before the row is stored.
     """
 
     needs_P = True
@@ -700,9 +700,9 @@ class TOVA(Policy):
 
 
 class H2O(TOVA):
-    """The least attention received in all, but the newest K/2 stay: arXiv 2306.14048.
+    """Evicts the token with the least total attention, never the newest K/2: arXiv 2306.14048.
 
-    There each head decides for itself.
+    In the paper each head decides for itself.
     """
 
     def update(self, A, P):
@@ -801,7 +801,7 @@ class LayerCache:
         return y
 
     def _rows(self, q, k, v, i, rule):
-        # A block of R rows over the n tokens remembered and the block itself: n + R columns, in the
+        # A block of R rows attends to the n cached tokens and to itself: n + R columns, in the
         # order of age.
         B, _, R, _ = q.shape
         n = self.n
@@ -849,9 +849,9 @@ class LayerCache:
 
 
 def selective_attention_within(q, k, v, rule, dropout=0.0, memory_tau=None, K=None):
-    """As `selective_attention`, in layers that keep K tokens: training as generation will be.
+    """As `selective_attention`, but layers keep K tokens in training, as they will in generation.
 
-    Who is dropped is found from F, without a gradient. What is left learns through F. Ours.
+    F decides which tokens are evicted, without a gradient. The others learn through F. Ours.
     """
     B, _, T, _ = q.shape
     i = torch.arange(T, device=q.device)
@@ -869,7 +869,7 @@ def take(x, columns):
 
 
 class KVCache:
-    """The memory of one generation: for each layer l at most budgets[l] tokens.
+    """The KV cache of one generation: layer l keeps at most budgets[l] tokens.
 
     budgets: one number for all layers, a list of one for each, or None: block_size. policy: see
     LayerCache. dtype: of keys and values; None: that of the weights (another needs autocast).

@@ -6,8 +6,8 @@
 
 Every shard that is downloaded becomes one file, data/c4/train_00000.bin and so on. Each document
 ends with <|endoftext|>. Stop it at any moment and run it again: files that are there are kept, and
-the unfinished one is done again. A slice ends inside a shard, of which its last file has the
-beginning. This file stays as it is when you ask for more later, unless you delete it. One shard at
+the unfinished one is done again. A slice ends inside a shard, so its last file holds only
+part of it. That file stays as it is when you ask for more later, unless you delete it. One shard at
 a time streams through, so memory stays small. To use more cores than one run does, start several
 with different --shards.
 """

@@ -3,7 +3,7 @@
     python prepare_text.py                                      the offline default, data/stdlib
     python prepare_text.py notes/ book.txt --name=mine          all of a folder, and one more file
     python prepare_text.py src/ --ext=.py,.md --tokenizer=bytes
-    python prepare_text.py notes/ --tokenizer=out/smollm2       that of a folder of Hugging Face
+    python prepare_text.py notes/ --tokenizer=out/smollm2       that of a Hugging Face folder
 
 A document is a file, and ends with <|endoftext|>. Files that cannot be read as UTF-8 text are
 skipped and counted, hidden ones left out. About 1 document in 30 is for validation, chosen by a

@@ -40,19 +40,19 @@ ABOVE = 'is already above the target'  # of a loss without pruning
 class PruneConfig:
     # what to prune
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt and of the budgets')
-    init_from: str = option('resume', "'resume': <out_dir>/ckpt.pt; or a folder or name of the hub")
+    init_from: str = option('resume', "'resume': <out_dir>/ckpt.pt; or a folder or hub model")
     dataset: str = option(
         '', "data set whose validation loss counts; '': the one it was trained on"
     )
     windows: int = option(
         32, 'validation sequences to measure on, or a few more, to fill batches', low=1
     )
-    seed: int = option(0, 'which windows these are')
+    seed: int = option(0, 'seed of the choice of sequences')
     # how far
     baseline: str = option('', "folder of a model whose loss is the target; '': this model's own")
     tolerance: float = option(0.0, 'nats by which the loss may exceed the target')
     # how
-    policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
+    policy: str = option('selective', f'eviction policy: {", ".join(POLICIES)}')
     search: str = option('quick', "plain is the paper's search", choices=('quick', 'plain'))
     bite: int = option(8, 'tokens taken at a time in the plain search', low=1)
     to: str = option('', "file in out_dir; '': budgets.json, for controls budgets_<policy>.json")
@@ -170,7 +170,7 @@ def bootstrap(values, counts=None):
 
 
 def unseen(measure, curve, target):
-    """The curve on windows that the search has not seen.
+    """The curve on held-out windows.
 
     measure: their losses under budgets; target: the loss to keep on each, (windows,). Returns
     a dictionary: 'difference', of the end of the curve to the target, with its 95% interval;

@@ -1,4 +1,4 @@
-"""Read what a model learned: text from a checkpoint, inside a memory budget if you like.
+"""Generate text from a checkpoint, within a memory budget if you like.
 
     python sample.py --out_dir=out/selective_small --start="def "
     python sample.py --out_dir=out/selective_small --start=FILE:data.py --temperature=0
@@ -30,15 +30,15 @@ from support.settings import option
 @dataclass
 class SampleConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
-    init_from: str = option('resume', "'resume': ckpt.pt; or a folder, or a name of the hub")
+    init_from: str = option('resume', "'resume': ckpt.pt; or a folder, or a model on the hub")
     start: str = option('', "text, FILE:path, or - for standard input; '': the start of a text")
     num_samples: int = option(1, 'how many texts', low=1)
-    max_new_tokens: int = option(500, 'tokens of each', low=1)
-    temperature: float = option(0.8, 'below 1 more careful, 0 the most likely')
+    max_new_tokens: int = option(500, 'new tokens per text', low=1)
+    temperature: float = option(0.8, 'lower is less random; 0: the most likely token')
     top_k: int = option(200, 'only the k most likely tokens; 0: all')
     seed: int = option(1337, 'same seed, same text')
     budgets: str = option('', "tokens of a layer: 8, or 4,9,16,8, or a budgets.json; 'none'")
-    policy: str = option('selective', f'what is dropped at the budget: {", ".join(POLICIES)}')
+    policy: str = option('selective', f'eviction policy: {", ".join(POLICIES)}')
     device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
     dtype: str = option('auto', "'auto': bfloat16 where a GPU has it", choices=devices.DTYPES)
 

@@ -7,10 +7,10 @@
     python train.py config/finetune_gpt2.py --ssa=qv
     torchrun --standalone --nproc_per_node=8 train.py config/selective_124m.py
 
-Settings come from config files and --key=value pairs, in their order; the last one wins. Ctrl-C
-finishes the step and saves. All that is random depends on the seed and the step alone. So on a CPU,
-with the same number of threads, a resumed run computes exactly what an uninterrupted one does; on a
-GPU some sums are added up in any order, which may change the last bits.
+Settings come from config files and --key=value pairs, in order; the last one wins. Ctrl-C
+finishes the step and saves. Randomness depends only on the seed and the step. So on a CPU, with
+the same number of threads, a resumed run computes exactly what an uninterrupted one does; on a GPU
+the order of some sums varies, which may change the last bits.
 """
 
 import collections
@@ -40,14 +40,14 @@ from support.settings import UserError, option
 class TrainConfig(GPTConfig):
     # run
     out_dir: str = option('out/run', 'folder of ckpt.pt and log.jsonl')
-    init_from: str = option('scratch', "'scratch', 'resume', a folder, or a name of the hub")
-    resume_changed: bool = option(False, 'resume even where settings or data make it another run')
+    init_from: str = option('scratch', "'scratch', 'resume', a folder, or a model on the hub")
+    resume_changed: bool = option(False, 'resume even if settings or data have changed')
     eval_only: bool = option(False, 'evaluate ckpt.pt or init_from, print it, and write nothing')
     freeze: str = option('', "'base': train only what GPT-2 does not have", choices=('', 'base'))
-    seed: int = option(1337, 'of the weights, the batches and dropout')
+    seed: int = option(1337, 'seed of weights, batches and dropout')
     max_iters: int = option(600000, 'steps in all', low=1)
     eval_interval: int = option(2000, 'steps between evaluations, which save', low=1)
-    eval_iters: int = option(200, 'batches of an evaluation, one a process or more', low=1)
+    eval_iters: int = option(200, 'batches per evaluation, at least one per process', low=1)
     log_interval: int = option(10, 'steps between lines of progress', low=1)
     # data
     dataset: str = option('stdlib', "data/<name>; 'stdlib' is prepared where it is missing")
@@ -58,19 +58,19 @@ class TrainConfig(GPTConfig):
         40, 'micro-steps of a step, over all processes together', low=1
     )
     # optimizer
-    learning_rate: float = option(6e-4, 'its maximum, after warmup', low=1e-12)
-    min_lr: float = option(6e-5, 'at the end of the decay')
+    learning_rate: float = option(6e-4, 'maximum learning rate, after warmup', low=1e-12)
+    min_lr: float = option(6e-5, 'learning rate at the end of the decay')
     warmup_iters: int = option(2000, 'steps of linear warmup')
     lr_decay_iters: int = option(0, 'step that ends the cosine; 0: max_iters')
-    ssa_lr: float = option(1.0, "multiple for SSA's temperatures, voters and vote_scale")
-    weight_decay: float = option(0.1, 'of matrices and embeddings')
-    beta1: float = option(0.9, "AdamW's memory of the gradient", high=0.999999)
-    beta2: float = option(0.95, "AdamW's memory of its square", high=0.999999)
-    grad_clip: float = option(1.0, 'largest norm of the gradient; 0: any')
+    ssa_lr: float = option(1.0, "learning-rate factor of SSA's temperatures, voters and vote_scale")
+    weight_decay: float = option(0.1, 'weight decay of matrices and embeddings')
+    beta1: float = option(0.9, "AdamW's decay rate of the mean gradient", high=0.999999)
+    beta2: float = option(0.95, "AdamW's decay rate of the mean square", high=0.999999)
+    grad_clip: float = option(1.0, 'maximum norm of the gradient; 0: no clipping')
     # memory loss, 2410.02703 section 6
-    memory_loss: float = option(0.0, 'its weight, 0.1 in the paper; 0: off')
-    memory_tau: float = option(1.0, 'the F of a token wholly masked', low=1e-3)
-    train_budgets: str = option('', 'tokens that layers keep in turn: 0,64 is all, then 64, …')
+    memory_loss: float = option(0.0, 'weight of the memory loss, 0.1 in the paper; 0: off')
+    memory_tau: float = option(1.0, 'F at which a token counts as masked', low=1e-3)
+    train_budgets: str = option('', 'budgets to cycle through: 0,64 alternates all tokens and 64')
     # machine
     kernel: str = option('auto', "'none': model.py's own code", choices=tuple(kernels.KERNELS))
     device: str = option('auto', "'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is")
@@ -104,9 +104,9 @@ def schedule(cfg, iter_num):
 
 
 def find_start(cfg, processes):
-    """The checkpoint that the run begins with, or what takes its place where it is from scratch.
+    """The checkpoint that the run starts from, or the default values of a run from scratch.
 
-    Sets what a checkpoint decides: if resumed the model, else its shape.
+    Sets what the checkpoint determines: the whole model if resumed, else its shape.
     """
     resumed = cfg.init_from == 'resume'
     if os.path.isfile(f'{cfg.out_dir}/ckpt.pt') and not resumed and not cfg.eval_only:
@@ -341,7 +341,7 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
         loss, memory = step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale)
         steps += 1
 
-        # once in a while: look at the loss and at signals to any process, which waits for the GPU
+        # once in a while: report the loss and check all processes for signals; waits for the GPU
         stop = signals and processes.world == 1
         if iter_num % cfg.log_interval == 0:
             loss, memory, stop = processes.mean(loss, memory, bool(signals))

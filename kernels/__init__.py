@@ -6,8 +6,8 @@
 The rule: model.py alone says what is computed. A kernel takes the place of model.py's function in a
 layer only after this layer has given the same numbers with it: outputs, memory requirement and
 gradients, on an example in which tokens die. If it does not, model.py's plain code trains, and
-`install` says so in its line. So an edit of model.py always counts, and a kernel that cannot follow
-it steps aside.
+`install` says so in its line. So an edit of model.py always takes effect, and a kernel that
+does not match it is not used.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ KERNELS = {
 
 
 def install(model, kernel='auto', dtype=torch.float32):
-    """Choose what computes selective attention in the layers of a GPT. Returns a line that says it.
+    """Choose the function for selective attention in the layers of a GPT. Returns a line naming it.
 
     kernel: one of KERNELS; dtype: of q, k and v, as autocast will make them. Call it when the model
     is on its device. Raises ValueError for a kernel that is asked for by name and does not pass,
@@ -65,7 +65,7 @@ def install(model, kernel='auto', dtype=torch.float32):
 
 @contextlib.contextmanager
 def within(model, K):
-    """In this context layers keep K tokens while they train, by F, as in generation; 0: all."""
+    """In this context layers train with a cache of K tokens, evicted by F; 0: all tokens."""
     usual = {}
     for module in model.modules():
         if K and hasattr(module, 'attention'):

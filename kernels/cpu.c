@@ -659,7 +659,7 @@ void backward(const problem *p)
     walk_back(p, p->groups);
 }
 
-/* To dq and dk of head 0, what comes through the votes. */
+/* Add to dq and dk of head 0 the gradient through the votes. */
 void voter_gradients(const problem *p)
 {
     const panels *blocks = p->table;

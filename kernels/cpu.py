@@ -1,4 +1,4 @@
-"""Selective attention on a CPU: what is masked is not paid for. model.py is complete without it.
+"""Selective attention on a CPU, skipping masked tokens. model.py is complete without it.
 
 It computes what `model.selective_attention` computes, forward and backward, but skips what no later
 row can see. While no vote is negative, F only grows. A row is never masked from itself, from the
@@ -12,7 +12,7 @@ column j is dead if
 
     Q[h] |k[h,j]| − m[h] − F[b,j] < log(ε/T)        for every head h, ε being half the rounding of 1
 
-so that all dead columns together have less of a row than rounding takes. With memory_tau,
+so that all dead columns together weigh less in a row than rounding error. With memory_tau,
 F[b,j] > memory_tau must hold, too: then M is exact and its gradient there is zero.
 
 Blocks of 64 rows walk down the sequence. For each, cpu.c makes the logits of head 0, here they
@@ -302,8 +302,8 @@ def _run(command):
 def decode(layer, x, pos, turn, cache, memory_tau):
     """CausalSelfAttention.forward, in which cpu.c computes a single row of each sequence.
 
-    It does all between c_attn and c_proj but for the vote. The rest is left to model.py: gradients,
-    autocast, and what `_knows` does not know.
+    cpu.c does everything between c_attn and c_proj except the vote. Gradients, autocast and what
+    `_knows` does not cover are left to model.py.
     """
     usual = torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
     if usual or not _knows(layer, x, cache):

@@ -43,7 +43,7 @@ These rules change the temperatures, and set --ssa=q (2411.12892 section 3):
 Last, double_heads is standard attention with twice the heads, of the same size, and so with twice
 its parameters.
 
-The checkpoint of a rule does not know it: sample.py and prune.py would apply the published one, or
+A checkpoint does not record its rule: sample.py and prune.py would apply the published one, or
 refuse it. To resume or evaluate, give the rule again.
 """
 

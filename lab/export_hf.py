@@ -5,8 +5,8 @@
     model = AutoModelForCausalLM.from_pretrained('out/selective_small_hf', trust_remote_code=True)
 
 What GPT-2 or Llama computes becomes a plain GPT-2 or Llama, which needs no code of ours, and which
-init_from=<folder> reads again. Any other model takes model.py along, as it is, and
-lab/hf/modeling_selective_gpt.py; so does one with budgets, which GPT-2 and Llama do not have.
+init_from=<folder> reads again. Any other model is exported with an unchanged model.py and
+lab/hf/modeling_selective_gpt.py; so is one with budgets, which GPT-2 and Llama do not have.
 """
 
 import json
@@ -50,10 +50,10 @@ CODE = [pathlib.Path(m.__file__), LAB / 'hf/modeling_selective_gpt.py']
 @dataclass
 class ExportConfig:
     out_dir: str = option('out/selective_small', 'folder of ckpt.pt')
-    init_from: str = option('resume', "'resume': ckpt.pt; or a folder, or a name of the hub")
+    init_from: str = option('resume', "'resume': ckpt.pt; or a folder, or a model on the hub")
     folder: str = option('', "where the files go; '': hf in that folder")
     budgets: str = option('', "a number, 4,9,16,8 or a budgets.json; '': its own; 'none'")
-    policy: str = option('selective', f'dropped at the budget: {", ".join(m.POLICIES)}')
+    policy: str = option('selective', f'eviction policy: {", ".join(m.POLICIES)}')
 
 
 # config.json of an export that takes our code along

@@ -1,10 +1,10 @@
-"""A language in which names come back: Python's own code, with the names of each file drawn anew.
+"""A language in which names recur: Python's own code, with the names of each file drawn anew.
 
     python -m lab.names
     python train.py config/claims.py --dataset=names --selective --out_dir=out/names
 
-In real text, names and terms that return make long context worth something, but a small model
-learns that late: first it learns what follows what, for which the newest tokens are enough. Here
+In real text, names and terms that recur make long context useful, but a small model learns that
+late: first it learns local patterns, for which the newest tokens are enough. Here
 names are most of what there is to learn. Each token of the standard library's sources, without
 comments, becomes one byte. Keywords and operators have fixed ones. A name, string or number gets
 one of 160 bytes at random when its file first has it, and keeps it until the file has 160 newer

@@ -239,7 +239,7 @@ class ReproduceConfig:
     list: bool = option(False, 'print what the claims are and how long each takes')
     quick: bool = option(False, 'a smaller version of each, in minutes')
     seeds: int = option(3, 'runs of each model, with the seeds 1, 2, 3, …', low=1)
-    steps: int = option(0, "of each run; 0: the claim's own number", high=10**9)
+    steps: int = option(0, "steps of each run; 0: the claim's own number", high=10**9)
     dataset: str = option('stdlib', 'text of the claims about text: data/<name>')
     config: str = option('config/claims.py', 'model and steps of the claims about text')
     windows: str = option('8,16,32,64', 'gate: the newest tokens that its models are trained on')
@@ -247,8 +247,8 @@ class ReproduceConfig:
     model: str = option(
         'HuggingFaceTB/SmolLM2-135M', 'eviction, retrofit, finetune: a language model, or a run'
     )
-    texts: str = option('wikitext', 'of the same: what they are measured on, data/<name>,…')
-    device: str = option('cpu', 'of the runs')
+    texts: str = option('wikitext', 'texts that these claims measure on, data/<name>,…')
+    device: str = option('cpu', 'device of the runs')
     workers: int = option(os.cpu_count(), 'runs at a time', low=1)
     out_dir: str = option('out/reproduce', 'folder of the runs, tables and pictures')
 

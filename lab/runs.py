@@ -1,4 +1,4 @@
-"""What the claims of lab/reproduce.py are made of: runs, what is measured, tables and pictures.
+"""The parts of the claims of lab/reproduce.py: runs, measurements, tables and pictures.
 
 A claim compares models. Each of them is an `Arm`, which has a run of train.py for each seed.
 """

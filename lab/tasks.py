@@ -1,11 +1,11 @@
-"""Synthetic tasks on which attention can be understood: questions, which train.py takes by name.
+"""Synthetic question-answering tasks to study attention on, which train.py takes by name.
 
     python -m lab.tasks variable_assignment
     python train.py config/tasks.py --selective --out_dir=out/variables
     python -m lab.tasks variable_assignment --variables=8 --name=variable_assignment_8  # to test on
 
 Each record is a line of text with a question at its end, or several on the way. The loss and the
-accuracy that train.py reports look at the answers alone. All records of a data set are equally
+accuracy that train.py reports count only the answers. All records of a data set are equally
 long, and the answers are at the same places; a token is a byte. What the records of each task look
 like is in its docstring below.
 """
@@ -77,7 +77,7 @@ class TaskConfig:
     data_dir: str = option('data', 'the data set goes into <data_dir>/<name>')
     name: str = option('', "another name than the task's")
     records: int = option(
-        100_000, 'of training; a twentieth of it for validation', low=20, high=10**8
+        100_000, 'training records; a twentieth as many are for validation', low=20, high=10**8
     )
     variables: int = option(
         3, 'variable_assignment: in each record, of the letters a to l', low=1, high=12

@@ -1,4 +1,4 @@
-"""See what a model forgets in a text, when, and who made it: one HTML file that needs no network.
+"""Show what a model forgets in a text, when, and by whose votes, in one offline HTML file.
 
     python -m lab.visualize --out_dir=out/selective_small --start="def f(self):"
     python -m lab.visualize --out_dir=out/selective_small --start=FILE:model.py --budgets=32

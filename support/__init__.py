@@ -1,4 +1,4 @@
-"""What is not the method: settings, files, checkpoints, devices, downloads, pretrained weights.
+"""Everything but the method: settings, files, checkpoints, devices, downloads, pretrained weights.
 
 Scripts import this package before torch, because OpenMP reads these variables only once. By default
 its threads spin while they wait for each other, and beside another busy process training gets 30

@@ -5,7 +5,7 @@ and two of them are the same if the texts are. The text is JSON:
 
     pattern     a regular expression that cuts text into the pieces to tokenize
     tokens      the tokens in the order of their numbers, spelled as in tokenizer.json; '': special
-    special     {name: number} of those that no text becomes, <|endoftext|> among them
+    special     {name: number} of tokens that no text encodes to, <|endoftext|> among them
 """
 
 import functools
@@ -95,7 +95,7 @@ def pattern_of(found):
         raise ValueError('it normalizes text, which is unknown here')
     parts = found['pre_tokenizer'].get('pretokenizers', [found['pre_tokenizer']])
     for part in parts:
-        part.pop('trim_offsets', None)  # of places in the text, which nobody asks for
+        part.pop('trim_offsets', None)  # concerns offsets in the text, which are not used
     last = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
     if parts == [last]:
         return WORDS

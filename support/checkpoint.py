@@ -27,7 +27,7 @@ from support.settings import UserError, one_line
 
 # what a run from scratch begins with, and a checkpoint of nanoGPT lacks
 ABSENT = {'iter_num': 0, 'val_loss': None, 'pretrained': None, 'dataset': None, 'config': {}}
-# settings that a resumed run may change, as it stays the same run
+# settings that may change when a run is resumed
 FREE = (
     'out_dir init_from eval_only resume_changed device dtype compile kernel '
     'max_iters lr_decay_iters eval_interval eval_iters log_interval'
@@ -79,7 +79,7 @@ def load(out_dir):
 
 
 def check_resume(checkpoint, cfg):
-    """Raise UserError for settings that would make a resumed run another run."""
+    """Raise UserError if settings that must not change differ from the checkpoint's."""
     before = {**checkpoint['config'], **checkpoint['model_args']}
     changes = []
     for name, value in vars(cfg).items():
@@ -112,8 +112,8 @@ def build(checkpoint, add_new=False, **changes):
     """The model of a checkpoint.
 
     changes: fields of GPTConfig to set otherwise, such as dropout, or a smaller block_size, which
-    crops learned positions. add_new: what GPT-2 does not have may be missing, as after a change of
-    vote_scale or ssa, and is then as in a new model. Raises UserError where the two do not fit.
+    crops learned positions. add_new: parameters that GPT-2 lacks may be missing, as after a
+    change of vote_scale or ssa; these are initialised. Raises UserError where the two do not fit.
     """
     state = {}
     for name, x in checkpoint['model'].items():
@@ -155,10 +155,10 @@ def optimizer_state(optimizers, model):
 
 
 def load_optimizers(optimizers, scaler, model, checkpoint):
-    """Give optimizers and scaler their state in the checkpoint, whatever they keep.
+    """Restore the state of optimizers and scaler from a checkpoint.
 
-    It is found by the names of parameters, so groups may differ. Learning rates and the like are
-    those of the settings. Raises UserError where there is no state of these optimizers.
+    It is matched by the names of parameters, so groups may differ. Learning rates and the like come
+    from the settings. Raises UserError where there is no state of these optimizers.
     """
     names = {p: name for name, p in model.named_parameters()}
     try:

@@ -127,7 +127,7 @@ class Processes:
                 print(text, flush=True)
 
     def after_master(self, function, *args):
-        """function(*args) in each process, in the others once the master has finished its own."""
+        """Call function(*args) in each process, first in the master, then in the others."""
         if not self.master:
             dist.barrier()
         result = function(*args)

@@ -41,7 +41,7 @@ class RemoteFile:
         raise UserError(f'{problem}; {len(WAITS) + 1} failures in a row: run it again later')
 
     def ask(self):
-        """The server's answer, from the byte on that comes next."""
+        """The server's response, from the next byte on."""
         headers = {'Accept-Encoding': 'identity'}
         if self.received:
             headers['Range'] = f'bytes={self.received}-'

@@ -6,7 +6,7 @@
 
 A folder has config.json and model.safetensors, one file or several with an index, and for Llama
 tokenizer.json. The hub's own library downloads and keeps them; its variables HF_ENDPOINT and
-HF_HOME say from where, and where. The logits equal those of Hugging Face's transformers.
+HF_HOME set the server and the folder. The logits equal those of Hugging Face's transformers.
 """
 
 import os
@@ -40,7 +40,7 @@ LLAMA = {
     'n_embd': 'hidden_size',
     'n_inner': 'intermediate_size',
 }
-# what model.py computes with, and with nothing else
+# the only values that model.py supports
 GPT2_ONLY = {
     'model_type': 'gpt2',
     'layer_norm_epsilon': 1e-5,
@@ -88,7 +88,7 @@ def load_model(init_from, out_dir, device='cpu'):
 def load(name):
     """The weights of a GPT-2 or a Llama as a checkpoint for `checkpoint.build`.
 
-    name: a folder, or a name of the hub. Raises UserError if there is no such model to be had. A
+    name: a folder, or a model on the hub. Raises UserError if there is no such model to be had. A
     GPT-2 has GPT-2's tokenizer, or bytes where the vocabulary is too small.
     """
     folder = name
@@ -217,7 +217,7 @@ def convert_llama(tensors):
 
 
 def fetch(name):
-    """The folder of a model where the library of the hub keeps it. It is downloaded once."""
+    """The folder in the hub library's cache that holds a model, which is downloaded once."""
     try:
         import huggingface_hub
 

@@ -1,10 +1,10 @@
-"""Settings, for every script here: a dataclass names, types, defaults and explains them, once.
+"""Settings of every script here: a dataclass gives their names, types, defaults and help.
 
     @dataclass
     class SampleConfig:
         start: str = option('', 'what --help prints')
         top_k: int = option(200, 'only the k most likely tokens; 0: all')
-        policy: str = option('selective', 'what is dropped at the budget', choices=POLICIES)
+        policy: str = option('selective', 'eviction policy', choices=POLICIES)
 
     cfg = settings.parse(SampleConfig)      # in: python sample.py config/file.py --top_k=20
 
@@ -56,7 +56,7 @@ def option(default, help, **limits):
 def run(main):
     """Call main() and end the process. An error that the user can fix is one line and exit code 1.
 
-    Such are a UserError, files that cannot be read or written, and too little memory. Ctrl-C ends
+    These are UserError, files that cannot be read or written, and too little memory. Ctrl-C ends
     with exit code 130.
     """
     try:
