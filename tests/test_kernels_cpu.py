@@ -382,7 +382,7 @@ def test_models_of_any_size_have_fast_rows(flags, shape, like):
     config = m.GPTConfig(n_layer=1, n_inner=8, vocab_size=9, block_size=9, **like)
     with torch.device('meta'):
         gpt = m.GPT(config)
-    assert kernels.same_rows(gpt)
+    assert kernels.same_rows(gpt, 1) and kernels.same_rows(gpt, -1)
 
 
 def test_rows_are_not_left_to_model(no_plain_rows):
@@ -519,3 +519,27 @@ def test_fast_rows_draws_no_random_number():
     torch.manual_seed(5)
     kernels.fast_rows(gpt)
     assert torch.equal(torch.rand(3), expected)
+
+
+class Decay(m.CausalSelfAttention):
+    """Votes fade by a learned rate, which has a limit: above it the layer is as published."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.decay = torch.nn.Parameter(torch.tensor(0.95))
+
+    def accumulate(self, F, S):
+        rows = [F]
+        for row in S.unbind(dim=1):
+            rows.append(self.decay.clamp(0, 1) * rows[-1] + row)
+        return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize('n_embd', [64, 128])
+@pytest.mark.parametrize('rope', [True, False])
+def test_a_limit_hides_no_edit(n_embd, rope, monkeypatch):
+    monkeypatch.setattr(m, 'CausalSelfAttention', Decay)
+    gpt = m.GPT(m.GPTConfig(16, 17, 1, 2, n_embd, rope=rope, selective=True))
+    assert 'plain code, not kernels/cpu.py: on an example it gives other' in kernels.install(gpt)
+    kernels.fast_rows(gpt)
+    assert 'forward' not in vars(gpt.transformer.h[0].attn)
