@@ -903,7 +903,8 @@ def check_budgets(config, budgets, policy='selective'):
         raise ValueError(f'policy {policy!r}: it is one of {", ".join(POLICIES)}, or streaming:8')
     if budgets is None:
         return [config.block_size] * config.n_layer
-    if policy == 'selective' and not config.selective:
+    reads_F = issubclass(POLICIES[policy.partition(':')[0]], Selective)
+    if reads_F and not config.selective:
         raise ValueError(
             'a model without selective attention has no F to prune by: '
             'use another policy, such as h2o_mean'

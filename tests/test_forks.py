@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import kernels
+import model
 from conftest import ROOT
 
 TINY = dict(block_size=40, vocab_size=17, n_layer=3, n_head=2, n_embd=16)
@@ -315,3 +316,11 @@ torch.testing.assert_close(theirs, gpt(idx, idx)[0])
 print(theirs.shape)
 """
     assert '257' in tree.run('-c', code)
+
+
+def test_a_policy_that_reads_F_needs_votes(monkeypatch):
+    policy = type('Newest', (model.Selective,), {})
+    monkeypatch.setitem(model.POLICIES, 'newest', policy)
+    gpt = model.GPT(model.GPTConfig(8, 17, 1, 2, 16))
+    with pytest.raises(ValueError, match='no F to prune by'):
+        model.KVCache(gpt, 1, 4, 'newest')
