@@ -65,22 +65,30 @@ class PruneConfig:
 
 
 def losses(model, batches, budgets=None, policy='selective', dtype=None):
-    """The mean loss of each window in nats per token, (windows,), within budgets.
+    """The mean loss of each window in nats per token, (windows,).
 
-    batches: a list of x and y, int64 (2, B, T). The rest is for KVCache.
+    batches: a list of x and y, int64 (2, B, T). The rest: see `token_losses`.
     """
     found = []
     for x, y in batches:
+        nats = token_losses(model, x, y, budgets, policy, dtype)
+        found.append(nats.sum(dim=1) / (y >= 0).sum(dim=1))
+    return torch.cat(found).cpu()
+
+
+def token_losses(model, x, y, budgets=None, policy='selective', dtype=None):
+    """The loss of each target in nats, (B, T), within budgets; 0 where a target is -1.
+
+    x, y: int64 (B, T). The rest is for KVCache; budgets None: the whole context.
+    """
+    cache = None
+    if budgets:
         cache = KVCache(model, len(x), budgets, policy, dtype)
         for l, budget in enumerate(cache.budgets):
             if budget >= x.size(1):  # nothing is dropped, and a kernel is faster
                 cache.layers[l] = None
-        logits, _ = model(x, y, cache=cache)
-        nats = fn.cross_entropy(
-            logits.float().transpose(1, 2), y, ignore_index=-1, reduction='none'
-        )
-        found.append(nats.sum(dim=1) / (y >= 0).sum(dim=1))
-    return torch.cat(found).cpu()
+    logits, _ = model(x, y, cache=cache)
+    return fn.cross_entropy(logits.float().transpose(1, 2), y, ignore_index=-1, reduction='none')
 
 
 # ---- The search ----------------------------------------------------------------------------------

@@ -16,10 +16,8 @@ from support import settings  # before torch, see support/__init__.py
 
 import numpy as np
 import torch
-import torch.nn.functional as fn
 
 import data
-import model as m
 import prune
 import train
 from lab import ablate, plot
@@ -217,11 +215,7 @@ def losses_on(model, text, T, windows, bos, budgets=None, policy='selective'):
     recall = []
     for n in range(math.ceil(windows / size)):
         x, y = text.batch('val', n, size, T, 1, bos)
-        cache = None
-        if budgets:
-            cache = m.KVCache(model, size, budgets, policy)
-        logits, _ = model(x, y, cache=cache)
-        nats.append(fn.cross_entropy(logits.transpose(1, 2), y, reduction='none'))
+        nats.append(prune.token_losses(model, x, y, budgets, policy))
         recall.append(is_recall(x, y))
     return Losses(torch.cat(nats)[None], torch.cat(recall))
 
