@@ -38,15 +38,21 @@ def load(folder):
     return pretrained.load_model(init_from, folder)
 
 
+@functools.lru_cache
+def fingerprint(folder):
+    """That of the weights of a folder. Hashing them takes seconds."""
+    return ckpt.fingerprint(load(folder)[0])
+
+
 def losses(r, folders, text, T, K=None, policy='oldest'):
     """The Losses of models on held-out windows of T tokens of a text, in layers of K tokens."""
     text = data.load_dataset(text)
     found = []
     for folder in folders:
-        model, _ = load(folder)
-        what = repr([ckpt.fingerprint(model), text.meta, T, K, policy])
+        what = repr([fingerprint(folder), text.meta, T, K, policy])
         path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
         if not os.path.isfile(path):
+            model, _ = load(folder)
             new = runs.losses_on(model, text, T, TOKENS // T, True, K, policy)
             with files.replacing(path) as f:
                 torch.save(vars(new), f)
