@@ -100,7 +100,8 @@ def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
     k, v (B, H, N, D): keys and values of the tokens at positions j (B or 1, N), in any order. They
         may have fewer heads, each of which then serves as many heads of q (arXiv 2305.13245).
     F (B, N): how much the rows before this block have masked each column.
-    rule: the layer whose votes mask tokens. None: standard attention, which leaves F as it is.
+    rule: the layer whose votes mask tokens. None: standard attention, which leaves F as it is. With
+        rule.masks False the votes are added up for eviction alone.
     forget: (F of each row (B, R, N), i, j) -> which columns each row has lost (B, R, N).
 
     Returns y (B, H, R, D); F (B, R+1, N) for each row and, last, for the row after the block; which
@@ -118,7 +119,9 @@ def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
     hidden = j > i  # nobody sees the future
     if forget is not None:
         hidden = hidden | forget(F[:, :-1], i, j)
-    P = (L - F[:, None, :-1]).masked_fill(hidden[:, None], -math.inf).softmax(dim=-1)
+    if rule is not None and rule.masks:
+        L = L - F[:, None, :-1]  # all heads read the same F
+    P = L.masked_fill(hidden[:, None], -math.inf).softmax(dim=-1)
     P = fn.dropout(P, dropout, training=dropout > 0)
     return weighted_sum(P, v), F, hidden, P
 
@@ -202,6 +205,28 @@ def memory_requirement(F, i, memory_tau):
     return i - (F.clamp(max=memory_tau) / memory_tau).sum(dim=-1)
 
 
+def foresight_loss(voting_q, voting_k, q, k, rule):
+    """How badly the votes of a layer foretell its attention: a cross-entropy in nats (B,). Ours.
+
+    From row i on, token j still gets the attention A[i,j], the sum of P over the rows from i on and
+    the mean over heads. Of the tokens that row i may evict, the one with the largest F should get
+    the least, so votes learn to make exp(-F[i,j]) proportional to A[i,j].
+
+    voting_q, voting_k (B, 1, T, W): see Voter; q, k (B, H, T, D), which get no gradient; rule: the
+    layer.
+    """
+    i = torch.arange(q.size(2), device=q.device)[:, None]  # (T, 1)
+    j = i.T  # (1, T)
+    S = votes(rule, logits(voting_q, voting_k)[:, 0], i, j)  # (B, T, T)
+    F = rule.accumulate(S.new_zeros(len(S), len(i)), S)[:, :-1]
+    P = logits(q, k).detach().masked_fill(j > i, -math.inf).softmax(dim=-1)
+    A = P.mean(dim=1).flip(1).cumsum(dim=1).flip(1)  # (B, T, T)
+    stays = (j == 0) | (j >= i)
+    A = A.masked_fill(stays, 0.0)
+    foretold = (-F).masked_fill(stays, -1e9).log_softmax(dim=-1)
+    return -(A * foretold).sum(dim=(1, 2)) / A.sum(dim=(1, 2)).clamp(min=1e-9)
+
+
 # ---- SSA's temperatures, and rotary positions ----------------------------------------------------
 
 
@@ -270,7 +295,8 @@ def rotate(x, turn):
 class Voter(nn.Module):
     """Queries and keys that vote in place of head 0. Ours, for models that are already trained.
 
-    A trained head 0 has large logits where it looks, so its votes would mask what it needs.
+    A trained head 0 has large logits where it looks, so its votes would mask what it needs. These
+    votes mask nothing: they decide what a full cache evicts, and learn by `foresight_loss`.
     """
 
     def __init__(self, config):
@@ -280,21 +306,30 @@ class Voter(nn.Module):
         nn.init.normal_(self.q.weight, std=0.02)
         nn.init.normal_(self.k.weight, std=0.02)
 
-    def forward(self, x, q, k, v):
-        """q, k, v (B, T, heads, D) with a voting head in front, whose output is zero.
+    def forward(self, x):
+        """Queries and keys (B, 1, T, voter) of the layer's input x (B, T, C).
 
-        x (B, T, C): the layer's input. The voter's channels are zero-padded to D. Where a key
-        head serves several query heads, so does the voter's; all but the first of those are zero.
+        Learning to vote does not change the layers before.
         """
-        B, T, H, D = q.shape
-        G = H // k.size(2)
+        x = x.detach()[:, None]
+        return self.q(x), self.k(x)
+
+    def in_front(self, x, q, k, v):
+        """q, k, v (B, heads, T, D) with a voting head in front, whose output is zero.
+
+        The voter's channels are zero-padded to D. Where a key head serves several query heads, so
+        does the voter's; all but the first of those are zero.
+        """
+        voting_q, voting_k = self(x)
         W = self.q.out_features
-        voting_q = self.q(x) * (D / W) ** 0.5  # attention divides by √D, a voter by √W
-        voting_q = fn.pad(voting_q, (0, G * D - W)).view(B, T, G, D)
-        voting_k = fn.pad(self.k(x), (0, D - W)).view(B, T, 1, D)
-        q = torch.cat([voting_q.to(q.dtype), q], dim=2)
-        k = torch.cat([voting_k.to(k.dtype), k], dim=2)
-        return q, k, fn.pad(v, (0, 0, 1, 0))
+        pad = q.size(3) - W
+        others = q.size(1) // k.size(1) - 1
+        voting_q = voting_q * (q.size(3) / W) ** 0.5  # attention divides by √D, a voter by √W
+        voting_q = fn.pad(voting_q, (0, pad, 0, 0, 0, others))
+        voting_k = fn.pad(voting_k, (0, pad))
+        q = torch.cat([voting_q.to(q.dtype), q], dim=1)
+        k = torch.cat([voting_k.to(k.dtype), k], dim=1)
+        return q, k, fn.pad(v, (0, 0, 0, 0, 1, 0))
 
 
 class CausalSelfAttention(nn.Module):
@@ -308,6 +343,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.selects = config.selective
+        self.masks = not config.voter  # False: votes only evict
         C, D = config.n_embd, config.head_size
         self.heads = {'q': config.n_head, 'k': config.kv_heads, 'v': config.kv_heads}
         self.c_attn = nn.Linear(C, sum(self.heads.values()) * D, bias=config.bias)  # q, k, v
@@ -358,7 +394,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, pos, turn=None, cache=None, memory_tau=None):
         """x (B, T, C) at positions pos (T,). Returns y (B, T, C), and M (B, T) with memory_tau.
 
-        turn: rotary positions, see `rotation`.
+        In place of M a voter has its foresight_loss (B,). turn: rotary positions, see `rotation`.
         """
         B, T, _ = x.shape
         H, D = self.config.n_head, self.config.head_size
@@ -376,8 +412,6 @@ class CausalSelfAttention(nn.Module):
             k = k * self.ssa['k'](x, k_in, pos)[..., None]
         if 'v' in self.ssa:
             v = v * self.ssa['v'](x, v_in, pos)[..., None]
-        if self.voter is not None:
-            q, k, v = self.voter(x, q, k, v)  # a head in front
         # under autocast norms and temperatures may be wider; attention has the dtype of c_attn's
         # output
         q = q.to(q_in.dtype).transpose(1, 2)  # (B, H, T, D)
@@ -391,12 +425,16 @@ class CausalSelfAttention(nn.Module):
             v = v.repeat_interleave(H // self.config.kv_heads, dim=1)
         M = None
         if cache is not None:
+            if self.voter is not None:
+                q, k, v = self.voter.in_front(x, q, k, v)
             y = cache.attend(q, k, v, pos, rule)
-        elif self.selects:
+        elif self.selects and self.masks:
             y, M = self.attention(q, k, v, rule, dropout, memory_tau)
         else:
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-            if memory_tau is not None:
+            if memory_tau is not None and self.voter is not None:
+                M = foresight_loss(*self.voter(x), q, k, rule)
+            elif memory_tau is not None:
                 M = pos.to(F_dtype(q.dtype)).expand(B, T)  # without votes a row needs all tokens
         y = y[:, -H:].transpose(1, 2).reshape(B, T, H * D)  # heads side by side, without a voter
         return self.resid_dropout(self.c_proj(y)), M
@@ -499,7 +537,8 @@ class GPT(nn.Module):
         idx, targets: int64 (B, T); a target of -1 is ignored. Without targets: logits of the last
         position only, (B, 1, V), and loss None. cache: a KVCache; idx continues the text that it
         holds. memory_tau, with targets and no cache: a third result, the memory requirement as a
-        fraction of the context, which training adds to the loss. Raises ValueError where learned
+        fraction of the context, which training adds to the loss; of voters, their mean
+        foresight_loss. Raises ValueError where learned
         positions end before the tokens do. Single-token steps are not checked: reading the
         position would synchronise the GPU.
         """
@@ -531,6 +570,8 @@ class GPT(nn.Module):
             return logits, loss
         if not self.config.selective:
             raise ValueError('memory_tau needs selective=True: only votes mask tokens')
+        if self.config.voter:
+            return logits, loss, torch.stack(Ms).mean()
         # 2410.02703 section 6: the mean over the batch and layers of the largest M of a row, as a
         # fraction of the context
         most = torch.stack([M.max(dim=1).values for M in Ms])  # (n_layer, B)
@@ -846,21 +887,6 @@ class LayerCache:
             out.scatter_(1, worst, -math.inf)
             dropped_at.scatter_(1, worst, r)
         return dropped_at[:, None] <= torch.arange(R, device=F.device)[:, None]
-
-
-def selective_attention_within(q, k, v, rule, dropout=0.0, memory_tau=None, K=None):
-    """As `selective_attention`, but layers keep K tokens in training, as they will in generation.
-
-    F decides which tokens are evicted, without a gradient. The others learn through F. Ours.
-    """
-    B, _, T, _ = q.shape
-    i = torch.arange(T, device=q.device)
-    F = q.new_zeros(B, T, dtype=F_dtype(q.dtype))
-    forget = partial(rule.make_cache(B, K, 'selective').forget, F)
-    y, F, _, _ = attend(q, k, v, F, i, i[None], rule, forget, dropout)
-    if memory_tau is None:
-        return y, None
-    return y, memory_requirement(F[:, :-1], i, memory_tau)
 
 
 def take(x, columns):

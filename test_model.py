@@ -61,8 +61,9 @@ class Rule:
 
     accumulate = m.CausalSelfAttention.accumulate
 
-    def __init__(self, vote):
+    def __init__(self, vote, masks=True):
         self.vote = vote
+        self.masks = masks
 
     def make_cache(self, B, K, policy, **config):
         config = GPTConfig(**SHARED, **config)
@@ -86,13 +87,12 @@ def naive_F(votes):
     return torch.stack([S[:, :i].sum(dim=1) for i in range(S.size(1))], dim=1)
 
 
-def naive_attention(q, k, v, votes, kept=True):
-    """y (B, H, T, D) and F (B, T, T); kept (B, T, T): the columns that are there for each row."""
+def naive_attention(q, k, v, F):
+    """y (B, H, T, D)."""
     T = q.size(2)
-    F = naive_F(votes)
-    seen = torch.ones(T, T).tril().bool() & kept
-    L = (naive_logits(q, k) - F[:, None]).masked_fill(~seen.view(-1, 1, T, T), -math.inf)
-    return L.softmax(-1) @ naive_repeat(v, q), F
+    seen = torch.ones(T, T).tril().bool()
+    L = (naive_logits(q, k) - F[:, None]).masked_fill(~seen, -math.inf)
+    return L.softmax(-1) @ naive_repeat(v, q)
 
 
 def naive_rotate(x, base):
@@ -112,7 +112,7 @@ def naive_rms(x, gain):
 
 
 def naive_gpt(gpt, idx):
-    """Logits (B, T, V) and F of each layer, from the parameters alone."""
+    """Logits (B, T, V), and F and foresight_loss of each layer, from the parameters alone."""
     p = dict(gpt.named_parameters())
     c = gpt.config
     (B, T), D = idx.shape, c.n_embd // c.n_head
@@ -129,7 +129,7 @@ def naive_gpt(gpt, idx):
     x = p['transformer.wte.weight'][idx]
     if not c.rope:
         x = x + p['transformer.wpe.weight'][:T]
-    Fs = []
+    Fs, losses = [], []
     for l in range(c.n_layer):
         h = f'transformer.h.{l}.'
         z = norm(x, h + 'ln_1')
@@ -155,8 +155,10 @@ def naive_gpt(gpt, idx):
             voter = h + 'attn.voter.'
             L0 = linear(z, voter + 'q') @ linear(z, voter + 'k').mT / math.sqrt(c.voter)
         votes = p.get(h + 'attn.vote_scale', 1.0) * fn.relu(L0) * c.selective
-        y, F = naive_attention(q, k, v, votes)
+        F = naive_F(votes)
+        y = naive_attention(q, k, v, F * (not c.voter))
         Fs.append(F)
+        losses.append(naive_foresight(F, q, k))
         x = x + linear(y.transpose(1, 2).reshape(B, T, -1), h + 'attn.c_proj')
         z = norm(x, h + 'ln_2')
         hidden = linear(z, h + 'mlp.c_fc')
@@ -167,7 +169,7 @@ def naive_gpt(gpt, idx):
             hidden = fn.gelu(hidden, approximate=c.gelu)
         x = x + linear(hidden, h + 'mlp.c_proj')
     head = 'transformer.wte.weight' if c.tied else 'lm_head.weight'
-    return norm(x, 'transformer.ln_f') @ p[head].T, Fs
+    return norm(x, 'transformer.ln_f') @ p[head].T, Fs, losses
 
 
 def naive_memory(Fs, tau):
@@ -180,7 +182,25 @@ def naive_memory(Fs, tau):
     return total.mean() / (len(Fs) * T)
 
 
-def naive_pruned(q, k, v, votes, K, policy='selective'):
+def naive_foresight(F, q, k):
+    """The loss of a voter (B,): row by row, the cross-entropy of two distributions over tokens 1 to
+    i-1, weighted with the attention that they get from row i on."""
+    B, T, _ = F.shape
+    hidden = torch.ones(T, T).triu(1).bool()
+    P = naive_logits(q, k).masked_fill(hidden, -math.inf).softmax(-1).mean(dim=1).detach()
+    losses = []
+    for b in range(B):
+        lost, weight = 0.0 * F[b].sum(), 1e-12
+        for i in range(2, T):
+            share = fn.softmax(-F[b, i, 1:i], dim=0)
+            to_come = P[b, i:, 1:i].sum(dim=0)
+            lost = lost - (to_come * share.log()).sum()
+            weight = weight + to_come.sum()
+        losses.append(lost / weight)
+    return torch.stack(losses)
+
+
+def naive_pruned(q, k, v, votes, K, policy='selective', masks=True):
     """Token by token with a list of what is held: y (B, H, T, D), and whether row i holds token j
     (B, T, T)."""
     B, _, T, _ = q.shape
@@ -196,7 +216,7 @@ def naive_pruned(q, k, v, votes, K, policy='selective'):
                 scores = [naive_score(policy, K, i, j, F, P, norms[b], held) for j in held[1:]]
                 del held[1 + scores.index(max(scores))]
             held.append(i)
-            weights = (L[b, :, i, held] - F[held]).softmax(-1)  # (H, held)
+            weights = (L[b, :, i, held] - F[held] * masks).softmax(-1)  # (H, held)
             y[b, :, i] = (weights[:, :, None] * v[b, :, held]).sum(dim=1)
             P[i, held] = weights.mean(dim=0).float()
             kept[b, i, held] = True
@@ -246,12 +266,9 @@ VOTES = {
 }
 
 
-WITHIN = functools.partial(m.selective_attention_within, K=5)
-
-
 @pytest.mark.parametrize('T', [1, 2, 7, 8, 9, 29])
 @pytest.mark.parametrize(
-    'attention', [ROWS, m.selective_attention_listing, WITHIN], ids=['rows', 'listing', 'within']
+    'attention', [ROWS, m.selective_attention_listing], ids=['rows', 'listing']
 )
 @pytest.mark.parametrize('memory_tau', [None, 1.0, 0.7])
 @pytest.mark.parametrize('vote', VOTES)
@@ -260,11 +277,8 @@ def test_selective_attention_and_gradients(T, attention, memory_tau, vote):
     q, k, v = (torch.randn(3, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     y, M = attention(q, k, v, Rule(VOTES[vote]), memory_tau=memory_tau)
     votes = VOTES[vote](naive_logits(q, k)[:, 0])
-    kept = torch.tensor(True)
-    if attention is WITHIN:
-        pruned, kept = naive_pruned(q.detach(), k.detach(), v.detach(), votes.detach(), 5)
-        torch.testing.assert_close(y, pruned)
-    expected, F = naive_attention(q, k, v, votes, kept)
+    F = naive_F(votes)
+    expected = naive_attention(q, k, v, F)
     torch.testing.assert_close(y, expected)
     weight, weight_M = torch.randn_like(y), torch.randn(3, T, dtype=torch.float64)
     loss, expected_loss = (y * weight).sum(), (expected * weight).sum()
@@ -297,7 +311,7 @@ def test_logits_loss_and_gradients(flags, T):
     idx, targets = tokens(3, T), tokens(3, T, seed=2)
     targets[0, 0] = -1
     logits, loss = gpt(idx, targets)
-    expected, _ = naive_gpt(gpt, idx)
+    expected, _, _ = naive_gpt(gpt, idx)
     torch.testing.assert_close(logits, expected)
     expected_loss = fn.cross_entropy(expected.view(-1, 17), targets.view(-1), ignore_index=-1)
     torch.testing.assert_close(loss, expected_loss)
@@ -305,7 +319,9 @@ def test_logits_loss_and_gradients(flags, T):
     got = torch.autograd.grad(loss, params, materialize_grads=True)
     want = torch.autograd.grad(expected_loss, params, materialize_grads=True)
     torch.testing.assert_close(got, want)
-    assert T == 1 or all(grad.any() for grad in got)
+    for (name, _), grad in zip(gpt.named_parameters(), got):
+        votes_only = 'voter' in name or ('vote_scale' in name and flags.get('voter'))
+        assert T == 1 or grad.any() != votes_only, name
     last, none = gpt(idx)
     assert none is None
     torch.testing.assert_close(last, expected[:, -1:])
@@ -327,7 +343,7 @@ def test_memory_requirement():
     gpt = make(selective=True, ssa='qv')
     idx = tokens(3, 24)
     logits, loss, memory = gpt(idx, idx, memory_tau=1.0)
-    expected, Fs = naive_gpt(gpt, idx)
+    _, Fs, _ = naive_gpt(gpt, idx)
     expected_memory = naive_memory(Fs, 1.0)
     torch.testing.assert_close(memory, expected_memory)
     assert 0 < memory < 1
@@ -336,6 +352,29 @@ def test_memory_requirement():
     torch.testing.assert_close(got, want)
     with pytest.raises(ValueError, match='selective'):
         make()(idx, idx, memory_tau=1.0)
+
+
+VOTERS = [flags for flags in FLAGS if flags.get('voter')]
+
+
+@pytest.mark.parametrize('flags', VOTERS, ids=repr)
+@pytest.mark.parametrize('T', [1, 2, 3, 24])
+def test_foresight(flags, T):
+    """The loss of voters, which moves nothing but voters and vote_scale."""
+    gpt = make(**flags)
+    idx = tokens(3, T)
+    _, _, lost = gpt(idx, idx, memory_tau=1.0)
+    expected = torch.stack(naive_gpt(gpt, idx)[2]).mean()
+    torch.testing.assert_close(lost, expected)
+    params = dict(gpt.named_parameters())
+    got = torch.autograd.grad(lost, params.values(), materialize_grads=True)
+    voting = {name: p for name, p in params.items() if 'vote' in name}
+    want = torch.autograd.grad(expected, voting.values(), materialize_grads=True)
+    for name, grad in zip(params, got):
+        if name not in voting:
+            assert not grad.any(), name
+    torch.testing.assert_close([g for n, g in zip(params, got) if n in voting], list(want))
+    assert T < 24 or all(grad.any() for grad in want)
 
 
 @every_flag
@@ -479,9 +518,9 @@ def test_pruned_attention_against_the_rules(K, votes_of, policy):
     k[:2, 0].abs_()
     k[0, 0, 7:30:9] *= -1  # in the first sequence nobody masks these
     q[1:2, 0] *= -1  # the second never votes: ties go to the oldest
-    rule = Rule(fn.relu)
+    rule = Rule(fn.relu, masks=not front)
     votes = naive_logits(q, k)[:, 0].relu() * (votes_of != 'nobody')
-    expected, kept = naive_pruned(q[:, -4:], k[:, -2:], v[:, -2:], votes, K, policy)
+    expected, kept = naive_pruned(q[:, -4:], k[:, -2:], v[:, -2:], votes, K, policy, not front)
     for rows in 1, 4, 40, None:
         cache = rule.make_cache(B, K, policy, voter=front)
         t = 0
@@ -517,10 +556,6 @@ def test_generation_agrees_with_the_parallel_form(flags, B, prompt, budgets):
     for a, b in zip(parallel.layers, steps.layers):
         assert torch.equal(a.j.sort().values, b.j.sort().values)
     assert torch.allclose(logits, gpt(idx, idx)[0]) == (budgets is None)  # else they did bite
-    for block, K in zip(gpt.transformer.h, parallel.budgets):
-        block.attn.attention = functools.partial(m.selective_attention_within, K=K)
-    if policy == 'selective':
-        torch.testing.assert_close(gpt(idx, idx)[0], logits)
 
 
 @pytest.mark.parametrize('selective', [False, True])

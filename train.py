@@ -68,9 +68,8 @@ class TrainConfig(GPTConfig):
     beta2: float = option(0.95, "AdamW's decay rate of the mean square", high=0.999999)
     grad_clip: float = option(1.0, 'maximum norm of the gradient; 0: no clipping')
     # memory loss, 2410.02703 section 6
-    memory_loss: float = option(0.0, 'weight of the memory loss, 0.1 in the paper; 0: off')
+    memory_loss: float = option(0.0, 'weight of the memory loss, 0.1 in the paper, 1 for a voter')
     memory_tau: float = option(1.0, 'F at which a token counts as masked', low=1e-3)
-    train_budgets: str = option('', 'budgets to cycle through: 0,64 alternates all tokens and 64')
     # machine
     kernel: str = option('auto', "'none': model.py's own code", choices=tuple(kernels.KERNELS))
     device: str = option('auto', "'cuda', 'cuda:1', 'mps', 'cpu'; 'auto': the best one there is")
@@ -82,10 +81,10 @@ def check(cfg, world):
     """Raise UserError for settings that no run can have, before any work is done."""
     if cfg.gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps: {world} processes cannot share them evenly')
-    if (cfg.memory_loss or cfg.train_budgets) and not cfg.selective:
-        raise UserError('memory_loss or train_budgets needs selective=True, which masks tokens')
-    if cfg.train_budgets:
-        settings.numbers(cfg.train_budgets, '--train_budgets')
+    if cfg.memory_loss and not cfg.selective:
+        raise UserError('memory_loss needs selective=True, which masks tokens')
+    if cfg.voter and not cfg.memory_loss and not cfg.eval_only:
+        raise UserError('voter learns by the memory loss alone: add --memory_loss=1')
 
 
 def schedule(cfg, iter_num):
@@ -198,7 +197,8 @@ def forward(cfg, model, dataset, split, index, seed, with_memory):
 def evaluate(cfg, model, dataset, processes):
     """Figures on the validation set, by name; all processes take part.
 
-    val_loss is the plain cross-entropy. memory is the share of the context that selection needs.
+    val_loss is the plain cross-entropy. memory is the share of the context that selection needs,
+    or the foresight_loss of voters.
     accuracy, where the data set asks questions, is the fraction of the answers that are the
     likeliest token. live is the share of attention that kernels/cpu.py computed, where it ran.
     """
@@ -376,19 +376,14 @@ def step(cfg, processes, dataset, model, optimizers, scaler, iter_num, scale):
     # forward and backward of all micro-steps; every process has batches of its own
     torch.manual_seed((cfg.seed * 1_000_003 + iter_num) * 1009 + processes.rank)  # of dropout
     micro_steps = cfg.gradient_accumulation_steps // processes.world
-    budget = 0
-    if cfg.train_budgets and iter_num >= cfg.warmup_iters:
-        turns = settings.numbers(cfg.train_budgets, '--train_budgets')
-        budget = turns[iter_num % len(turns)]
     mean_loss = mean_memory = 0.0
     for micro in range(micro_steps):
         index = (iter_num * micro_steps + micro) * processes.world + processes.rank
         if processes.world > 1:  # gradients are synchronised in the last one only
             model.require_backward_grad_sync = micro == micro_steps - 1
-        with kernels.within(model, budget):
-            _, _, loss, *memory = forward(
-                cfg, model, dataset, 'train', index, cfg.seed, cfg.memory_loss
-            )
+        _, _, loss, *memory = forward(
+            cfg, model, dataset, 'train', index, cfg.seed, cfg.memory_loss
+        )
         mean_loss += loss.detach() / micro_steps
         if cfg.memory_loss:
             mean_memory += memory[0].detach() / micro_steps

@@ -40,7 +40,8 @@ def install(model, kernel='auto', dtype=torch.float32):
     is on its device. Raises ValueError for a kernel that is asked for by name and does not pass,
     and for an edit of model.py that fails on an example.
     """
-    layers = [block.attn for block in model.transformer.h if block.attn.selects]
+    layers = [block.attn for block in model.transformer.h]
+    layers = [layer for layer in layers if layer.selects and layer.masks]
     device = model.lm_head.weight.device
     for layer in layers:
         layer.__dict__.pop('attention', None)  # back to model.py's own
@@ -61,21 +62,6 @@ def install(model, kernel='auto', dtype=torch.float32):
     if kernel != 'auto':
         raise ValueError(f'--kernel={kernel} cannot run: {why_not}')
     return f"attention: model.py's plain code, not {KERNELS[name]}: {why_not}"
-
-
-@contextlib.contextmanager
-def within(model, K):
-    """In this context layers train with a cache of K tokens, evicted by F; 0: all tokens."""
-    usual = {}
-    for module in model.modules():
-        if K and hasattr(module, 'attention'):
-            usual[module] = module.attention
-            module.attention = partial(m.selective_attention_within, K=K)
-    try:
-        yield
-    finally:
-        for module, attention in usual.items():
-            module.attention = attention
 
 
 def fast_rows(model):

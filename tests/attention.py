@@ -10,6 +10,7 @@ class Rule(torch.nn.Module):
 
     vote = m.CausalSelfAttention.vote
     accumulate = m.CausalSelfAttention.accumulate
+    masks = True
 
     def __init__(self, vote=None, **parameters):
         super().__init__()

@@ -142,7 +142,7 @@ def test_all_ways_agree(fork, edits, more, B):
     'edits, more, kernel',
     [
         ([], {}, True),
-        ([], LLAMA, True),
+        ([], dict(LLAMA, voter=0), True),
         (readme_edits(), dict(vote_cap=0.02), True),
         (GATE, {}, True),
         (ONE_QUIET, {}, True),
