@@ -52,7 +52,7 @@ class GPTConfig:
     qk_norm: bool = option(False, 'q and k are RMS-normalised per head, with a learned gain')
     selective: bool = option(False, 'selective attention (2410.02703): tokens mask earlier tokens')
     vote_scale: bool = option(False, "selective: a learned factor on each layer's votes, from 0")
-    voter: int = option(0, 'selective: channels of a separate voter in each layer; 0: head 0 votes')
+    voter: int = option(0, 'selective: channels of a voter, which only evicts; 0: head 0 votes')
     ssa: str = option('', "SSA (2411.12892): which of q, k, v get a temperature; the paper's: 'qv'")
     ssa_sharing: bool = option(True, 'temperatures read q, k, v; False: their own hidden layer')
     ssa_alpha: float = option(-4.0, 'initial α; use -8 in a trained model', low=-100, high=100)
@@ -119,7 +119,7 @@ def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
     hidden = j > i  # nobody sees the future
     if forget is not None:
         hidden = hidden | forget(F[:, :-1], i, j)
-    if rule is not None and rule.masks:
+    if rule and rule.masks:
         L = L - F[:, None, :-1]  # all heads read the same F
     P = L.masked_fill(hidden[:, None], -math.inf).softmax(dim=-1)
     P = fn.dropout(P, dropout, training=dropout > 0)
@@ -206,25 +206,30 @@ def memory_requirement(F, i, memory_tau):
 
 
 def foresight_loss(voting_q, voting_k, q, k, rule):
-    """How badly the votes of a layer foretell its attention: a cross-entropy in nats (B,). Ours.
+    """How badly the votes of a layer foretell which tokens its attention needs. Ours.
 
-    From row i on, token j still gets the attention A[i,j], the sum of P over the rows from i on and
-    the mean over heads. Of the tokens that row i may evict, the one with the largest F should get
-    the least, so votes learn to make exp(-F[i,j]) proportional to A[i,j].
+    need[i,j] is the sum of P[r,j] over the rows r from i on, and the mean over heads. With a budget
+    of K = T/8, row i keeps the K tokens with the smallest F, and should keep those with the largest
+    need. A logistic loss says whether a token is on its side of the K-th, and counts as much as its
+    need differs from that of the K-th.
 
     voting_q, voting_k (B, 1, T, W): see Voter; q, k (B, H, T, D), which get no gradient; rule: the
     layer.
     """
-    i = torch.arange(q.size(2), device=q.device)[:, None]  # (T, 1)
+    T = q.size(2)
+    K = T // 8
+    i = torch.arange(T, device=q.device)[:, None]  # (T, 1)
     j = i.T  # (1, T)
     S = votes(rule, logits(voting_q, voting_k)[:, 0], i, j)  # (B, T, T)
-    F = rule.accumulate(S.new_zeros(len(S), len(i)), S)[:, :-1]
+    F = rule.accumulate(S.new_zeros(len(S), T), S)[:, :-1]
     P = logits(q, k).detach().masked_fill(j > i, -math.inf).softmax(dim=-1)
-    A = P.mean(dim=1).flip(1).cumsum(dim=1).flip(1)  # (B, T, T)
+    need = P.mean(dim=1).flip(1).cumsum(dim=1).flip(1)  # (B, T, T)
     stays = (j == 0) | (j >= i)
-    A = A.masked_fill(stays, 0.0)
-    foretold = (-F).masked_fill(stays, -1e9).log_softmax(dim=-1)
-    return -(A * foretold).sum(dim=(1, 2)) / A.sum(dim=(1, 2)).clamp(min=1e-9)
+    least_need = need.masked_fill(stays, -1.0).kthvalue(T - K, keepdim=True).values  # (B, T, 1)
+    most_F = F.detach().masked_fill(stays, 1e9).kthvalue(K + 1, keepdim=True).values
+    margin = (need - least_need).masked_fill(stays | (i < K + 2), 0.0)  # earlier rows keep all
+    wrong = margin.abs() * fn.softplus((F - most_F) * margin.sign())
+    return wrong.sum() / margin.abs().sum().clamp(min=1e-9)
 
 
 # ---- SSA's temperatures, and rotary positions ----------------------------------------------------
@@ -321,14 +326,14 @@ class Voter(nn.Module):
         does the voter's; all but the first of those are zero.
         """
         voting_q, voting_k = self(x)
+        D = q.size(3)
         W = self.q.out_features
-        pad = q.size(3) - W
         others = q.size(1) // k.size(1) - 1
-        voting_q = voting_q * (q.size(3) / W) ** 0.5  # attention divides by √D, a voter by √W
-        voting_q = fn.pad(voting_q, (0, pad, 0, 0, 0, others))
-        voting_k = fn.pad(voting_k, (0, pad))
-        q = torch.cat([voting_q.to(q.dtype), q], dim=1)
-        k = torch.cat([voting_k.to(k.dtype), k], dim=1)
+        voting_q = voting_q * (D / W) ** 0.5  # attention divides by √D, a voter by √W
+        voting_q = fn.pad(voting_q, (0, D - W, 0, 0, 0, others))
+        voting_k = fn.pad(voting_k, (0, D - W))
+        q = torch.cat([voting_q, q], dim=1)
+        k = torch.cat([voting_k, k], dim=1)
         return q, k, fn.pad(v, (0, 0, 0, 0, 1, 0))
 
 
@@ -394,7 +399,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, pos, turn=None, cache=None, memory_tau=None):
         """x (B, T, C) at positions pos (T,). Returns y (B, T, C), and M (B, T) with memory_tau.
 
-        In place of M a voter has its foresight_loss (B,). turn: rotary positions, see `rotation`.
+        In place of M a voter has its foresight_loss. turn: rotary positions, see `rotation`.
         """
         B, T, _ = x.shape
         H, D = self.config.n_head, self.config.head_size
@@ -425,14 +430,14 @@ class CausalSelfAttention(nn.Module):
             v = v.repeat_interleave(H // self.config.kv_heads, dim=1)
         M = None
         if cache is not None:
-            if self.voter is not None:
+            if self.voter:
                 q, k, v = self.voter.in_front(x, q, k, v)
             y = cache.attend(q, k, v, pos, rule)
         elif self.selects and self.masks:
             y, M = self.attention(q, k, v, rule, dropout, memory_tau)
         else:
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-            if memory_tau is not None and self.voter is not None:
+            if self.voter and memory_tau is not None:
                 M = foresight_loss(*self.voter(x), q, k, rule)
             elif memory_tau is not None:
                 M = pos.to(F_dtype(q.dtype)).expand(B, T)  # without votes a row needs all tokens
@@ -611,10 +616,10 @@ class GPT(nn.Module):
             groups.append(dict(params=some, weight_decay=decay, lr=lr, initial_lr=lr))
         return [torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')]
 
-    def num_params(self, non_embedding=True):
+    def num_params(self):
         """Number of parameters. Learned positions are left out, token embeddings are not."""
         count = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.learned_positions:
+        if self.config.learned_positions:
             count -= self.transformer.wpe.weight.numel()
         return count
 
@@ -644,10 +649,8 @@ def check_config(config):
         raise ValueError(f'dropout {c.dropout} is not a probability below 1')
     if set(c.ssa) - set('qkv') or len(set(c.ssa)) < len(c.ssa):
         raise ValueError(f"ssa {c.ssa!r}: letters of 'qkv', each once")
-    if c.vote_scale and not c.selective:
-        raise ValueError('vote_scale needs selective=True: there are no votes to scale')
-    if c.voter and not c.selective:
-        raise ValueError('voter needs selective=True: there is nothing to vote on')
+    if (c.vote_scale or c.voter) and not c.selective:
+        raise ValueError('vote_scale or voter needs selective=True, which lets tokens vote')
     if not 0 <= c.voter <= c.head_size:
         raise ValueError(f'voter {c.voter}: it has at most the {c.head_size} channels of a head')
     if c.gelu not in ('none', 'tanh'):

@@ -183,21 +183,21 @@ def naive_memory(Fs, tau):
 
 
 def naive_foresight(F, q, k):
-    """The loss of a voter (B,): row by row, the cross-entropy of two distributions over tokens 1 to
-    i-1, weighted with the attention that they get from row i on."""
+    """The loss of a voter: row by row, whether each token is on the right side of the K-th."""
     B, T, _ = F.shape
+    K = T // 8
     hidden = torch.ones(T, T).triu(1).bool()
-    P = naive_logits(q, k).masked_fill(hidden, -math.inf).softmax(-1).mean(dim=1).detach()
-    losses = []
+    P = naive_logits(q, k).masked_fill(hidden, -math.inf).softmax(-1).detach()
+    lost, cost = 0.0 * F.sum(), 1e-12
     for b in range(B):
-        lost, weight = 0.0 * F[b].sum(), 1e-12
-        for i in range(2, T):
-            share = fn.softmax(-F[b, i, 1:i], dim=0)
-            to_come = P[b, i:, 1:i].sum(dim=0)
-            lost = lost - (to_come * share.log()).sum()
-            weight = weight + to_come.sum()
-        losses.append(lost / weight)
-    return torch.stack(losses)
+        for i in range(K + 2, T):
+            need = P[b, :, i:, 1:i].mean(dim=0).sum(dim=0)
+            margin = need - sorted(need, reverse=True)[K]
+            above = F[b, i, 1:i] - sorted(F[b, i, 1:i].detach())[K]
+            wrong = torch.where(margin > 0, above, -above)
+            lost = lost + (margin.abs() * torch.log1p(wrong.exp())).sum()
+            cost = cost + margin.abs().sum()
+    return lost / cost
 
 
 def naive_pruned(q, k, v, votes, K, policy='selective', masks=True):

@@ -83,7 +83,7 @@ def check(cfg, world):
         raise UserError(f'gradient_accumulation_steps: {world} processes cannot share them evenly')
     if cfg.memory_loss and not cfg.selective:
         raise UserError('memory_loss needs selective=True, which masks tokens')
-    if cfg.voter and not cfg.memory_loss and not cfg.eval_only:
+    if cfg.voter and not (cfg.memory_loss or cfg.eval_only):
         raise UserError('voter learns by the memory loss alone: add --memory_loss=1')
 
 

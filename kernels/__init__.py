@@ -40,8 +40,7 @@ def install(model, kernel='auto', dtype=torch.float32):
     is on its device. Raises ValueError for a kernel that is asked for by name and does not pass,
     and for an edit of model.py that fails on an example.
     """
-    layers = [block.attn for block in model.transformer.h]
-    layers = [layer for layer in layers if layer.selects and layer.masks]
+    layers = [b.attn for b in model.transformer.h if b.attn.selects and b.attn.masks]
     device = model.lm_head.weight.device
     for layer in layers:
         layer.__dict__.pop('attention', None)  # back to model.py's own
