@@ -198,9 +198,9 @@ def evaluate(cfg, model, dataset, processes):
     """Figures on the validation set, by name; all processes take part.
 
     val_loss is the plain cross-entropy. memory is the share of the context that selection needs,
-    or the foresight_loss of voters.
-    accuracy, where the data set asks questions, is the fraction of the answers that are the
-    likeliest token. live is the share of attention that kernels/cpu.py computed, where it ran.
+    or the foresight_loss of voters. accuracy, where the data set asks questions, is the fraction of
+    the answers that are the likeliest token. live is the share of attention that kernels/cpu.py
+    computed, where it ran.
     """
     model.eval()
     kernels.live_share()  # from here on

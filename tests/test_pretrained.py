@@ -233,11 +233,13 @@ def test_recipe_resume(folder, dataset, tmp_path, run, flags):
     assert ckpt.load(tmp_path)['pretrained'] == str(folder)
 
 
-def test_freeze(folder, dataset, tmp_path, run):
+@pytest.mark.parametrize('new, loss', [(NEW, 0), (dict(selective=True, voter=3), 1)])
+def test_freeze(folder, dataset, tmp_path, run, new, loss):
     args = [dataset, *TINY, f'--out_dir={tmp_path}', f'--init_from={folder}', '--freeze=base']
-    flags = [f'--{name}={value}' for name, value in NEW.items()]
+    flags = [f'--{name}={value}' for name, value in new.items()]
+    flags.append(f'--memory_loss={loss}')
     run(train, *args, *flags)
-    start = load(folder, block_size=32, **NEW).state_dict()
+    start = load(folder, block_size=32, **new).state_dict()
     for name, trained in ckpt.load(tmp_path)['model'].items():
         assert torch.equal(trained, start[name]) == is_gpt2(name), name
     resumed = [*args, *flags, '--init_from=resume', '--max_iters=7']

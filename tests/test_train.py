@@ -327,6 +327,7 @@ def test_configs(path):
         ('--dtype=float8', 'float8'),
         ('--init_from=nothing', 'init_from'),
         ('--memory_loss=0.1', 'needs selective=True'),
+        ('--voter=4', 'add --memory_loss=1'),
         ('n_layr = 2', "n_layr: unknown setting; did you mean 'n_layer'"),
         ('n_layer = (', 'SyntaxError'),
         ("n_layer = '2x'", 'not a whole number'),
