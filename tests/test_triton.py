@@ -49,7 +49,8 @@ def example(B, H, T, D, dtype=torch.float32, strength=None):
 
 
 def compare(qkv, tau, scale, tolerance=5e-5):
-    attention.compare(gpu.selective_attention, qkv, rule(scale), tau, tolerance)
+    # 0.1: of a single token dq and dk are 0, and rounding makes 3e-7 of it
+    attention.compare(gpu.selective_attention, qkv, rule(scale), tau, tolerance, 0.1)
 
 
 @pytest.mark.parametrize(
