@@ -205,31 +205,33 @@ def memory_requirement(F, i, memory_tau):
     return i - (F.clamp(max=memory_tau) / memory_tau).sum(dim=-1)
 
 
-def foresight_loss(voting_q, voting_k, q, k, rule):
+def foresight_loss(voting_q, voting_k, q, k, v, rule):
     """How badly the votes of a layer foretell which tokens its attention needs. Ours.
 
-    need[i,j] is the sum of P[r,j] over the rows r from i on, and the mean over heads. With a budget
-    of K = T/8, row i keeps the K tokens with the smallest F, and should keep those with the largest
-    need. A logistic loss says whether a token is on its side of the K-th, and counts as much as its
-    need differs from that of the K-th.
+    need[i,j] is the sum of P[r,j] |v[j]| over the rows r from i on, and the mean over heads. With a
+    budget of K = T/16, row i keeps the K tokens with the smallest F, and should keep those with the
+    largest need. A logistic loss says whether a token is on its side of the K-th, and counts as
+    much as its need differs from that of the K-th.
 
-    voting_q, voting_k (B, 1, T, W): see Voter; q, k (B, H, T, D), which get no gradient; rule: the
-    layer.
+    voting_q, voting_k (B, 1, T, W): see Voter; q, k, v (B, H, T, D), which get no gradient; rule:
+    the layer.
     """
     T = q.size(2)
-    K = T // 8
+    K = T // 16
     i = torch.arange(T, device=q.device)[:, None]  # (T, 1)
     j = i.T  # (1, T)
     S = votes(rule, logits(voting_q, voting_k)[:, 0], i, j)  # (B, T, T)
-    F = rule.accumulate(S.new_zeros(len(S), T), S)[:, :-1]
-    P = logits(q, k).detach().masked_fill(j > i, -math.inf).softmax(dim=-1)
-    need = P.mean(dim=1).flip(1).cumsum(dim=1).flip(1)  # (B, T, T)
+    F = rule.accumulate(torch.zeros_like(S[:, 0]), S)[:, :-1]
+    P = logits(q, k).masked_fill(j > i, -math.inf).softmax(dim=-1)
+    used = (P * v.norm(dim=3)[:, :, None]).mean(dim=1).detach()  # (B, T, T)
+    need = used.flip(1).cumsum(dim=1).flip(1)
     stays = (j == 0) | (j >= i)
     least_need = need.masked_fill(stays, -1.0).kthvalue(T - K, keepdim=True).values  # (B, T, 1)
     most_F = F.detach().masked_fill(stays, 1e9).kthvalue(K + 1, keepdim=True).values
     margin = (need - least_need).masked_fill(stays | (i < K + 2), 0.0)  # earlier rows keep all
-    wrong = margin.abs() * fn.softplus((F - most_F) * margin.sign())
-    return wrong.sum() / margin.abs().sum().clamp(min=1e-9)
+    cost = margin.abs()
+    wrong = cost * fn.softplus((F - most_F) * margin.sign())
+    return wrong.sum() / (cost.sum() + 1e-9)
 
 
 # ---- SSA's temperatures, and rotary positions ----------------------------------------------------
@@ -438,7 +440,7 @@ class CausalSelfAttention(nn.Module):
         else:
             y = fn.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
             if self.voter and memory_tau is not None:
-                M = foresight_loss(*self.voter(x), q, k, rule)
+                M = foresight_loss(*self.voter(x), q, k, v, rule)
             elif memory_tau is not None:
                 M = pos.to(F_dtype(q.dtype)).expand(B, T)  # without votes a row needs all tokens
         y = y[:, -H:].transpose(1, 2).reshape(B, T, H * D)  # heads side by side, without a voter
@@ -543,9 +545,8 @@ class GPT(nn.Module):
         position only, (B, 1, V), and loss None. cache: a KVCache; idx continues the text that it
         holds. memory_tau, with targets and no cache: a third result, the memory requirement as a
         fraction of the context, which training adds to the loss; of voters, their mean
-        foresight_loss. Raises ValueError where learned
-        positions end before the tokens do. Single-token steps are not checked: reading the
-        position would synchronise the GPU.
+        foresight_loss. Raises ValueError where learned positions end before the tokens do.
+        Single-token steps are not checked: reading the position would synchronise the GPU.
         """
         B, T = idx.shape
         pos = torch.arange(T, device=idx.device)
@@ -633,12 +634,10 @@ def is_gpt2(name):
 def check_config(config):
     """Raise ValueError, in one line, for a config that no model can have."""
     c = config
-    for name in 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd':
-        if getattr(c, name) < 1:
-            raise ValueError(f'{name} is {getattr(c, name)}; it must be at least 1')
-    for name in 'n_kv_head', 'n_inner':
-        if getattr(c, name) < 0:
-            raise ValueError(f'{name} is {getattr(c, name)}; it cannot be negative')
+    least = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, n_inner=0)
+    for name, limit in least.items():
+        if getattr(c, name) < limit:
+            raise ValueError(f'{name} is {getattr(c, name)}; it must be at least {limit}')
     if c.n_embd % c.n_head:
         raise ValueError(f'n_embd {c.n_embd} is not divisible by n_head {c.n_head}')
     if c.n_head % c.kv_heads:

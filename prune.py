@@ -174,7 +174,7 @@ def bootstrap(values, counts=None):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(values), (10_000, len(values)), generator=generator)
     means = values.double()[drawn].sum(dim=1) / counts.double()[drawn].sum(dim=1)
-    return means.quantile(0.025).item(), means.quantile(0.975).item()
+    return means.quantile(means.new_tensor([0.025, 0.975])).tolist()
 
 
 def unseen(measure, curve, target):

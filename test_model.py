@@ -158,7 +158,7 @@ def naive_gpt(gpt, idx):
         F = naive_F(votes)
         y = naive_attention(q, k, v, F * (not c.voter))
         Fs.append(F)
-        losses.append(naive_foresight(F, q, k))
+        losses.append(naive_foresight(F, q, k, v))
         x = x + linear(y.transpose(1, 2).reshape(B, T, -1), h + 'attn.c_proj')
         z = norm(x, h + 'ln_2')
         hidden = linear(z, h + 'mlp.c_fc')
@@ -182,16 +182,17 @@ def naive_memory(Fs, tau):
     return total.mean() / (len(Fs) * T)
 
 
-def naive_foresight(F, q, k):
+def naive_foresight(F, q, k, v):
     """The loss of a voter: row by row, whether each token is on the right side of the K-th."""
     B, T, _ = F.shape
-    K = T // 8
+    K = T // 16
     hidden = torch.ones(T, T).triu(1).bool()
     P = naive_logits(q, k).masked_fill(hidden, -math.inf).softmax(-1).detach()
+    used = P * naive_repeat(v, q).detach().square().sum(dim=3).sqrt()[:, :, None]
     lost, cost = 0.0 * F.sum(), 1e-12
     for b in range(B):
         for i in range(K + 2, T):
-            need = P[b, :, i:, 1:i].mean(dim=0).sum(dim=0)
+            need = used[b, :, i:, 1:i].mean(dim=0).sum(dim=0)
             margin = need - sorted(need, reverse=True)[K]
             above = F[b, i, 1:i] - sorted(F[b, i, 1:i].detach())[K]
             wrong = torch.where(margin > 0, above, -above)
@@ -358,10 +359,10 @@ VOTERS = [flags for flags in FLAGS if flags.get('voter')]
 
 
 @pytest.mark.parametrize('flags', VOTERS, ids=repr)
-@pytest.mark.parametrize('T', [1, 2, 3, 24])
+@pytest.mark.parametrize('T', [1, 3, 20, 40])
 def test_foresight(flags, T):
     """The loss of voters, which moves nothing but voters and vote_scale."""
-    gpt = make(**flags)
+    gpt = make(block_size=40, **flags)
     idx = tokens(3, T)
     _, _, lost = gpt(idx, idx, memory_tau=1.0)
     expected = torch.stack(naive_gpt(gpt, idx)[2]).mean()
@@ -374,7 +375,7 @@ def test_foresight(flags, T):
         if name not in voting:
             assert not grad.any(), name
     torch.testing.assert_close([g for n, g in zip(params, got) if n in voting], list(want))
-    assert T < 24 or all(grad.any() for grad in want)
+    assert T < 20 or all(grad.any() for grad in want)
 
 
 @every_flag

@@ -301,14 +301,12 @@ PARTS = {
 def rows_of(subject, part, unit, values):
     """Print and return a row for each of values, {case: value}. Ratios are to the first one."""
     rows = []
-    B, T = subject.x.shape
     first = next(iter(values.values()))
     for case, value in values.items():
         row = {
             'part': part,
             'shape': subject.source,
-            'T': T,
-            'batch': B,
+            'T': subject.x.size(1),
             'threads': torch.get_num_threads(),
             'case': case,
             'value': value,

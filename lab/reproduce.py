@@ -225,8 +225,10 @@ ALL_RIGHT = (
 )
 
 
-CLAIMED = [gate, headline, heads, rules, ssa, variable_assignment, passkey]
-CLAIMED += [graph, denoising, eviction, retrofit, finetune]
+CLAIMED = (
+    gate, headline, heads, rules, ssa, variable_assignment,
+    passkey, graph, denoising, eviction, retrofit, finetune,
+)  # fmt: skip
 CLAIMS = {claim.__name__: claim for claim in CLAIMED}
 
 

@@ -142,8 +142,7 @@ def main():
     path = cfg.to or f'{cfg.out_dir}/visualize.html'
     files.check_output(path, '.html', '<!DOCTYPE html>')
     model, checkpoint = ckpt.load_model(cfg.out_dir)
-    c = model.config
-    if not c.selective:
+    if not model.config.selective:
         raise UserError(f'{cfg.out_dir} has no votes to show: give a run with selective=True')
     budgets = ckpt.read_budgets(cfg.budgets, cfg.out_dir, model, 'selective')
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
@@ -151,8 +150,9 @@ def main():
     ids = data.encode_prompt(text, tokenizer, ckpt.starts_with_bos(checkpoint))
     if len(ids) < 2:
         raise UserError('--start is a single token, which has nothing to forget: give more text')
-    tokens = token_texts(ids[: c.block_size], tokenizer)
-    reading = read(model, torch.tensor([ids[: c.block_size]]), budgets)
+    shown = ids[: model.config.block_size]
+    tokens = token_texts(shown, tokenizer)
+    reading = read(model, torch.tensor([shown]), budgets)
     files.write_file(path, page(reading, tokens, cfg.out_dir, budgets))
     print(f'{path} has {len(tokens)} of {len(ids)} tokens', file=sys.stderr)
 
