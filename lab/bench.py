@@ -12,23 +12,21 @@
 
 Times are medians of rounds in which the cases take turns (A B C, A B C, …), after a round to warm
 up. On a CPU all is measured with the default number of threads, then with one. The ratio is to the
-first case of a group. The table goes to --to as JSON, too.
+first case of a group.
 
 Random weights mask little, as at the start of training: they say nothing about what selection
 saves. Trained ones get their validation data.
 """
 
 import itertools
-import json
 import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
-from support import checkpoint as ckpt, devices, files, pretrained, settings  # before torch
+from support import checkpoint as ckpt, devices, pretrained, settings  # before torch
 
 import torch
 import torch.nn.functional as fn
@@ -60,7 +58,6 @@ class BenchConfig:
     tokens: int = option(4096, 'tokens of a batch of B = tokens / T, at least 1', low=1)
     rounds: int = option(5, 'rounds of which the median is taken', low=1, high=60)
     device: str = option('auto', "'cuda', 'mps', 'cpu'")
-    to: str = option('out/bench.json', 'the table as JSON')
 
 
 class Subject:
@@ -298,9 +295,8 @@ PARTS = {
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def rows_of(subject, part, unit, values):
-    """Print and return a row for each of values, {case: value}. Ratios are to the first one."""
-    rows = []
+def show(subject, part, unit, values):
+    """Print a line for each of values, {case: value}. Ratios are to the first one."""
     first = next(iter(values.values()))
     for case, value in values.items():
         row = {
@@ -314,8 +310,6 @@ def rows_of(subject, part, unit, values):
             'ratio': value / first,
         }
         print(LINE.format(**row), flush=True)
-        rows.append(row)
-    return rows
 
 
 def main():
@@ -330,7 +324,6 @@ def main():
         print('The weights are random and mask little. For what selection saves, give --out_dir.')
     if cfg.lengths:
         lengths = settings.numbers(cfg.lengths, '--lengths', low=64, high=2**20)
-    files.check_output(cfg.to, '.json', '"machine"')
     cfg.device = devices.pick_device(cfg.device)
     machine = platform.machine()
     counts = [torch.get_num_threads()]
@@ -339,19 +332,14 @@ def main():
         torch.set_float32_matmul_precision('high')  # TF32, as in train.py
     elif counts != [1]:
         counts.append(1)
-    machine += f', torch {torch.__version__}'
-    print(machine)
-    rows = []
+    print(f'{machine}, torch {torch.__version__}')
     for part, source, T, threads in itertools.product(parts, sources, lengths, counts):
         torch.set_num_threads(threads)
         subject = Subject(cfg, source, T)
         print(f'{source}: {subject.kernel}')
         for group in PARTS[part](subject):
-            rows += rows_of(subject, *group)
+            show(subject, *group)
     torch.set_num_threads(counts[0])
-    content = {'machine': machine, 'command': ' '.join(sys.argv[1:]), 'rows': rows}
-    files.write_file(cfg.to, json.dumps(content, indent=1))
-    print(cfg.to)
 
 
 if __name__ == '__main__':

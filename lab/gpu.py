@@ -29,20 +29,13 @@ from support.settings import UserError, option
 
 # of each part the limit in seconds, and the arguments of Python
 PARTS = {
-    'parity': (75, '{bench} --to={path}.json --what=parity --shapes=small,{shape} --lengths=64'),
-    'random': (
-        50,
-        '{bench} --to={path}.json --what=attention --shapes={shape} --lengths={lengths}',
-    ),
+    'parity': (75, '{bench} --what=parity --shapes=small,{shape} --lengths=64'),
+    'random': (50, '{bench} --what=attention --shapes={shape} --lengths={lengths}'),
     'standard': (75, 'train.py {train} --dataset={dataset} --out_dir={path} --selective=False'),
     'selective': (75, 'train.py {train} --dataset={dataset} --out_dir={path} --selective=True'),
-    'trained': (
-        45,
-        '{bench} --to={path}.json --what=attention --out_dir={out_dir}/selective '
-        '--lengths={lengths}',
-    ),
-    'step': (120, '{bench} --to={path}.json --what=step --shapes={shape} --lengths={T}'),
-    'decode': (40, '{bench} --to={path}.json --what=decode --shapes={shape} --lengths={T}'),
+    'trained': (45, '{bench} --what=attention --out_dir={out_dir}/selective --lengths={lengths}'),
+    'step': (120, '{bench} --what=step --shapes={shape} --lengths={T}'),
+    'decode': (40, '{bench} --what=decode --shapes={shape} --lengths={T}'),
 }
 FULL = {
     'shape': '124m',
