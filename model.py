@@ -678,8 +678,11 @@ class Policy:
         """A of new tokens (B, R), from their keys k (B, H, R, D)."""
         return k.new_zeros(len(k), k.size(2))
 
-    def update(self, A, P):
-        """A (B, N) after a row with the attention weights P (B, N), the mean over the heads."""
+    def update(self, A, P, v):
+        """A (B, N) after a row with the attention weights P (B, H, N).
+
+        v (B, H or fewer, N, D): the values of the tokens.
+        """
         return A
 
     def score(self, A, F, i, j):
@@ -735,8 +738,8 @@ class TOVA(Policy):
 
     needs_P = True
 
-    def update(self, A, P):
-        return P
+    def update(self, A, P, v):
+        return P.mean(dim=1)
 
     def score(self, A, F, i, j):
         return -A
@@ -748,8 +751,8 @@ class H2O(TOVA):
     In the paper each head decides for itself.
     """
 
-    def update(self, A, P):
-        return A + P
+    def update(self, A, P, v):
+        return A + P.mean(dim=1)
 
     def score(self, A, F, i, j):
         return (-A).masked_fill(j > i - self.K // 2, -math.inf)
@@ -762,6 +765,15 @@ class H2OMean(H2O):
         return super().score(A / (i - j), F, i, j)
 
 
+class VATP(H2OMean):
+    """As H2OMean, with attention times |v|: arXiv 2406.12335, which sums over the rows."""
+
+    def update(self, A, P, v):
+        norm = v.abs().sum(dim=3)  # the 1-norm, as in the paper
+        norm = norm.repeat_interleave(P.size(1) // v.size(1), dim=1)  # (B, H, N)
+        return super().update(A, P * norm, v)
+
+
 POLICIES = {
     'selective': Selective,
     'oldest': Oldest,
@@ -771,6 +783,7 @@ POLICIES = {
     'tova': TOVA,
     'h2o': H2O,
     'h2o_mean': H2OMean,
+    'vatp': VATP,
 }
 
 
@@ -839,8 +852,9 @@ class LayerCache:
         y, F, _, P = attend(q, *held, i, self.j[:, :n], rule)
         self.F[:, :n] = F[:, -1]
         if self.policy.needs_P:
-            P = P[:, -self.config.n_head :, 0].mean(dim=1)  # (B, n) without a voter's
-            self.A[:, :n] = self.policy.update(self.A[:, :n], P)
+            P = P[:, -self.config.n_head :, 0]  # (B, H, n) without a voter's
+            v = self.v[:, -self.config.kv_heads :, :n]
+            self.A[:, :n] = self.policy.update(self.A[:, :n], P, v)
         return y
 
     def _rows(self, q, k, v, i, rule):

@@ -219,6 +219,8 @@ def naive_pruned(q, k, v, votes, K, policy='selective', masks=True):
             held.append(i)
             weights = (L[b, :, i, held] - F[held] * masks).softmax(-1)  # (H, held)
             y[b, :, i] = (weights[:, :, None] * v[b, :, held]).sum(dim=1)
+            if policy == 'vatp':
+                weights = weights * v[b, :, held].abs().sum(dim=2)
             P[i, held] = weights.mean(dim=0).float()
             kept[b, i, held] = True
             F[held[1:-1]] += votes[b, i, held[1:-1]]

@@ -20,7 +20,7 @@ from lab.harness import passkey
 from lab.runs import Losses, markdown, spread
 from support import checkpoint as ckpt, files, pretrained
 
-PRESENT = 'streaming', 'oldest', 'random', 'knorm', 'tova', 'h2o', 'h2o_mean'
+PRESENT = 'streaming', 'oldest', 'random', 'knorm', 'tova', 'h2o', 'h2o_mean', 'vatp'
 VOTER = '--selective --voter=16 --memory_loss=1 --ssa_lr=60 --freeze=base'
 ADDED = {
     'going on': '',
