@@ -222,8 +222,8 @@ def foresight_loss(voting_q, voting_k, q, k, v, rule):
     j = i.T  # (1, T)
     S = votes(rule, logits(voting_q, voting_k)[:, 0], i, j)  # (B, T, T)
     F = rule.accumulate(torch.zeros_like(S[:, 0]), S)[:, :-1]
-    P = logits(q, k).masked_fill(j > i, -math.inf).softmax(dim=-1)
-    used = (P * v.norm(dim=3)[:, :, None]).mean(dim=1).detach()  # (B, T, T)
+    P = logits(q, k).detach().masked_fill(j > i, -math.inf).softmax(dim=-1)
+    used = (P * v.detach().norm(dim=3)[:, :, None]).mean(dim=1)  # (B, T, T)
     need = used.flip(1).cumsum(dim=1).flip(1)
     stays = (j == 0) | (j >= i)
     least_need = need.masked_fill(stays, -1.0).kthvalue(T - K, keepdim=True).values  # (B, T, 1)

@@ -66,7 +66,7 @@ def test_random_weights(rows):
     names = 'live', 'forward', 'attention', 'step', 'decode1', 'decode32'
     assert {key[:2] for key in table} == {(name, T) for name in names for T in (64, 128)}
     for value, threads in table.values():
-        assert threads == 1 and 0 <= value < math.inf
+        assert threads == 1 and 0 < value < math.inf
 
 
 def test_trained_weights(run, dataset, tmp_path, rows):
