@@ -93,7 +93,7 @@ def selective_attention_listing(q, k, v, rule, dropout=0.0, memory_tau=None):
     return y, memory_requirement(F, i[:, 0], memory_tau)
 
 
-def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
+def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0, voting=()):
     """One block of rows: the core of training, prefill (many rows) and decoding (one row).
 
     q (B, H, R, D): queries of the tokens at positions i (R,).
@@ -103,6 +103,7 @@ def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
     rule: the layer whose votes mask tokens. None: standard attention, which leaves F as it is. With
         rule.masks False the votes are added up for eviction alone.
     forget: (F of each row (B, R, N), i, j) -> which columns each row has lost (B, R, N).
+    voting: queries (B, 1, R, W) and keys (B, 1, N, W) of a Voter, which votes in place of head 0.
 
     Returns y (B, H, R, D); F (B, R+1, N) for each row and, last, for the row after the block; which
     columns are hidden from each row (B or 1, R, N); and the attention weights P (B, H, R, N).
@@ -113,7 +114,10 @@ def attend(q, k, v, F, i, j, rule=None, forget=None, dropout=0.0):
     if rule is None:
         F = F[:, None].expand(-1, len(i) + 1, -1)  # (B, R+1, N)
     else:
-        S = votes(rule, L[:, 0], i, j)  # (B, R, N)
+        L0 = L[:, 0]
+        if voting:
+            L0 = logits(*voting)[:, 0]
+        S = votes(rule, L0, i, j)  # (B, R, N)
         F = rule.accumulate(F, S)  # (B, R+1, N)
         expect_shape('accumulate(F, S)', F, (len(S), len(i) + 1, S.size(2)))
     hidden = j > i  # nobody sees the future
@@ -210,8 +214,8 @@ def foresight_loss(voting_q, voting_k, q, k, v, rule):
 
     need[i,j] is the sum of P[r,j] |v[j]| over the rows r from i on, and the mean over heads. With a
     budget of K = T/16, row i keeps the K tokens with the smallest F, and should keep those with the
-    largest need. A logistic loss says whether a token is on its side of the K-th, and counts as
-    much as its need differs from that of the K-th.
+    largest need. A logistic loss says whether a token is on its side of the first that goes, and
+    counts as much as its need differs from that of the first that should.
 
     voting_q, voting_k (B, 1, T, W): see Voter; q, k, v (B, H, T, D), which get no gradient; rule:
     the layer.
@@ -321,23 +325,6 @@ class Voter(nn.Module):
         x = x.detach()[:, None]
         return self.q(x), self.k(x)
 
-    def in_front(self, x, q, k, v):
-        """q, k, v (B, heads, T, D) with a voting head in front, whose output is zero.
-
-        The voter's channels are zero-padded to D. Where a key head serves several query heads, so
-        does the voter's; all but the first of those are zero.
-        """
-        voting_q, voting_k = self(x)
-        D = q.size(3)
-        W = self.q.out_features
-        others = q.size(1) // k.size(1) - 1
-        voting_q = voting_q * (D / W) ** 0.5  # attention divides by √D, a voter by √W
-        voting_q = fn.pad(voting_q, (0, D - W, 0, 0, 0, others))
-        voting_k = fn.pad(voting_k, (0, D - W))
-        q = torch.cat([voting_q, q], dim=1)
-        k = torch.cat([voting_k, k], dim=1)
-        return q, k, fn.pad(v, (0, 0, 0, 0, 1, 0))
-
 
 class CausalSelfAttention(nn.Module):
     """Attention of H heads, standard or selective. SSA scales q, k and v before either."""
@@ -432,9 +419,10 @@ class CausalSelfAttention(nn.Module):
             v = v.repeat_interleave(H // self.config.kv_heads, dim=1)
         M = None
         if cache is not None:
+            voting = ()
             if self.voter:
-                q, k, v = self.voter.in_front(x, q, k, v)
-            y = cache.attend(q, k, v, pos, rule)
+                voting = self.voter(x)
+            y = cache.attend(q, k, v, pos, rule, voting)
         elif self.selects and self.masks:
             y, M = self.attention(q, k, v, rule, dropout, memory_tau)
         else:
@@ -443,7 +431,7 @@ class CausalSelfAttention(nn.Module):
                 M = foresight_loss(*self.voter(x), q, k, v, rule)
             elif memory_tau is not None:
                 M = pos.to(F_dtype(q.dtype)).expand(B, T)  # without votes a row needs all tokens
-        y = y[:, -H:].transpose(1, 2).reshape(B, T, H * D)  # heads side by side, without a voter
+        y = y.transpose(1, 2).reshape(B, T, H * D)  # heads side by side
         return self.resid_dropout(self.c_proj(y)), M
 
 
@@ -524,20 +512,6 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02, generator=g)
 
-    def embed(self, idx, pos):
-        """The input of the first block: tokens idx (B, T) at positions pos (T,) -> (B, T, C)."""
-        x = self.transformer.wte(idx)
-        if self.config.learned_positions:
-            x = x + self.transformer.wpe(pos)
-        return self.transformer.drop(x)
-
-    def rotation(self, pos):
-        """The rotation of queries and keys at positions pos (T,); None without rope."""
-        c = self.config
-        if not c.rope:
-            return None
-        return rotation(pos, c.head_size, c.rope_base, F_dtype(self.lm_head.weight.dtype))
-
     def forward(self, idx, targets=None, cache=None, memory_tau=None):
         """Logits of the next tokens, and the mean cross-entropy in nats where targets are given.
 
@@ -548,17 +522,23 @@ class GPT(nn.Module):
         foresight_loss. Raises ValueError where learned positions end before the tokens do.
         Single-token steps are not checked: reading the position would synchronise the GPU.
         """
+        c = self.config
         B, T = idx.shape
         pos = torch.arange(T, device=idx.device)
         end = T
         if cache is not None:
             pos = pos + cache.position
-            if T > 1 and self.config.learned_positions:
+            if T > 1 and c.learned_positions:
                 end += int(cache.position)
-        if self.config.learned_positions and end > self.config.block_size:
-            raise ValueError(f'{end} tokens do not fit into block_size {self.config.block_size}')
-        x = self.embed(idx, pos)  # (B, T, C)
-        turn = self.rotation(pos)
+        if c.learned_positions and end > c.block_size:
+            raise ValueError(f'{end} tokens do not fit into block_size {c.block_size}')
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if c.learned_positions:
+            x = x + self.transformer.wpe(pos)
+        x = self.transformer.drop(x)
+        turn = None
+        if c.rope:
+            turn = rotation(pos, c.head_size, c.rope_base, F_dtype(self.lm_head.weight.dtype))
         Ms = []
         for l, block in enumerate(self.transformer.h):
             layer_cache = cache.layers[l] if cache is not None else None
@@ -574,9 +554,9 @@ class GPT(nn.Module):
         loss = fn.cross_entropy(flat, targets.reshape(-1), ignore_index=-1)
         if memory_tau is None:
             return logits, loss
-        if not self.config.selective:
+        if not c.selective:
             raise ValueError('memory_tau needs selective=True: only votes mask tokens')
-        if self.config.voter:
+        if c.voter:
             return logits, loss, torch.stack(Ms).mean()
         # 2410.02703 section 6: the mean over the batch and layers of the largest M of a row, as a
         # fraction of the context
@@ -618,11 +598,8 @@ class GPT(nn.Module):
         return [torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')]
 
     def num_params(self):
-        """Number of parameters. Learned positions are left out, token embeddings are not."""
-        count = sum(p.numel() for p in self.parameters())
-        if self.config.learned_positions:
-            count -= self.transformer.wpe.weight.numel()
-        return count
+        """Number of parameters, embeddings included."""
+        return sum(p.numel() for p in self.parameters())
 
 
 def is_gpt2(name):
@@ -634,7 +611,9 @@ def is_gpt2(name):
 def check_config(config):
     """Raise ValueError, in one line, for a config that no model can have."""
     c = config
-    least = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, n_inner=0)
+    least = dict(
+        block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_kv_head=0, n_inner=0, voter=0
+    )
     for name, limit in least.items():
         if getattr(c, name) < limit:
             raise ValueError(f'{name} is {getattr(c, name)}; it must be at least {limit}')
@@ -650,8 +629,6 @@ def check_config(config):
         raise ValueError(f"ssa {c.ssa!r}: letters of 'qkv', each once")
     if (c.vote_scale or c.voter) and not c.selective:
         raise ValueError('vote_scale or voter needs selective=True, which lets tokens vote')
-    if not 0 <= c.voter <= c.head_size:
-        raise ValueError(f'voter {c.voter}: it has at most the {c.head_size} channels of a head')
     if c.gelu not in ('none', 'tanh'):
         raise ValueError(f"gelu {c.gelu!r}: it is 'none' or 'tanh'")
 
@@ -803,36 +780,35 @@ class LayerCache:
     """
 
     def __init__(self, config, B, K, policy, device, dtype):
-        heads = config.kv_heads
-        if config.voter:
-            heads += 1  # in front
-        self.k = torch.zeros(B, heads, K, config.head_size, device=device, dtype=dtype)
+        self.k = torch.zeros(B, config.kv_heads, K, config.head_size, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
+        self.voting_k = self.k.new_zeros(B, 1, K, config.voter)  # empty without a voter
         self.F = torch.zeros(B, K, device=device, dtype=F_dtype(dtype))
         self.A = torch.zeros_like(self.F)
         self.j = torch.zeros(B, K, device=device, dtype=torch.long)
         self.n = 0
         self.K = K
-        self.config = config
         self.policy = make_policy(policy, K)
 
-    def attend(self, q, k, v, i, rule):
+    def attend(self, q, k, v, i, rule, voting=()):
         """The next tokens, at positions i (R,): q (B, H, R, D), k and v; returns y (B, H, R, D).
 
-        rule: the layer whose votes mask tokens; None: standard attention.
+        rule: the layer whose votes mask tokens; None: standard attention. voting: queries and keys
+        (B, 1, R, W) of a Voter.
         """
-        R = q.size(2)
-        if R == 1:
-            return self._row(q, k, v, i, rule)
+        if q.size(2) == 1:
+            return self._row(q, k, v, i, rule, voting)
         if not self.policy.needs_P:
-            return self._rows(q, k, v, i, rule)
+            return self._rows(q, k, v, i, rule, voting)
         rows = []
-        for r in range(R):
+        for r in range(q.size(2)):
             one = slice(r, r + 1)
-            rows.append(self._row(q[:, :, one], k[:, :, one], v[:, :, one], i[one], rule))
+            qkv = q[:, :, one], k[:, :, one], v[:, :, one]
+            row_voting = [x[:, :, one] for x in voting]
+            rows.append(self._row(*qkv, i[one], rule, row_voting))
         return torch.cat(rows, dim=2)
 
-    def _row(self, q, k, v, i, rule):
+    def _row(self, q, k, v, i, rule, voting):
         if self.n < self.K:
             b = slice(None)
             slot = self.n
@@ -845,30 +821,38 @@ class LayerCache:
         self.k[b, :, slot] = k[:, :, 0].to(self.k.dtype)  # (B, H, D)
         self.v[b, :, slot] = v[:, :, 0].to(self.v.dtype)
         self.F[b, slot] = 0.0
-        self.A[b, slot] = self.start(k)[:, 0]
+        self.A[b, slot] = self.policy.start(k)[:, 0].to(self.A.dtype)
         self.j[b, slot] = i
         n = self.n
-        held = self.k[:, :, :n], self.v[:, :, :n], self.F[:, :n]
-        y, F, _, P = attend(q, *held, i, self.j[:, :n], rule)
+        if voting:
+            voting_q, voting_k = voting
+            self.voting_k[b, :, slot] = voting_k[:, :, 0].to(self.k.dtype)
+            voting = voting_q, self.voting_k[:, :, :n]
+        k, v = self.k[:, :, :n], self.v[:, :, :n]
+        y, F, _, P = attend(q, k, v, self.F[:, :n], i, self.j[:, :n], rule, voting=voting)
         self.F[:, :n] = F[:, -1]
         if self.policy.needs_P:
-            P = P[:, -self.config.n_head :, 0]  # (B, H, n) without a voter's
-            v = self.v[:, -self.config.kv_heads :, :n]
-            self.A[:, :n] = self.policy.update(self.A[:, :n], P, v)
+            self.A[:, :n] = self.policy.update(self.A[:, :n], P[:, :, 0], v)
         return y
 
-    def _rows(self, q, k, v, i, rule):
+    def _rows(self, q, k, v, i, rule, voting):
         # A block of R rows attends to the n cached tokens and to itself: n + R columns, in the
         # order of age.
         B, _, R, _ = q.shape
         n = self.n
         age = self.j[:, :n].argsort(dim=1)  # decoding fills slots in any order
-        A = torch.cat([self.A.gather(1, age), self.start(k)], dim=1)  # (B, n+R)
+        new_A = self.policy.start(k).to(self.A.dtype)
+        A = torch.cat([self.A.gather(1, age), new_A], dim=1)  # (B, n+R)
         k = torch.cat([take(self.k, age), k.to(self.k.dtype)], dim=2)  # (B, H, n+R, D)
         v = torch.cat([take(self.v, age), v.to(self.v.dtype)], dim=2)
         j = torch.cat([self.j.gather(1, age), i.expand(B, R)], dim=1)  # (B, n+R)
         F = fn.pad(self.F.gather(1, age), (0, R))  # (B, n+R)
-        y, F, hidden, _ = attend(q, k, v, F, i, j, rule, partial(self.forget, A))
+        if voting:
+            voting_q, voting_k = voting
+            voting_k = torch.cat([take(self.voting_k, age), voting_k.to(self.k.dtype)], dim=2)
+            voting = voting_q, voting_k
+        forget = partial(self.forget, A)
+        y, F, hidden, _ = attend(q, k, v, F, i, j, rule, forget, voting=voting)
         self.n = m = min(n + R, self.K)  # the same number is left in every sequence
         left = hidden[:, -1].int().argsort(dim=1, stable=True)[:, :m]  # (B, m) in the order of age
         self.k[:, :, :m] = take(k, left)
@@ -876,11 +860,9 @@ class LayerCache:
         self.j[:, :m] = j.gather(1, left)
         self.A[:, :m] = A.gather(1, left)
         self.F[:, :m] = F[:, -1].gather(1, left)
+        if voting:
+            self.voting_k[:, :, :m] = take(voting_k, left)
         return y
-
-    def start(self, k):
-        """A of new tokens (B, R), from their keys (B, H, R, D), a voter's left out."""
-        return self.policy.start(k[:, -self.config.kv_heads :]).to(self.A.dtype)
 
     def score(self, A, F, i, j):
         """Eviction score of each column, seen from rows i; the highest goes first."""
@@ -934,7 +916,7 @@ class KVCache:
         """Bytes of keys and values, and of F and positions, over all layers."""
         total = 0
         for layer in self.layers:
-            for x in layer.k, layer.v, layer.F, layer.A, layer.j:
+            for x in layer.k, layer.v, layer.voting_k, layer.F, layer.A, layer.j:
                 total += x.nbytes
         return total
 

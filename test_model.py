@@ -399,7 +399,7 @@ def test_parameters():
     with torch.device('meta'):
         standard, ssa = count(**shape), count(**shape, ssa='qv')
         assert count(**smollm, llama=True, rope=True) == 134_515_008
-    assert standard == 123_587_328
+    assert standard == 124_373_760
     assert 0 < ssa - standard < 0.005 * standard
 
 
@@ -453,7 +453,7 @@ def test_nanogpt_state_dict():
         (dict(n_kv_head=-1), 'n_kv_head'),
         (dict(n_inner=-1), 'n_inner'),
         (dict(voter=3), 'voter needs selective'),
-        (dict(voter=5, selective=True), 'voter 5'),
+        (dict(voter=-1, selective=True), 'voter is -1'),
         (dict(rope=True, n_embd=6), 'rope'),
     ],
 )
@@ -514,25 +514,29 @@ def test_pruned_attention_against_the_rules(K, votes_of, policy):
         return
     torch.manual_seed(K)
     B, T, D = 1 + K % 3, 40, 4
-    front = int(votes_of == 'a voter')
-    q = torch.randn(B, 4 + 2 * front, T, D, dtype=torch.float64)
-    k, v = torch.randn(2, B, 2 + front, T, D, dtype=torch.float64).unbind()
-    q[:2, 0].abs_()
-    k[:2, 0].abs_()
-    k[0, 0, 7:30:9] *= -1  # in the first sequence nobody masks these
-    q[1:2, 0] *= -1  # the second never votes: ties go to the oldest
-    rule = Rule(fn.relu, masks=not front)
-    votes = naive_logits(q, k)[:, 0].relu() * (votes_of != 'nobody')
-    expected, kept = naive_pruned(q[:, -4:], k[:, -2:], v[:, -2:], votes, K, policy, not front)
+    q = torch.randn(B, 4, T, D, dtype=torch.float64)
+    k, v = torch.randn(2, B, 2, T, D, dtype=torch.float64).unbind()
+    voting = ()
+    voting_q, voting_k = q, k
+    if votes_of == 'a voter':
+        voting_q, voting_k = voting = torch.randn(2, B, 1, T, 3, dtype=torch.float64).unbind()
+    voting_q[:2, 0].abs_()
+    voting_k[:2, 0].abs_()
+    voting_k[0, 0, 7:30:9] *= -1  # in the first sequence nobody masks these
+    voting_q[1:2, 0] *= -1  # the second never votes: ties go to the oldest
+    rule = Rule(fn.relu, masks=not voting)
+    votes = naive_logits(voting_q, voting_k)[:, 0].relu() * (votes_of != 'nobody')
+    expected, kept = naive_pruned(q, k, v, votes, K, policy, rule.masks)
     for rows in 1, 4, 40, None:
-        cache = rule.make_cache(B, K, policy, voter=front)
+        cache = rule.make_cache(B, K, policy, voter=3)
         t = 0
         for R in blocks_of(T, rows, seed=K):
             i = torch.arange(t, t + R)
             now = slice(t, t + R)
             args = q[:, :, now], k[:, :, now], v[:, :, now], i
-            y = cache.attend(*args, rule if votes_of != 'nobody' else None)
-            torch.testing.assert_close(y[:, -4:], expected[:, :, now])
+            some = [x[:, :, now] for x in voting]
+            y = cache.attend(*args, rule if votes_of != 'nobody' else None, some)
+            torch.testing.assert_close(y, expected[:, :, now])
             t += R
             for b in range(B):
                 held = kept[b, t - 1].nonzero().flatten()
@@ -587,6 +591,8 @@ def test_cache_size():
     gpt = make(selective=True, dtype=torch.float32, **SHARED)
     small, full = KVCache(gpt, 2, [3, 6]), KVCache(gpt, 2)
     assert small.bytes() * 48 == full.bytes() * 9
+    voter = KVCache(make(selective=True, voter=3, dtype=torch.float32, **SHARED), 2, [3, 6])
+    assert voter.bytes() == small.bytes() + 2 * 9 * 3 * 4  # three numbers a token and layer
     pointers = [c.k.data_ptr() for c in small.layers]
     gpt(tokens(2, 20), cache=small)
     gpt(tokens(2, 1), cache=small)

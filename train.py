@@ -41,7 +41,7 @@ class TrainConfig(GPTConfig):
     # run
     out_dir: str = option('out/run', 'folder of ckpt.pt and log.jsonl')
     init_from: str = option('scratch', "'scratch', 'resume', a folder, or a model on the hub")
-    resume_changed: bool = option(False, 'resume even if settings or data have changed')
+    resume_changed: bool = option(False, 'resume even if settings have changed')
     eval_only: bool = option(False, 'evaluate ckpt.pt or init_from, print it, and write nothing')
     freeze: str = option('', "'base': train only what GPT-2 does not have", choices=('', 'base'))
     seed: int = option(1337, 'seed of weights, batches and dropout')
@@ -134,19 +134,8 @@ def find_start(cfg, processes):
 
 def open_data(cfg, processes, start):
     """The data set of the run, which must have the tokenizer of its checkpoint."""
-
-    def prepare():
-        if cfg.dataset == 'stdlib' and not data.known_meta('data/stdlib'):
-            prepare_text.prepare(prepare_text.TextConfig())  # off the network
-
-    processes.after_master(prepare)
-    dataset = data.load_dataset(cfg.dataset)
-    tokenizer = start.get('tokenizer', dataset.tokenizer_name)
-    if tokenizer != dataset.tokenizer_name:
-        raise UserError(
-            f'data set {cfg.dataset} has the tokenizer {data.label(dataset.tokenizer_name)}, '
-            f'the model {data.label(tokenizer)}'
-        )
+    processes.after_master(prepare_text.provide, cfg.dataset)
+    dataset = data.load_dataset(cfg.dataset, tokenizer=start.get('tokenizer'))
     cfg.vocab_size = max(cfg.vocab_size, dataset.vocab_size)
     if dataset.record_len:
         cfg.bos = False
@@ -235,7 +224,6 @@ def main():
     if cfg.eval_only and cfg.init_from == 'scratch':
         cfg.init_from = 'resume'
     processes = devices.Processes()
-    check(cfg, processes.world)
     if processes.master and not cfg.eval_only:
         with files.locked(cfg.out_dir):  # one run at a time
             train(cfg, processes)
@@ -253,6 +241,7 @@ def train(cfg, processes):
 
     # the checkpoint that the run begins with, if any, its data, its model and its optimizers
     start = find_start(cfg, processes)
+    check(cfg, processes.world)
     dataset = open_data(cfg, processes, start)
     model = make_model(cfg, start, say)
     say(
@@ -356,8 +345,6 @@ def loop(cfg, processes, dataset, raw_model, optimizers, scaler, progress):
             }
             if cfg.memory_loss:
                 figures['memory'] = memory
-            if share := devices.mfu(raw_model, tokens / seconds / processes.world):
-                figures['mfu'] = share
             report(figures)
         iter_num += 1
 

@@ -341,5 +341,5 @@ def _knows(layer, x, cache):
         return False
     c = layer.config
     shape = len(x), c.kv_heads, cache.K, c.head_size
-    known = x.is_cpu and x.dtype == cache.k.dtype in DTYPES
+    known = x.is_cpu and x.dtype == cache.k.dtype in DTYPES and not c.voter
     return known and x.size(1) == 1 and cache.k.shape == shape

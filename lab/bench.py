@@ -41,7 +41,6 @@ SHAPES = {
     '124m': {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'vocab_size': 50304},
 }
 CASES = {'standard': '', 'selective': '', 'SSA': 'qv'}  # and their letters of SSA
-LONGEST = 2048  # T of attention alone by model.py's own functions: they take T x T memory
 # what is printed of a row
 LINE = (
     '{part:10} {shape:16} T = {T:<6} {case:22} {value:12,.2f} {unit:8} {ratio:8.2f}x'
@@ -84,7 +83,8 @@ class Subject:
                 raise UserError(f'{source} has standard attention, whose cost no weights change')
             T = T or self.gpt.config.block_size
             B = max(1, cfg.tokens // T)
-            dataset = data.load_dataset(checkpoint['dataset'])
+            text = checkpoint['dataset']
+            dataset = data.load_dataset(text, tokenizer=checkpoint['tokenizer'])
             batch = dataset.batch('val', 0, B, T, bos=ckpt.starts_with_bos(checkpoint))
             run = checkpoint['config']
             if run['memory_loss'] and case == 'selective':
@@ -138,12 +138,7 @@ def standard(q, k, v, rule, memory_tau):
 
 
 # None: what is installed in a layer
-FORMS = {
-    'standard': standard,
-    'selective': None,
-    'selective, rows': m.selective_attention,
-    'selective, listing': m.selective_attention_listing,
-}
+FORMS = {'standard': standard, 'selective': None}
 
 
 def run_layers(subject, inputs, form, backward=True):
@@ -168,9 +163,8 @@ def attention_part(subject):
     forward = {}
     both = {}
     for case, form in FORMS.items():
-        if subject.x.size(1) <= LONGEST or 'selective,' not in case:
-            forward[case] = partial(run_layers, subject, inputs, form, backward=False)
-            both[case] = partial(run_layers, subject, inputs, form)
+        forward[case] = partial(run_layers, subject, inputs, form, backward=False)
+        both[case] = partial(run_layers, subject, inputs, form)
     kernels.live_share()
     both['selective']()
     if live := kernels.live_share():  # kernels/cpu.py counts it
@@ -211,17 +205,14 @@ def step_part(subject):
     if 'cuda' not in cfg.device:
         return
     rates = {}
-    used = {}
     memory = {}
     for case, once in steps.items():
         rates[case] = 1000 * B * T / taken[case]
-        used[case] = devices.mfu(subject.gpt, rates[case]) or 0.0
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         once()
         memory[case] = (torch.cuda.max_memory_allocated() - before) / 2**20
     yield 'step', 'tokens/s', rates
-    yield 'step', 'MFU', used
     yield 'step', 'MiB', memory
 
 
@@ -256,7 +247,7 @@ def decode_part(subject):
             cache = m.KVCache(gpt, 1, budgets)
             m.prefill(gpt, text, cache)
             for layer in cache.layers:  # a text that was read once serves all
-                for name in 'k', 'v', 'F', 'A', 'j':
+                for name in 'k', 'v', 'voting_k', 'F', 'A', 'j':
                     x = getattr(layer, name)
                     setattr(layer, name, x.repeat_interleave(B, dim=0))
             steps[case] = partial(gpt, new, cache=cache)

@@ -37,7 +37,7 @@ class Graph(m.CausalSelfAttention):
         self.truth = (order < count) / count  # row: the present node; column: the next one
         self.embedding = torch.nn.Parameter(torch.randn(60, C), requires_grad=learned)
 
-    def attend(self, q, k, v, i, rule):
+    def attend(self, q, k, v, i, rule, voting):
         """What forward calls of a cache, which is the layer itself here: it keeps log P."""
         self.log_P = m.logits(q, k)[0, 0].log_softmax(dim=1)
         return v

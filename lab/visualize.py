@@ -48,11 +48,11 @@ class Reading:
     dropped_at: np.ndarray  # (L, T) the first row that does without the column; T: none does
 
 
-def record(layer, q, k, v, i, rule):
+def record(layer, q, k, v, i, rule, voting):
     """LayerCache.attend for all rows at once, which keeps what it computes in the layer."""
     F = q.new_zeros(len(q), len(i), dtype=F_dtype(q.dtype))
-    forget = partial(layer.forget, layer.start(k))
-    y, F, hidden, _ = attend(q, k, v, F, i, i[None], rule, forget)
+    forget = partial(layer.forget, layer.policy.start(k))
+    y, F, hidden, _ = attend(q, k, v, F, i, i[None], rule, forget, voting=voting)
     layer.F = F[:, :-1]  # (1, T, T)
     layer.votes = F.diff(dim=1).masked_fill(hidden, 0)
     # A column is dropped for good, so the rows that see it come one after the other.

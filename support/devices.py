@@ -11,8 +11,6 @@ import torch.distributed as dist
 from support.settings import UserError, one_line
 
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
-# operations a second of dense bfloat16, by NVIDIA's datasheets of the SXM modules
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
 
 
 def pick_device(name='auto'):
@@ -51,24 +49,6 @@ def threads_for_generation(model):
     """
     if model.config.n_embd < 512:
         torch.set_num_threads(1)
-
-
-def mfu(model, tokens_per_second):
-    """Model FLOPs utilisation, the share of a GPU's peak that training uses.
-
-    None where the peak is unknown. Counts the operations of forward and backward as appendix B of
-    the PaLM paper does.
-    """
-    device = model.lm_head.weight.device
-    if device.type != 'cuda':
-        return None
-    c = model.config
-    operations = 6 * model.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-    name = torch.cuda.get_device_name(device)
-    for chip, peak in PEAKS.items():
-        if chip in name:  # the H200 in GH200, too
-            return tokens_per_second * operations / peak
-    return None
 
 
 def catch_signals(say):

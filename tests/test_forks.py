@@ -41,9 +41,9 @@ DECAY = [
 """,
     ),
 ]
-HEAD_0 = 'S = votes(rule, L[:, 0], i, j)'
-TWO_VOTERS = [(HEAD_0, 'S = votes(rule, L[:, :2].relu().sum(dim=1), i, j)')]
-TWO_GROUPS = [(HEAD_0, 'S = votes(rule, L[:, :2], i, j)')]
+HEAD_0 = ' L[:, 0]'  # in attend and in the listing
+TWO_VOTERS = [(HEAD_0, ' L[:, :2].relu().sum(dim=1)')]
+TWO_GROUPS = [(HEAD_0, ' L[:, :2]')]
 NO_RELU = [('S = L0.relu()', 'S = L0')]
 GATE = [(INIT, f'{INIT}        self.gate = nn.Linear(config.n_embd, config.n_embd)\n')]
 ONE_QUIET = [

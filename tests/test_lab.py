@@ -40,14 +40,12 @@ def subject(case='selective'):
     return bench.Subject(bench.BenchConfig(tokens=80, device='cpu'), 'small', 40, case)
 
 
-def test_forms_of_attention_are_the_same():
+def test_forms_of_attention_differ():
     one = subject()
     one.layers[0].c_attn.weight.data *= 5  # so that much is masked
     inputs = one.queries_keys_values()[:1]
-    standard, *forms = [bench.run_layers(one, inputs, form) for form in bench.FORMS.values()]
-    assert len(forms) == 3 and not torch.allclose(standard, forms[0], rtol=0.1)
-    for y in forms[1:]:
-        torch.testing.assert_close(y, forms[0])
+    standard, selective = [bench.run_layers(one, inputs, form) for form in bench.FORMS.values()]
+    assert not torch.allclose(standard, selective, rtol=0.1)
 
 
 @pytest.mark.parametrize('case', bench.CASES)
