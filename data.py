@@ -85,9 +85,9 @@ def get_tokenizer(name):
 
 
 def full_name(name):
-    """The name of a tokenizer as files keep it: for a folder the whole vocabulary as a text."""
+    """The name of a tokenizer as files keep it: for a folder that of its tokenizer, see bpe."""
     if name not in ('gpt2', 'bytes') and os.path.isdir(name):
-        return bpe.read(name)
+        return bpe.read(name)[0]
     return name
 
 
@@ -198,11 +198,20 @@ class Dataset:
         return np.concatenate(parts)
 
 
-def load_dataset(name_or_path, root='data'):
-    """The Dataset root/<name>, or the folder itself. UserError if it is missing or damaged."""
+def load_dataset(name_or_path, root='data', tokenizer=None):
+    """The Dataset root/<name>, or the folder itself.
+
+    tokenizer: the name of the tokenizer that it must have. UserError if it is missing or damaged.
+    """
     for path in (f'{root}/{name_or_path}', name_or_path):
         if name_or_path and os.path.isdir(path):
-            return Dataset(path)
+            dataset = Dataset(path)
+            if tokenizer not in (None, dataset.tokenizer_name):
+                raise UserError(
+                    f'data set {path} has the tokenizer {label(dataset.tokenizer_name)}, '
+                    f'the model {label(tokenizer)}'
+                )
+            return dataset
     found = ', '.join(sorted(glob.glob('*/', root_dir=root)))
     raise UserError(
         f"data set '{name_or_path}' is not in {root}/ (there: {found}): "

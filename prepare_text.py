@@ -18,7 +18,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import get_tokenizer, new_dataset, output_folder, summary, write_tokens
+from data import get_tokenizer, known_meta, new_dataset, output_folder, summary, write_tokens
 from support import settings
 from support.download import Progress
 from support.settings import UserError, option
@@ -75,6 +75,12 @@ def prepare(cfg):
     if skipped:
         text += f', {skipped:,} skipped that cannot be read as text'
     print(text)
+
+
+def provide(name):
+    """Prepare the data set 'stdlib', which needs no network, where it is missing."""
+    if name == 'stdlib' and not known_meta('data/stdlib'):
+        prepare(TextConfig())
 
 
 def list_documents(paths, endings):

@@ -9,8 +9,8 @@ layer where that costs the least validation loss, until every further step would
 above the target. Each row printed is one point of the curve of memory against loss;
 <out_dir>/budgets.json has them all, and sample.py generates within its budgets.
 
---search=plain is the paper's way: a fixed number of tokens at a time, every layer tried at every
-step. The default, --search=quick, differs from it in three things. A bite is a fraction of what a
+--bite=8 is the paper's way: a fixed number of tokens at a time, every layer tried at every step.
+The default, the quick search, differs from it in three things. A bite is a fraction of what a
 layer has, at first half of it; when the cheapest bite costs too much, all are halved, down to one
 token. A bite of more than one token may spend at most a quarter of what is left up to the target.
 And only the layer whose last trial was the cheapest per token is tried again: if it still is the
@@ -53,8 +53,7 @@ class PruneConfig:
     tolerance: float = option(0.0, 'nats by which the loss may exceed the target')
     # how
     policy: str = option('selective', f'eviction policy: {", ".join(POLICIES)}')
-    search: str = option('quick', "plain is the paper's search", choices=('quick', 'plain'))
-    bite: int = option(8, 'tokens taken at a time in the plain search', low=1)
+    bite: int = option(0, 'tokens taken at a time, as in the paper; 0: the quick search')
     to: str = option('', "file in out_dir; '': budgets.json, for controls budgets_<policy>.json")
     device: str = option('auto', "'cuda', 'mps', 'cpu'; 'auto': the best one there is")
     dtype: str = option('auto', "'auto': bfloat16 where a GPU has it", choices=devices.DTYPES)
@@ -215,9 +214,8 @@ def main():
         reference, other = ckpt.load_model(cfg.baseline, cfg.device)
         if traits(reference, other) != traits(model, checkpoint):
             raise UserError(f'{cfg.baseline} has another block_size, tokenizer or bos')
-    dataset = data.load_dataset(cfg.dataset or checkpoint['dataset'] or '')
-    if dataset.tokenizer_name != checkpoint['tokenizer']:
-        raise UserError(f'{dataset.path} has another tokenizer than {cfg.out_dir}')
+    name = cfg.dataset or checkpoint['dataset'] or ''
+    dataset = data.load_dataset(name, tokenizer=checkpoint['tokenizer'])
     kernels.install(model, dtype=dtype)  # for layers that keep everything
     batches = windows_of(dataset, cfg, model, checkpoint)
     searched = batches[: len(batches) // 2]
@@ -236,8 +234,7 @@ def main():
 
         measure = partial(losses, model, searched, policy=cfg.policy, dtype=dtype)
         full = [searched[0].size(2)] * model.config.n_layer
-        plain_bite = cfg.bite if cfg.search == 'plain' else 0
-        for budgets, loss in search(measure, full, target, plain_bite):
+        for budgets, loss in search(measure, full, target, cfg.bite):
             saving = sum(full) / sum(budgets)
             print(f'{budgets}: {saving:.1f}x less memory, loss {loss:.4f}', flush=True)
             result['budgets'] = budgets

@@ -76,7 +76,7 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
 
     readme = f'{folder}/README.md'
     files.check_output(readme, '.md', SIGN)
-    if os.listdir(folder) and not os.path.isfile(readme):
+    if list(pathlib.Path(folder).glob('*')) and not os.path.isfile(readme):
         raise UserError(f'{folder} has files that are not an export: choose another --folder')
     tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
     state = model.state_dict()
@@ -99,6 +99,8 @@ def export(model, checkpoint, folder, budgets=None, policy='selective'):
         'model_max_length': model.config.block_size,
         **dict.fromkeys(ends, data.END_OF_TEXT),
     }
+    if tokenizer.name == data.label(tokenizer.name):  # otherwise tokenizer.json says it all
+        tokenizer_config['tiktoken'] = tokenizer.name
     # README.md first, so that an export which was stopped can be repeated
     content = {
         'README.md': CARD,

@@ -47,21 +47,23 @@ def load(folder):
 
 
 @functools.lru_cache
-def fingerprint(folder):
-    """That of the weights of a folder. Hashing them takes seconds."""
-    return ckpt.fingerprint(load(folder)[0])
+def identity(folder):
+    """The fingerprint of the weights of a folder, which takes seconds, and its tokenizer."""
+    model, checkpoint = load(folder)
+    return ckpt.fingerprint(model), checkpoint['tokenizer']
 
 
 def losses(r, folders, text, T, K=None, policy='oldest'):
     """The Losses of models on held-out windows of T tokens of a text, in layers of K tokens."""
-    text = data.load_dataset(text)
     found = []
     for folder in folders:
-        what = repr([fingerprint(folder), text.meta, T, K, policy])
+        weights, tokenizer = identity(folder)
+        dataset = data.load_dataset(text, tokenizer=tokenizer)
+        what = repr([weights, dataset.meta, T, K, policy])
         path = f'{r.cfg.out_dir}/losses-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt'
         if not os.path.isfile(path):
             model, _ = load(folder)
-            new = runs.losses_on(model, text, T, TOKENS // T, True, K, policy)
+            new = runs.losses_on(model, dataset, T, TOKENS // T, True, K, policy)
             with files.replacing(path) as f:
                 torch.save(vars(new), f)
         found.append(Losses(**torch.load(path, weights_only=True)))

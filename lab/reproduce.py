@@ -46,8 +46,7 @@ def task_data(task, name='', **changed):
 
 def text(r, T=256):
     """--config, and flags for --dataset with a context of T tokens and as many a step."""
-    if r.cfg.dataset == 'stdlib' and not data.known_meta('data/stdlib'):
-        prepare_text.prepare(prepare_text.TextConfig())
+    prepare_text.provide(r.cfg.dataset)
     path = data.load_dataset(r.cfg.dataset).path
     size = settings.parse(train.TrainConfig, [r.cfg.config])
     batch_size = size.batch_size * size.block_size // T

@@ -202,7 +202,7 @@ def token_losses(folder, rule, windows, budgets=None, policy='selective'):
     budgets, policy: of a KVCache; None: the whole context.
     """
     model, checkpoint = load(folder, rule)
-    text = data.load_dataset(checkpoint['dataset'])
+    text = data.load_dataset(checkpoint['dataset'], tokenizer=checkpoint['tokenizer'])
     bos = ckpt.starts_with_bos(checkpoint)
     return losses_on(model, text, model.config.block_size, windows, bos, budgets, policy)
 
@@ -210,6 +210,8 @@ def token_losses(folder, rule, windows, budgets=None, policy='selective'):
 @torch.no_grad()
 def losses_on(model, text, T, windows, bos, budgets=None, policy='selective'):
     """The Losses of a model on windows of T tokens of a Dataset; see `token_losses`."""
+    if T > model.config.block_size:
+        raise UserError(f'the model knows {model.config.block_size} tokens of context, not {T}')
     size = max(1, 4096 // T)
     nats = []
     recall = []

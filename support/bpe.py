@@ -9,7 +9,9 @@ and two of them are the same if the texts are. The text is JSON:
 """
 
 import functools
+import hashlib
 import json
+import os
 
 import tiktoken
 
@@ -17,6 +19,7 @@ from support import files
 from support.settings import UserError
 
 END_OF_TEXT = '<|endoftext|>'
+GPT2 = '19c311984db7bc54'  # of the hash of its tokens
 # The file spells bytes as GPT-2 does. Those that are not printable are letters, too.
 LETTERS = dict(zip([*range(33), *range(127, 161), 173], range(256, 324)))
 BYTES = {chr(LETTERS.get(b, b)): b for b in range(256)}
@@ -56,20 +59,28 @@ def encoding(text):
 
 
 def read(folder):
-    """The tokenizer.json of a folder as a text that needs no other file.
+    """The name of the tokenizer of a folder, and whether it puts <|endoftext|> in front of texts.
 
-    Raises UserError if there is none, or one that is no byte-level BPE or cuts text in a way that
-    is unknown here. <|endoftext|> is the token of that name, or else the eos_token of
-    tokenizer_config.json.
+    An export of ours has the name in tokenizer_config.json, and GPT-2's table is 'gpt2'. Any other
+    tokenizer.json becomes a text that needs no other file. <|endoftext|> is the token of that name,
+    or the one that the file puts in front of texts, or the eos_token of tokenizer_config.json.
+
+    Raises UserError if there is none, or one that is no byte-level BPE or that treats text in a way
+    that is unknown here.
     """
     path = f'{folder}/tokenizer.json'
     hint = 'it must be a byte-level BPE'
     found = files.read_json(path, hint, model=dict, added_tokens=list)
+    config = {}
+    if os.path.isfile(f'{folder}/tokenizer_config.json'):
+        config = files.read_json(f'{folder}/tokenizer_config.json', hint)
     try:
         pattern = pattern_of(found)
         numbers = dict(found['model']['vocab'])
         for token in found['added_tokens']:
             numbers[token['content']] = token['id']
+            if not token['special']:
+                raise ValueError(f'it cuts {token["content"]!r} out of texts')
         merged = [''.join(pair).replace(' ', '') for pair in found['model']['merges']]
         order = [numbers[token] for token in merged]
         if order != sorted(order):  # tiktoken merges what has the lowest number first
@@ -78,15 +89,29 @@ def read(folder):
         for token in [*numbers.keys() & BYTES.keys(), *merged]:
             tokens[numbers[token]] = token
         special = {token: n for token, n in numbers.items() if not tokens[n]}
+        first = first_of(found)
         if END_OF_TEXT not in special:
-            names = files.read_json(f'{folder}/tokenizer_config.json', 'it must name the eos_token')
-            end = names['eos_token']
+            end = first or config['eos_token']
             if isinstance(end, dict):
                 end = end['content']
             special[END_OF_TEXT] = special.pop(end)
+        elif first not in (None, END_OF_TEXT):
+            raise ValueError(f'it puts {first!r} in front of texts')
+        name = json.dumps({'pattern': pattern, 'tokens': tokens, 'special': special})
+        encoding(name)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f'{path} cannot be used ({e!r}): {hint}') from None
-    return json.dumps({'pattern': pattern, 'tokens': tokens, 'special': special})
+    if hashlib.sha256(json.dumps(tokens).encode()).hexdigest().startswith(GPT2):
+        name = 'gpt2'
+    return config.get('tiktoken', name), first is not None
+
+
+def first_of(found):
+    """The special token that a tokenizer.json puts in front of each text, or None."""
+    step = found.get('post_processor') or {}
+    *_, last = step.get('processors', [step])
+    first, *_ = last.get('single', [{}])
+    return first.get('SpecialToken', {}).get('id')
 
 
 def pattern_of(found):

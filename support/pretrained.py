@@ -4,15 +4,16 @@
     python sample.py --init_from=gpt2-xl --start="The answer is"
     python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --start="The capital of France is"
 
-A folder has config.json and model.safetensors, one file or several with an index, and for Llama
-tokenizer.json. The hub's own library downloads and keeps them; its variables HF_ENDPOINT and
-HF_HOME set the server and the folder. The logits equal those of Hugging Face's transformers.
+A folder has config.json, tokenizer.json and model.safetensors, one file or several with an index.
+The hub's own library downloads and keeps them; its variables HF_ENDPOINT and HF_HOME set the server
+and the folder. The logits equal those of Hugging Face's transformers.
 """
 
 import os
 
 import torch
 
+import data
 from model import GPTConfig
 from support import bpe, files, settings
 from support import checkpoint as ckpt
@@ -88,26 +89,28 @@ def load_model(init_from, out_dir, device='cpu'):
 def load(name):
     """The weights of a GPT-2 or a Llama as a checkpoint for `checkpoint.build`.
 
-    name: a folder, or a model on the hub. Raises UserError if there is no such model to be had. A
-    GPT-2 has GPT-2's tokenizer, or bytes where the vocabulary is too small.
+    name: a folder, or a model on the hub. Raises UserError if there is no such model to be had.
     """
     folder = name
     if not os.path.isdir(name):
         folder = fetch(name)
     args = read_config(f'{folder}/config.json')
     tensors = read_tensors(folder)
-    if args['llama']:
-        tokenizer = bpe.read(folder)
-        state = convert_llama(tensors)
-    else:
-        tokenizer = 'gpt2' if args['vocab_size'] >= 50257 else 'bytes'
-        state = convert_gpt2(tensors)
+    tokenizer, bos = bpe.read(folder)
+    if data.vocabulary(tokenizer) > args['vocab_size']:
+        raise UserError(f'{folder}: the tokenizer has more tokens than the embedding has rows')
+    convert = convert_llama if args['llama'] else convert_gpt2
+    try:
+        state = convert(tensors)
+    except (KeyError, RuntimeError) as e:
+        raise UserError(f'{folder}: the weights are damaged ({e}): download them again') from None
     if args['tied']:
         state['lm_head.weight'] = state.get('transformer.wte.weight')
     return {
         **ckpt.ABSENT,
         'model': state,
         'model_args': vars(GPTConfig(**args)),
+        'config': {'bos': bos},
         'pretrained': name,
         'tokenizer': tokenizer,
     }
@@ -123,6 +126,7 @@ def read_config(path):
     """
     c = files.read_json(path, 'it must describe a GPT-2 or a Llama')
     llama = c.get('model_type') == 'llama'
+    c.setdefault('num_key_value_heads', c.get('num_attention_heads'))
     names = LLAMA if llama else GPT2
     args = {}
     for ours, theirs in names.items():
@@ -134,13 +138,14 @@ def read_config(path):
         c.setdefault('rms_norm_eps', 1e-6)
         only = {**LLAMA_ONLY, 'head_dim': args['n_embd'] // max(1, args['n_head'])}
         args['rope'] = True
-        args['rope_base'] = c.get('rope_theta', 10000.0)
+        base = c.get('rope_theta', 10000.0)
+        args['rope_base'] = settings.checked(GPTConfig, 'rope_base', base, f'{path}: rope_theta')
         args['tied'] = c.get('tie_word_embeddings', False)
     else:
         only = {**GPT2_ONLY, 'n_inner': 4 * args['n_embd']}
         args['bias'] = True
         activation = c.get('activation_function', 'gelu_new')
-        if activation not in GELUS:
+        if str(activation) not in GELUS:
             raise UserError(f'{path}: activation_function {activation!r} is not a GELU')
         args['gelu'] = GELUS[activation]
         args['tied'] = True
@@ -208,10 +213,7 @@ def convert_llama(tensors):
             state[name] = x.float()
     for name in list(state):
         if name.endswith('q_proj.weight'):
-            try:
-                parts = [state.pop(name.replace('q_proj', f'{letter}_proj')) for letter in 'qkv']
-            except KeyError as e:
-                raise UserError(f'the weights lack {e}: download them again') from None
+            parts = [state.pop(name.replace('q_proj', f'{letter}_proj')) for letter in 'qkv']
             state[name.replace('q_proj', 'c_attn')] = torch.cat(parts)
     return state
 

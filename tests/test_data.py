@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,25 @@ def test_folder(prepare, tmp_path):
     prepare('elsewhere', '--ext=.txt')
     assert documents('val') == val
     assert sorted(os.listdir('data/set')) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_the_old_data_stay_until_the_new_are_in_place(prepare, monkeypatch):
+    Path('in').write_text('one\n' * 100)
+    prepare('in')
+    old = documents('train')
+    Path('in').write_text('two\n' * 100)
+    rename = os.rename
+
+    def broken(source, target):
+        if source.endswith('.new.tmp'):
+            raise OSError('broken')
+        rename(source, target)
+
+    monkeypatch.setattr(os, 'rename', broken)
+    with pytest.raises(OSError, match='broken'):
+        prepare('in')
+    assert documents('train') == old and os.listdir('data') == ['set']
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize('names', [['0.txt', '1.txt'], ['a/x.txt', 'b/x.txt'], ['0', '9', '10']])

@@ -113,7 +113,8 @@ def test_a_standard_model_needs_no_code(changes, tmp_path):
     ours = gpt(**changes)
     export_hf.export(ours, checkpoint(ours, bos=True), str(tmp_path))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    again, _ = pretrained.load_model(str(tmp_path), '')
+    again, kept = pretrained.load_model(str(tmp_path), '')
+    assert kept['tokenizer'] == 'bytes' and kept['config'] == {'bos': True}
     x = tokens()
     wanted = ours.double()(x, x)[0]
     for logits in theirs.double()(x).logits, again.double()(x, x)[0]:
@@ -183,6 +184,8 @@ def test_other_ways_to_generate(exported):
     _, model, _ = exported('both')
     x = tokens(2, 10)
     assert torch.equal(greedy(model, x, 10, use_cache=False), greedy(model, x, 10))
+    with pytest.raises(ValueError, match='need the cache'):
+        greedy(model, x, 10, use_cache=False, budgets=4)
     with pytest.raises(ValueError, match='beam search needs use_cache=False'):
         greedy(model, x, 10, num_beams=3)
     with pytest.raises(ValueError, match='assisted generation is not possible'):

@@ -146,7 +146,7 @@ SMALL = (
     '--gradient_accumulation_steps=1 --eval_iters=1 --max_iters=2 --dataset=lines --kernel=none'
 )
 TEXT = 'text.txt --name=lines --tokenizer=bytes'
-PRUNE = '--out_dir=out/a --tolerance=100 --windows=1 --device=cpu --search=plain --bite=14'
+PRUNE = '--out_dir=out/a --tolerance=100 --windows=1 --device=cpu --bite=14'
 MAKE = [('prepare_text', TEXT), ('train', f'{SMALL} --out_dir=out/a'), ('prune', PRUNE)]
 # of each script a command that is quick; its settings are replaced by horrors, one after the other
 COMMANDS = {

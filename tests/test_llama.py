@@ -17,8 +17,9 @@ import sample
 import train
 from lab import export_hf
 from lab import gguf as lab_gguf
+from support import checkpoint as ckpt
 from support import pretrained
-from test_pretrained import half, load, refused
+from test_pretrained import half, load, refused, safetensors
 
 if os.environ.get('CI'):  # there all of these tests must run
     import gguf
@@ -153,10 +154,43 @@ def test_end_of_text_is_the_eos_token(tmp_path):
         assert data.get_tokenizer(str(tmp_path)).eot_token == 1
 
 
+def template(token):
+    """A post_processor that puts a token in front of each text."""
+    single = [{'SpecialToken': {'id': token}}, {'Sequence': {'id': 'A'}}]
+    return {'type': 'TemplateProcessing', 'single': single}
+
+
+@pytest.mark.parametrize('token', ['<s>', '<|endoftext|>'])
+def test_a_token_in_front_of_texts(folder, tmp_path, token):
+    """It is <|endoftext|> for us, whatever its name, and the eos_token is not."""
+    copied = shutil.copytree(folder, tmp_path / 'x')
+    file = copied / 'tokenizer.json'
+    found = json.loads(file.read_text().replace('<|endoftext|>', token))
+    # as in Llama 3
+    found['post_processor'] = {'processors': [{'type': 'ByteLevel'}, template(token)]}
+    file.write_text(json.dumps(found))
+    (copied / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|user|>'}))
+    checkpoint = pretrained.load(str(copied))
+    tokenizer = data.get_tokenizer(checkpoint['tokenizer'])
+    ids = data.encode_prompt('ab', tokenizer, ckpt.starts_with_bos(checkpoint))
+    assert ids == [0, *tokenizer.encode_ordinary('ab')]
+
+
 # ---- Folders and files that are not what they should be ------------------------------------------
+
+PLAIN = {'id': 600, 'content': 'plain', 'special': False}
+NO_REGEX = BOTH % (SPLIT % '"("', BYTES % 'false')
 
 SHARD = 'model-00002-of-00004.safetensors'
 LINEAR = {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 500.0}
+
+
+def of_another_shape(content):
+    tensors = safetensors.torch.load(content)
+    for name, x in tensors.items():
+        if 'q_proj' in name:
+            tensors[name] = x[:, :5].contiguous()
+    return safetensors.torch.save(tensors)
 
 
 def without_end(content):
@@ -182,7 +216,8 @@ def backwards(content):
         ('config.json', {'rms_norm_eps': 1e-6}, 'rms_norm_eps is 1e-06'),
         ('config.json', {'num_key_value_heads': 4}, 'does not fit'),
         ('config.json', {'num_hidden_layers': 3}, 'Missing'),
-        ('config.json', {'vocab_size': 500}, 'does not fit'),
+        ('config.json', {'vocab_size': 500}, 'more tokens than the embedding'),
+        ('config.json', {'rope_theta': 'x', 'rope_parameters': {}}, 'rope_theta'),
         ('model.safetensors.index.json', half, 'index.json is damaged'),
         (SHARD, None, f'{SHARD} does not exist'),
         ('tokenizer.json', None, 'tokenizer.json is missing'),
@@ -191,7 +226,11 @@ def backwards(content):
         ('tokenizer.json', {'pre_tokenizer': {'type': 'Whitespace'}}, 'cuts text is unknown'),
         ('tokenizer.json', {'pre_tokenizer': None}, 'cannot be used'),
         ('tokenizer.json', backwards, 'order of their tokens'),
-        ('tokenizer.json', without_end, 'tokenizer_config.json is missing'),
+        ('tokenizer.json', without_end, "KeyError('eos_token')"),
+        ('tokenizer.json', {'post_processor': template('<|user|>')}, 'in front of texts'),
+        ('tokenizer.json', {'added_tokens': [PLAIN]}, "cuts 'plain' out of texts"),
+        ('tokenizer.json', {'pre_tokenizer': json.loads(NO_REGEX)}, 'cannot be used'),
+        (SHARD, of_another_shape, 'the weights are damaged'),
     ],
 )
 def test_damaged_folders(folder, tmp_path, name, change, message):

@@ -12,9 +12,11 @@ import huggingface_hub
 import pytest
 import torch
 
+import data
 import prune
 import sample
 import train
+from lab import export_hf
 from model import is_gpt2
 from support import checkpoint as ckpt
 from support import pretrained
@@ -46,11 +48,18 @@ def make(**changes):
     return gpt.eval()
 
 
+def save(gpt, path):
+    """A folder as transformers saves it, with the tokenizer bytes as lab.export_hf names it."""
+    gpt.save_pretrained(path)
+    tokenizer = data.get_tokenizer('bytes')
+    (path / 'tokenizer.json').write_text(export_hf.tokenizer_json(tokenizer, False))
+    (path / 'tokenizer_config.json').write_text('{"tiktoken": "bytes"}')
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder as transformers saves it."""
     path = tmp_path_factory.mktemp('hf')
-    make().save_pretrained(path)
+    save(make(), path)
     return path
 
 
@@ -99,13 +108,13 @@ def loss(folder, **flags):
 @pytest.mark.parametrize('activation', ['gelu_new', 'gelu'])
 def test_logits(tmp_path, activation):
     gpt = make(activation_function=activation)
-    gpt.save_pretrained(tmp_path)
+    save(gpt, tmp_path)
     close(logits(load(tmp_path)), logits(gpt))
 
 
 def test_file_as_the_hub_has_it(folder, tmp_path):
     """Names without a prefix, the causal masks among them, and half precision."""
-    shutil.copy(folder / 'config.json', tmp_path)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     hub = {'h.0.attn.bias': torch.ones(1, 1, 40, 40), 'h.0.attn.masked_bias': torch.tensor(-1e4)}
     for name, x in safetensors.torch.load_file(folder / WEIGHTS).items():
         hub[name.removeprefix('transformer.')] = x.half()
@@ -151,6 +160,8 @@ def test_what_a_method_adds(folder):
         ({'n_layer': 3}, 'Missing key(s) in state_dict: "transformer.h.2'),
         ({'n_layer': 1}, 'Unexpected key(s) in state_dict: "transformer.h.1'),
         ({'vocab_size': 299}, 'does not fit'),
+        ({'vocab_size': 200}, 'more tokens than the embedding'),
+        ({'activation_function': ['gelu']}, 'not a GELU'),
         ({'n_embd': 30}, 'not divisible'),
         ({'n_embd': 'x'}, "config.json: n_embd: 'x' is not a whole number"),
         ({'n_layer': 10**6}, 'n_layer'),
@@ -166,12 +177,19 @@ def others(content):
     return safetensors.torch.save({'x': torch.zeros(1)})
 
 
+def not_finite(content):
+    tensors = safetensors.torch.load(content)
+    tensors['transformer.ln_f.bias'][3] = torch.nan
+    return safetensors.torch.save(tensors)
+
+
 @pytest.mark.parametrize(
     'change, message',
     [
         (None, 'model.safetensors does not exist'),
         (half, 'cannot be read'),
         (others, 'does not fit'),
+        (not_finite, 'transformer.ln_f.bias is not finite'),
     ],
 )
 def test_weights_that_are_refused(folder, tmp_path, change, message):

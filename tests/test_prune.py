@@ -159,7 +159,7 @@ def test_only_what_holds_on_other_windows_counts():
 
 
 def test_plain_bites(runs, run):
-    run(*SMALL, TOLERANCE, '--search=plain', '--bite=7')
+    run(*SMALL, TOLERANCE, '--bite=7')
     memory = [sum(p['budgets']) for p in found(runs)['curve']]
     assert memory == list(range(96, memory[-1] - 1, -7)) and len(memory) > 3
 
@@ -198,7 +198,7 @@ def test_sampling_inside_the_budgets(runs, run):
 @pytest.mark.parametrize(
     'args, words',
     [
-        ('--tolerance=0.1 --search=fast', 'search'),
+        ('--tolerance=0.1 --bite=-1', 'bite'),
         ('--tolerance=0.1 --policy=newest', 'newest'),
         ('--tolerance=0.1 --dtype=int8', 'dtype'),
         ('--tolerance=0.1 --dataset=nowhere', 'nowhere'),

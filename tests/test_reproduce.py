@@ -1,7 +1,9 @@
 """lab/reproduce.py, lab/runs.py and lab/real.py: runs that end in a page of tables."""
 
 import json
+import pathlib
 import re
+import shutil
 import time
 import types
 
@@ -294,6 +296,14 @@ def test_eviction(run, lines, tmp_path, monkeypatch):
     assert rows == ['selective', *real.PRESENT]
     found = runs.losses_on(gpt, data.Dataset(lines), 40, 16, True, 32, 'tova')
     assert f'| tova | {found.shown()} |' in page
+    meta = pathlib.Path(lines, 'meta.json').read_text().replace('"bytes"', '"gpt2:300"')
+    shutil.copytree(lines, tmp_path / 'text')
+    (tmp_path / 'text/meta.json').write_text(meta)
+    said = run(reproduce, 'eviction', *args, f'--texts={tmp_path}/text')
+    assert 'has the tokenizer gpt2:300, the model bytes' in said
+    monkeypatch.setattr(real, 'EVICTION', (41, (32,)))
+    assert 'knows 40 tokens of context, not 41' in run(reproduce, 'eviction', *args)
+    monkeypatch.setattr(real, 'EVICTION', (40, (32,)))
     monkeypatch.setattr(runs, 'losses_on', None)
     assert run(reproduce, 'eviction', *args) == page
 

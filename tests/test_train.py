@@ -313,6 +313,13 @@ def test_configs(path):
         assert differs <= {'selective', 'ssa', 'out_dir'}
 
 
+def test_a_voter_that_would_not_learn_is_not_resumed(dataset, tmp_path, run):
+    args = *SMALL, dataset, f'--out_dir={tmp_path}', '--selective', '--voter=4', '--max_iters=2'
+    run(train, *args, '--memory_loss=1')
+    said = run(train, *args, '--init_from=resume', '--resume_changed', '--max_iters=3')
+    assert 'add --memory_loss=1' in said
+
+
 @pytest.mark.parametrize(
     'wrong, words',
     [

@@ -139,4 +139,6 @@ class SelectiveGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' generate, with at most `budgets` tokens remembered in each layer."""
         if kwargs.get('use_cache') is not False:
             kwargs.setdefault('past_key_values', Memory(self, budgets, policy))
+        elif budgets or policy:
+            raise ValueError('budgets and policy need the cache: leave out use_cache=False')
         return super().generate(*args, **kwargs)
