@@ -1,4 +1,4 @@
-# What the small configs share: about six minutes on two CPU cores.
+# What the small configs share: about four minutes on two CPU cores.
 # The sources of Python's standard library, in bytes; or --dataset=c4 after prepare_c4.py.
 dataset = 'stdlib'
 n_layer = 4

@@ -25,7 +25,7 @@ from model import GPT, GPTConfig, check_budgets, is_gpt2
 from support import files, settings
 from support.settings import UserError, one_line
 
-# what a run from scratch begins with, and a checkpoint of nanoGPT lacks
+# what a run from scratch begins with
 ABSENT = {'iter_num': 0, 'val_loss': None, 'pretrained': None, 'dataset': None, 'config': {}}
 # settings that may change when a run is resumed
 FREE = (
@@ -43,14 +43,20 @@ def save(out_dir, checkpoint):
     Raises UserError for weights that are not finite, and where it cannot be written.
     """
     path = f'{out_dir}/ckpt.pt'
-    for name, x in checkpoint['model'].items():
-        if not x.isfinite().all():
-            raise UserError(f'{name} is not finite; {path} stays; try a lower learning rate')
+    if name := not_finite(checkpoint['model']):
+        raise UserError(f'{name} is not finite; {path} stays; try a lower learning rate')
     try:
         with files.replacing(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as e:  # the latter is what torch makes of a full disk
         raise UserError(f'cannot write {path}, is the disk full? ({e})') from None
+
+
+def not_finite(state):
+    """The name of a tensor that has NaN or infinite numbers, or None."""
+    for name, x in state.items():
+        if not x.isfinite().all():
+            return name
 
 
 def load(out_dir):
@@ -115,9 +121,7 @@ def build(checkpoint, add_new=False, **changes):
     crops learned positions. add_new: parameters that GPT-2 lacks may be missing, as after a
     change of vote_scale or ssa; these are initialised. Raises UserError where the two do not fit.
     """
-    state = {}
-    for name, x in checkpoint['model'].items():
-        state[name.removeprefix('_orig_mod.')] = x  # torch.compile prefixes names
+    state = dict(checkpoint['model'])
     args = checkpoint['model_args']
     if changes.get('block_size', 0) > args['block_size']:
         raise UserError(f'the model knows {args["block_size"]} tokens of context, not more')
@@ -129,7 +133,9 @@ def build(checkpoint, add_new=False, **changes):
             if name == 'transformer.wpe.weight':
                 state[name] = state[name][: len(x)]
         model.load_state_dict(state)
-    except (ValueError, RuntimeError, KeyError) as e:
+        if name := not_finite(state):
+            raise ValueError(f'{name} is not finite')
+    except (ValueError, RuntimeError, KeyError, IndexError) as e:
         raise UserError(f'the checkpoint does not fit model.py: {one_line(e, 300)}') from None
     return model
 

@@ -77,22 +77,24 @@ def replacing_folder(path):
         os.mkdir(new)
         try:
             yield new
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
             os.rename(new, path)
         finally:
+            if not os.path.isdir(path):  # stopped between the two
+                os.rename(old, path)
             shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(path, ending, sign):
-    """Raise UserError unless a script may write the file, for which it makes the folder.
+    """Raise UserError unless a script may write the file.
 
     It must have the ending. A file that it would replace must be of the same kind, with `sign` in
     its first lines.
     """
     if not path.endswith(ending):
         raise UserError(f'{path} is not a file name for this: it ends in {ending}')
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if os.path.exists(path):
         with open(path, 'rb') as f:
             if sign.encode() not in f.read(4096):
