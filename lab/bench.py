@@ -79,12 +79,12 @@ class Subject:
             batch = torch.randint(config.vocab_size, (2, B, T))
         else:
             self.gpt, checkpoint = ckpt.load_model(source, cfg.device)
-            if not self.gpt.config.selective:
+            if not self.gpt.config.selective or self.gpt.config.voter:
                 raise UserError(f'{source} has standard attention, whose cost no weights change')
             T = T or self.gpt.config.block_size
             B = max(1, cfg.tokens // T)
-            text = checkpoint['dataset']
-            dataset = data.load_dataset(text, tokenizer=checkpoint['tokenizer'])
+            tokenizer = checkpoint['tokenizer']
+            dataset = data.load_dataset(checkpoint['dataset'], tokenizer=tokenizer)
             batch = dataset.batch('val', 0, B, T, bos=ckpt.starts_with_bos(checkpoint))
             run = checkpoint['config']
             if run['memory_loss'] and case == 'selective':

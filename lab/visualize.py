@@ -5,7 +5,8 @@
     python sample.py --out_dir=out/selective_small | python -m lab.visualize --start=-
 
 The page shows F of a selective model, the votes behind it and how many tokens each layer needs. Of
-a long text it has the beginning, block_size tokens.
+a long text it has the beginning, block_size tokens. The votes of a voter mask nothing: read masked
+as voted against.
 """
 
 import base64

@@ -126,7 +126,6 @@ def read_config(path):
     """
     c = files.read_json(path, 'it must describe a GPT-2 or a Llama')
     llama = c.get('model_type') == 'llama'
-    c.setdefault('num_key_value_heads', c.get('num_attention_heads'))
     names = LLAMA if llama else GPT2
     args = {}
     for ours, theirs in names.items():
