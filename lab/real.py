@@ -31,7 +31,6 @@ ADDED = {
     'position only, x 100': 'position_only --ssa=q --ssa_lr=100',
 }
 TOKENS = 8192  # of each held-out text
-EVICTION = 1024, (32, 64, 128, 256)  # T, and K of the claim `eviction`
 LEGEND = f"""Losses in nats per token, of all targets / of recall tokens, which occurred in the
 window before, but not among the newest {runs.NEAR} tokens. Every layer keeps as many tokens as the
 header says, and drops one by the row's policy as each token comes. Heads share the decision."""
@@ -102,8 +101,10 @@ def policies(r, models, T, Ks):
 
 def eviction(r):
     """What a language model loses when every layer keeps 32, 64, 128 or 256 of 1,024 tokens, by
-    each policy of eviction. Takes 2 hours."""
-    return policies(r, {'as it is': [r.cfg.model]}, *EVICTION)
+    each policy of eviction; fewer where it knows fewer. Takes 2 hours."""
+    T = min(1024, load(r.cfg.model)[0].config.block_size)
+    Ks = [T // part for part in (32, 16, 8, 4)]
+    return policies(r, {'as it is': [r.cfg.model]}, T, Ks)
 
 
 def train(r, models, steps, start, seeds=None):

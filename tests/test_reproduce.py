@@ -281,29 +281,25 @@ def test_equal_memory(runner, monkeypatch):
 def test_eviction(run, lines, tmp_path, monkeypatch):
     """Every policy; what was measured is kept in a file."""
     torch.manual_seed(0)
-    shape = dict(block_size=40, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
+    shape = dict(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=16)
     gpt = m.GPT(m.GPTConfig(rope=True, selective=True, **shape))
     for p in gpt.parameters():
         p.data *= 10
     state = {'model': gpt.state_dict(), 'model_args': vars(gpt.config), 'tokenizer': 'bytes'}
     ckpt.save(tmp_path, state)
-    monkeypatch.setattr(real, 'EVICTION', (40, (32,)))
-    monkeypatch.setattr(real, 'TOKENS', 640)
+    monkeypatch.setattr(real, 'TOKENS', 1024)
     args = [f'--model={tmp_path}', f'--texts={lines}', '--quick', f'--out_dir={tmp_path}/out']
     page = run(reproduce, 'eviction', *args)
-    assert '| weights | policy | 32 of 40 tokens |' in page
+    assert '| weights | policy | 2 of 64 tokens |' in page and '16: against the best' in page
     rows = re.findall(r'^\| as it is \| (\w+) \| \d+\.', page, re.M)
     assert rows == ['selective', *real.PRESENT]
-    found = runs.losses_on(gpt, data.Dataset(lines), 40, 16, True, 32, 'tova')
-    assert f'| tova | {found.shown()} |' in page
+    found = runs.losses_on(gpt, data.Dataset(lines), 64, 16, True, 16, 'tova')
+    assert f'| {found.shown()} |' in page
     meta = pathlib.Path(lines, 'meta.json').read_text().replace('"bytes"', '"gpt2:300"')
     shutil.copytree(lines, tmp_path / 'text')
     (tmp_path / 'text/meta.json').write_text(meta)
     said = run(reproduce, 'eviction', *args, f'--texts={tmp_path}/text')
     assert 'has the tokenizer gpt2:300, the model bytes' in said
-    monkeypatch.setattr(real, 'EVICTION', (41, (32,)))
-    assert 'knows 40 tokens of context, not 41' in run(reproduce, 'eviction', *args)
-    monkeypatch.setattr(real, 'EVICTION', (40, (32,)))
     monkeypatch.setattr(runs, 'losses_on', None)
     assert run(reproduce, 'eviction', *args) == page
 
