@@ -803,9 +803,8 @@ class LayerCache:
         rows = []
         for r in range(q.size(2)):
             one = slice(r, r + 1)
-            qkv = q[:, :, one], k[:, :, one], v[:, :, one]
-            row_voting = [x[:, :, one] for x in voting]
-            rows.append(self._row(*qkv, i[one], rule, row_voting))
+            row = [x[:, :, one] for x in (q, k, v, *voting)]
+            rows.append(self._row(*row[:3], i[one], rule, row[3:]))
         return torch.cat(rows, dim=2)
 
     def _row(self, q, k, v, i, rule, voting):
@@ -937,9 +936,8 @@ def check_budgets(config, budgets, policy='selective'):
         budgets = [budgets] * config.n_layer
     if len(budgets) != config.n_layer:
         raise ValueError(f'{len(budgets)} budgets for a model of {config.n_layer} layers')
-    least = min(2, config.block_size)
     for K in budgets:
-        if not isinstance(K, int) or not least <= K <= config.block_size:
+        if not isinstance(K, int) or not 2 <= K <= config.block_size:
             raise ValueError(
                 f'a budget of {K!r} tokens: a layer keeps a whole number '
                 f'from 2 to {config.block_size}'

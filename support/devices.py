@@ -103,8 +103,12 @@ class Processes:
     def say(self, text):
         """Print, in the master alone."""
         if self.master:
-            with contextlib.suppress(OSError):  # a closed terminal, or a full disk under its log
+            try:
                 print(text, flush=True)
+            except RuntimeError:  # a signal came while it printed
+                pass
+            except OSError:  # a closed terminal, or a full disk: what is in the buffer goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def after_master(self, function, *args):
         """Call function(*args) in each process, first in the master, then in the others."""

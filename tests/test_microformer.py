@@ -14,6 +14,7 @@ import torch
 
 from support import checkpoint as ckpt
 from support import pretrained
+from test_pretrained import save
 
 if os.environ.get('CI'):  # there all of these tests must run
     import transformers
@@ -38,9 +39,9 @@ def theirs():
 @pytest.fixture(scope='module')
 def load(theirs, tmp_path_factory):
     """load(**flags): the model by init_from, with what the flags put in."""
-    folder = str(tmp_path_factory.mktemp('mgm'))
-    theirs.save_pretrained(folder)  # the package has pytorch_model.bin, which is a pickle
-    checkpoint = pretrained.load(folder)
+    folder = tmp_path_factory.mktemp('mgm')
+    save(theirs, folder)  # the package has pytorch_model.bin, which is a pickle
+    checkpoint = pretrained.load(str(folder))
     return lambda **flags: ckpt.build(checkpoint, add_new=True, **flags).eval()
 
 
