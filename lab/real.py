@@ -103,7 +103,7 @@ def eviction(r):
     """What a language model loses when every layer keeps 32, 64, 128 or 256 of 1,024 tokens, by
     each policy of eviction; fewer where it knows fewer. Takes 2 hours."""
     T = min(1024, load(r.cfg.model)[0].config.block_size)
-    Ks = [T // part for part in (32, 16, 8, 4)]
+    Ks = [max(2, T // part) for part in (32, 16, 8, 4)]
     return policies(r, {'as it is': [r.cfg.model]}, T, Ks)
 
 
