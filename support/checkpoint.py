@@ -133,8 +133,6 @@ def build(checkpoint, add_new=False, **changes):
             if name == 'transformer.wpe.weight':
                 state[name] = state[name][: len(x)]
         model.load_state_dict(state)
-        if name := not_finite(state):
-            raise ValueError(f'{name} is not finite')
     except (ValueError, RuntimeError, KeyError, IndexError) as e:
         raise UserError(f'the checkpoint does not fit model.py: {one_line(e, 300)}') from None
     return model

@@ -104,6 +104,8 @@ def load(name):
         state = convert(tensors)
     except (KeyError, RuntimeError) as e:
         raise UserError(f'{folder}: the weights are damaged ({e}): download them again') from None
+    if bad := ckpt.not_finite(state):
+        raise UserError(f'{folder}: {bad} is not finite: download the weights again')
     if args['tied']:
         state['lm_head.weight'] = state.get('transformer.wte.weight')
     return {

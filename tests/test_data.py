@@ -236,7 +236,6 @@ def test_the_old_data_stay_until_the_new_are_in_place(prepare, monkeypatch):
     with pytest.raises(OSError, match='broken'):
         prepare('in')
     assert documents('train') == old and os.listdir('data') == ['set']
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize('names', [['0.txt', '1.txt'], ['a/x.txt', 'b/x.txt'], ['0', '9', '10']])

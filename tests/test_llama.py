@@ -178,10 +178,8 @@ def test_a_token_in_front_of_texts(folder, tmp_path, token):
 
 # ---- Folders and files that are not what they should be ------------------------------------------
 
-PLAIN = {'id': 600, 'content': 'plain', 'special': False}
-NO_REGEX = BOTH % (SPLIT % '"("', BYTES % 'false')
-
 SHARD = 'model-00002-of-00004.safetensors'
+NO_REGEX = BOTH % (SPLIT % '"("', BYTES % 'false')
 LINEAR = {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 500.0}
 
 
@@ -228,8 +226,12 @@ def backwards(content):
         ('tokenizer.json', backwards, 'order of their tokens'),
         ('tokenizer.json', without_end, "KeyError('eos_token')"),
         ('tokenizer.json', {'post_processor': template('<|user|>')}, 'in front of texts'),
-        ('tokenizer.json', {'added_tokens': [PLAIN]}, "cuts 'plain' out of texts"),
-        ('tokenizer.json', {'pre_tokenizer': json.loads(NO_REGEX)}, 'cannot be used'),
+        (
+            'tokenizer.json',
+            {'added_tokens': [{'id': 600, 'content': 'plain', 'special': False}]},
+            "cuts 'plain' out of texts",
+        ),
+        ('tokenizer.json', {'pre_tokenizer': json.loads(NO_REGEX)}, 'Parsing error'),
         (SHARD, of_another_shape, 'the weights are damaged'),
     ],
 )

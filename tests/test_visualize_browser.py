@@ -139,6 +139,11 @@ class Browser:
         [forgotten] = self.texts(tr + '.forgotten')
         assert forgotten.startswith('not' if when == T else f'at {when}')
         assert forgotten.endswith('dropped') == (dropped_at[row] == when < T)
+        _, taken = self.shares(l)
+        for name, share in ('takes', taken[row]), ('loses', taken[:, row]):
+            [text] = self.texts(tr + f'.{name}')
+            largest = [f':\xa0{100 * share.max() + d:.0f}\xa0%' for d in (-1, 0, 1)]
+            assert share.max() < 0.01 or any(part in text for part in largest)
 
 
 @pytest.fixture
@@ -213,3 +218,12 @@ def test_needs(browser):
         numbers = f'{M[-1]:.1f} here, {M.max():.1f} at most; budget {BUDGETS[l]}'
         assert caption == f'Layer {l}: {numbers}'
         assert np.corrcoef(curves[l], M)[0, 1] == pytest.approx(-1, abs=1e-4)  # y points down
+
+
+def test_says_when_it_cannot_be_drawn(empty):
+    empty.open()
+    html = empty.path.read_text()
+    empty.path.write_text(html.replace("DecompressionStream('deflate')", 'Missing()'))
+    empty.load('!document.getElementById("failure").hidden')
+    assert 'could not be drawn' in empty.texts('#failure')[0]
+    assert len(empty.driver.get_log('browser')) == 1
